@@ -1,7 +1,8 @@
 """Options that restrict tokens, and those that select tokens by a filter."""
 
 import enum
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, datetime, time
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
@@ -11,10 +12,11 @@ from latchkey_cli.times import parse_expiry
 
 if TYPE_CHECKING:
     # Types only: shell completion must not wait for gRPC to load.
-    from latchkey import TokenFilter
+    from latchkey import RateLimit, TokenFilter
 
 __all__ = [
     "PAST",
+    "BurstOption",
     "CanWriteOption",
     "DescriptionOption",
     "ExpiresBeforeOption",
@@ -25,6 +27,7 @@ __all__ = [
     "NeverExpiresOption",
     "NeverUsedOption",
     "PermissionOption",
+    "RateOption",
     "SearchOption",
     "SecretCreatedBeforeOption",
     "StateName",
@@ -32,6 +35,7 @@ __all__ = [
     "UnusedSinceOption",
     "YesNo",
     "past",
+    "rate_limit_of",
     "token_filter",
 ]
 
@@ -63,10 +67,11 @@ def _future(text: str) -> datetime:
 
 
 def _moment(text: str, direction: int) -> datetime:
-    """Parse a moment. A duration counts from now: 1 for later, -1 for earlier."""
+    """Parse a moment. A duration counts from now: 1 for later, -1 for earlier. A date means the
+    first moment of that day."""
     wrong = "give a duration (30m, 12h, 7d), a date, or a time with its zone (2030-01-31T18:00:00Z)"
     try:
-        said = parse_expiry(text)
+        said = parse_expiry(text, time())
         moment = said.expire_time
         if said.ttl is not None:
             moment = datetime.now(UTC) + direction * said.ttl
@@ -99,6 +104,24 @@ PermissionOption = Annotated[
         metavar="RESOURCE:ACTION",
         show_default=False,
         help="What the token may do, such as orders:read or orders:*; may be repeated.",
+    ),
+]
+RateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--rate",
+        metavar="N/PERIOD",
+        show_default=False,
+        help="How often the token may be used: 5/second, 100/minute or 1000/hour.",
+    ),
+]
+BurstOption = Annotated[
+    int | None,
+    typer.Option(
+        "--burst",
+        metavar="N",
+        show_default=False,
+        help="How many uses --rate permits at once. Default: those of a whole period.",
     ),
 ]
 FilterScopeOption = Annotated[
@@ -203,6 +226,24 @@ SecretCreatedBeforeOption = Annotated[
         help="Tokens without a newer secret than: 180d (ago), a date, or a time.",
     ),
 ]
+
+
+def rate_limit_of(rate: str | None, burst: int | None) -> "RateLimit | None":
+    """Return the rate limit for these options, or None without one. Raises typer.BadParameter."""
+    if rate is None:
+        if burst is not None:
+            raise typer.BadParameter("give --rate too", param_hint="--burst")
+        return None
+    # Imported here: shell completion must not wait for gRPC to load.
+    from latchkey import RateLimit
+
+    try:
+        limit = RateLimit.parse(rate)
+    except ValueError:
+        limit = None
+    if limit is None or limit.burst:
+        raise typer.BadParameter("give a rate such as 100/minute", param_hint="--rate")
+    return limit if burst is None else replace(limit, burst=burst)
 
 
 def token_filter(

@@ -20,7 +20,14 @@ from latchkey_cli.options import (
     YesOption,
     labels_of,
 )
-from latchkey_cli.restrictions import DescriptionOption, NetworkOption, PermissionOption
+from latchkey_cli.restrictions import (
+    BurstOption,
+    DescriptionOption,
+    NetworkOption,
+    PermissionOption,
+    RateOption,
+    rate_limit_of,
+)
 from latchkey_cli.text import visible
 from latchkey_cli.times import NEVER
 
@@ -52,6 +59,8 @@ def create(
     description: DescriptionOption = None,
     network: NetworkOption = None,
     permission: PermissionOption = None,
+    rate: RateOption = None,
+    burst: BurstOption = None,
     target: TargetOption = TARGET,
     timeout: TimeoutOption = None,
     as_json: JsonOption = False,
@@ -65,6 +74,7 @@ def create(
     With --json, standard output receives one object with token and secret.
     """
     labels = labels_of(label or [])
+    rate_limit = rate_limit_of(rate, burst)
     expiry = expires or NEVER
     # Imported here: shell completion must not wait for gRPC to load.
     from latchkey import Scope
@@ -72,8 +82,8 @@ def create(
     from latchkey_cli.session import Doing, Session
 
     if_lost = (
-        f"the token may exist: look for '{name}' in 'latchkey list -a {account}' and delete it "
-        "before you try again"
+        f"the token may exist: look for '{name}' in 'latchkey list -a {account}' and rotate it "
+        "to get a secret"
     )
     with Session(target, timeout) as session:
         call = session.client.create(
@@ -86,14 +96,15 @@ def create(
             description=description or "",
             allowed_networks=network or (),
             permissions=permission or (),
+            rate_limit=rate_limit,
         )
         created = session.run(call, Doing(f"create token '{name}'", if_lost))
-    deletion = f"'latchkey delete {created.token.id} -a {account}'"
+    again = f"'latchkey rotate {created.token.id} -a {account}'"
     hand_over(
         created,
         as_json=as_json,
-        lost="delete the token and create another",
-        if_not_written=f"delete it ({deletion}) and create another",
+        lost=f"get another one with {again}",
+        if_not_written=f"get another secret with {again}",
     )
 
 

@@ -93,8 +93,12 @@ class Frame:
         self._notices: Expiring[Notice] = Expiring(NOTICE_SECONDS, NOTICES_MAX, monotonic)
 
     def visit(self, request: Request, query: Mapping[str, str]) -> Visit:
-        """Return the visit. Raises NotSignedIn and Refused."""
+        """Return the visit, for whose person the client makes calls from now on.
+
+        Raises NotSignedIn and Refused.
+        """
         viewer = self._identity.viewer(request)
+        latchkey.current_person.set(viewer.person or None)
         reviewed = self.reviewed.read(request, viewer.account_id, self.now())
         return Visit(viewer, session_id(request), Filter.read(query), reviewed)
 
@@ -115,6 +119,18 @@ class Frame:
     def leave(self, visit: Visit, notice: Notice) -> None:
         """Keep a notice for the next list that the visitor sees."""
         self._notices.put(visit.owner, notice)
+
+    async def limits(self, visit: Visit) -> latchkey.Limits:
+        """Return the limits for the account's tokens, so that forms offer only what is allowed.
+
+        Without an answer, forms offer everything: the service has the final say. An older server
+        does not know the question, and a policy may forbid it.
+        """
+        try:
+            return await self.client.get_limits(visit.account_id)
+        except latchkey.LatchkeyError as error:
+            _log.info("limits are not known: %s", error.code.name)
+            return latchkey.Limits()
 
     async def list(self, request: Request, visit: Visit, notice: Notice | None = None) -> Response:
         """Return the list, with the notice that the previous request left."""

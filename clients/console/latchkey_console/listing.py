@@ -23,9 +23,10 @@ from latchkey import (
     TokenOrder,
     TokenState,
 )
+from latchkey_coherence.names import name_key
 
 from latchkey_console import review
-from latchkey_console.text import name_key, searchable
+from latchkey_console.text import searchable
 
 __all__ = ["ROWS_MAX", "Count", "Filter", "Listed", "Sort", "fetch", "more_rows", "named"]
 

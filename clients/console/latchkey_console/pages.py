@@ -19,7 +19,7 @@ from latchkey_console import listing
 from latchkey_console.creation import Creations, Different, Lost, Made, NotMade
 from latchkey_console.expiring import Expiring
 from latchkey_console.failures import Trouble, is_refusal, trouble
-from latchkey_console.forms import NewToken, TokenForm
+from latchkey_console.forms import NewToken, TokenForm, expiries, last_day
 from latchkey_console.frame import Frame, Notice, Visit, read_fields, rows_context, unchanged
 from latchkey_console.identity import NotSignedIn
 from latchkey_console.showing import Displays
@@ -77,7 +77,7 @@ class Pages:
         """Show the form for a new token."""
         visit = self._frame.visit(request, request.query_params)
         draft = self._drafts.pop(str(request.session.pop("draft", "")))
-        return await self._form(request, visit, draft or TokenForm())
+        return await self._form(request, visit, draft)
 
     async def create(self, request: Request) -> Response:
         """Create the form's token once, or show the form again with its errors."""
@@ -176,9 +176,16 @@ class Pages:
         self._drafts.put(draft, form)
 
     async def _form(
-        self, request: Request, visit: Visit, form: TokenForm, status: int = 200
+        self, request: Request, visit: Visit, form: TokenForm | None, status: int = 200
     ) -> Response:
-        values = {"form": form, "mark": self._frame.new_mark(visit)}
+        limits = await self._frame.limits(visit)
+        values = {
+            "form": form or TokenForm.within(limits),
+            "mark": self._frame.new_mark(visit),
+            "limits": limits,
+            "expiries": expiries(limits),
+            "last_day": last_day(limits, self._frame.now()),
+        }
         return await self._frame.dialog(request, visit, "new.html", values, status)
 
     async def _not_made(

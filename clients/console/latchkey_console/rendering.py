@@ -60,6 +60,7 @@ class Renderer:
             "iso": times.iso,
             "minute": times.minute,
             "sort_words": SORTS.__getitem__,
+            "span": times.span,
             "visible": visible,
             "visible_lines": visible_lines,
         }

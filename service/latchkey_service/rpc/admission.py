@@ -222,7 +222,8 @@ class RejectionPacer:
     A delayed caller retries later, because a connection carries a limited number of calls.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seconds_max: float = REJECTION_SECONDS_MAX) -> None:
+        self._seconds_max = seconds_max
         self._due = 0.0
 
     def delay_seconds(self, now: float, seconds: float | None = None) -> float:
@@ -231,7 +232,7 @@ class RejectionPacer:
         The delay leaves the caller, who waits for `seconds`, time to receive the answer.
         """
         burst_seconds = REJECTIONS_AT_ONCE / REJECTIONS_PER_SECOND
-        self._due = min(max(self._due, now - burst_seconds), now + REJECTION_SECONDS_MAX)
+        self._due = min(max(self._due, now - burst_seconds), now + self._seconds_max)
         delay = max(0.0, self._due - now)
         self._due += 1 / REJECTIONS_PER_SECOND
         return delay if seconds is None else min(delay, seconds / 2)

@@ -3,28 +3,36 @@
 The other methods are in `token_service.py`, except Verify and BatchVerify.
 """
 
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 import grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 
+from latchkey_service.errors import FieldViolation, InvalidArgument
 from latchkey_service.rpc.managed_calls import current_call
 from latchkey_service.rpc.token_service import (
     TokenService,
     call_of,
     put_receipt,
+    rate_limit_of,
     to_datetime,
     to_filter,
     to_timedelta,
 )
 from latchkey_service.rpc.verify_calls import put_token
 from latchkey_service.tokens.changes import NewValues
+from latchkey_service.tokens.importing import IMPORTED_MAX, Row
+from latchkey_service.tokens.importing import Outcome as ImportOutcome
 from latchkey_service.tokens.lifecycle import Rotation
 
 __all__ = ["FullTokenService"]
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[object, object]
+
+
+_IMPORT_OUTCOMES = {outcome: pb.ImportOutcome.ValueType(outcome) for outcome in ImportOutcome}
 
 
 class FullTokenService(TokenService):
@@ -44,6 +52,7 @@ class FullTokenService(TokenService):
             token.description,
             token.allowed_networks,
             token.permissions,
+            rate_limit_of(token),
         )
         call = call_of(current_call.get(), wait=not request.no_wait)
         record, receipt = await self._lifecycle.update(request.account_id, request.id, new, call)
@@ -94,6 +103,26 @@ class FullTokenService(TokenService):
         put_receipt(receipt, response.receipt)
         return response
 
+    async def Import(self, request: pb.ImportRequest, context: "Context") -> pb.ImportResponse:
+        call = current_call.get()
+        results = await self._importer.import_tokens(
+            # Too many are refused, and need not be converted.
+            [_row(token) for token in request.tokens[: IMPORTED_MAX + 1]],
+            call_of(call, wait=False),
+            call.caller.lifetimes.limit,
+            validate_only=request.validate_only,
+        )
+        response = pb.ImportResponse()
+        for result in results:
+            message = response.results.add(outcome=_IMPORT_OUTCOMES[result.outcome])
+            if not request.validate_only or result.outcome is ImportOutcome.EXISTS:
+                message.id = result.token_id
+            for violation in result.violations:
+                message.field_violations.add(
+                    field=violation.field, description=violation.description
+                )
+        return response
+
     async def RevokeSecret(
         self, request: pb.RevokeSecretRequest, context: "Context"
     ) -> pb.RevokeSecretResponse:
@@ -104,6 +133,15 @@ class FullTokenService(TokenService):
             response.results.add(outcome=pb.SecretOutcome.ValueType(outcome))
         if receipt is not None:
             put_receipt(receipt, response.receipt)
+        return response
+
+    async def ReportSecret(
+        self, request: pb.ReportSecretRequest, context: "Context"
+    ) -> pb.ReportSecretResponse:
+        call = call_of(current_call.get(), wait=False)
+        response = pb.ReportSecretResponse()
+        for outcome in await self._bulk.report_secrets(request.secrets, call):
+            response.results.add(outcome=pb.SecretOutcome.ValueType(outcome))
         return response
 
     async def DeleteAll(
@@ -119,3 +157,30 @@ class FullTokenService(TokenService):
         if deletions.receipt is not None:
             put_receipt(deletions.receipt, response.receipt)
         return response
+
+
+def _row(token: pb.ImportedToken) -> Row:
+    """Return a row. A time that cannot be represented is one of its violations."""
+    times: dict[str, datetime] = {}
+    violations: list[FieldViolation] = []
+    for field in ("expire_time", "create_time"):
+        if token.HasField(field):
+            try:
+                times[field] = to_datetime(field, getattr(token, field))
+            except InvalidArgument as error:
+                violations += error.violations
+    return Row(
+        token.account_id,
+        token.name,
+        token.scope,
+        times.get("expire_time"),
+        dict(token.labels),
+        token.description,
+        token.allowed_networks,
+        token.permissions,
+        token.secret_sha256,
+        token.hint,
+        times.get("create_time"),
+        token.disabled,
+        tuple(violations),
+    )

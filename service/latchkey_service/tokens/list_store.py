@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from latchkey_service.coherence.snapshot import Snapshot
+from latchkey_service.coherence.snapshot import SNAPSHOT, Snapshot, snapshot_of
 from latchkey_service.postgres.connections import Pool, retry_on_conflict
 from latchkey_service.tokens.filter_table import (
     Arguments,
@@ -19,9 +19,7 @@ from latchkey_service.tokens.filters import Filter, Order
 from latchkey_service.tokens.token_table import (
     COLUMNS,
     DETAILS,
-    SNAPSHOT,
     detailed_record_of,
-    snapshot_of,
 )
 from latchkey_service.tokens.verdict import TokenRecord
 
@@ -100,7 +98,9 @@ class ListStore:
             counts = f"""(SELECT count(*) FILTER (WHERE {matches}) AS matching, count(*) AS walked
                              FROM ({everything}) t) c"""  # noqa: S608 - constants and conditions
         # The last token that the walk may read comes back too, as the place to go on from. OFFSET 0
-        # keeps the planner from computing the condition twice for each token.
+        # keeps the planner from computing the condition twice for each token. It only sees that the
+        # walk is sorted, and can stop early, if each level states the order.
+        ordered = order_of(selected, order, reverse=reverse)
         query = f"""
             SELECT h.revision, h.mark, h.timeline, c.matching, c.walked, page.*
               FROM {SNAPSHOT}
@@ -109,9 +109,10 @@ class ListStore:
                    SELECT t.n, t.key, t.key_id, t.matches, {COLUMNS}, {DETAILS}
                      FROM (SELECT t.*, coalesce({matches}, false) AS matches
                              FROM ({walked}) t
+                            ORDER BY {ordered}
                            OFFSET 0) t
                     WHERE t.matches OR t.n = {examined}
-                    ORDER BY {order_of(selected, order, reverse=reverse)}
+                    ORDER BY {ordered}
                     LIMIT $2) page ON true
              ORDER BY page.n
             """  # noqa: S608 - constants, and conditions without values

@@ -307,7 +307,9 @@ async def test_verify_translates_every_verdict(
     assert answer.verdict is verdict
     assert answer.allowed is (verdict is Verdict.VALID)
     assert (answer.revision, answer.mark) == (7, mark_of(7))
-    assert fake.calls[0].request == pb.VerifyRequest(secret=secret, required_scope=pb.SCOPE_READ)
+    assert fake.calls[0].request == pb.VerifyRequest(
+        secret=secret, required_scope=pb.SCOPE_READ, spends_shares=True
+    )
 
 
 @pytest.mark.parametrize("number", [0, 99, -1])
@@ -369,8 +371,8 @@ async def test_batch_verify_keeps_the_order(
     answers = await client.batch_verify([("\ud800", None), (Secret(secret), Scope.WRITE)])
     assert [answer.verdict for answer in answers] == [Verdict.UNKNOWN, Verdict.VALID]
     assert list(fake.calls[0].request.requests) == [
-        pb.VerifyRequest(),
-        pb.VerifyRequest(secret=secret, required_scope=pb.SCOPE_WRITE),
+        pb.VerifyRequest(spends_shares=True),
+        pb.VerifyRequest(secret=secret, required_scope=pb.SCOPE_WRITE, spends_shares=True),
     ]
     with pytest.raises(latchkey.InternalError):
         await client.batch_verify([(secret, None)])

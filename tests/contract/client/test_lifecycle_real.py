@@ -219,3 +219,30 @@ async def test_delete_all_by_filter(client: latchkey.Client) -> None:
     assert (deleted.count, deleted.more) == (1, False)
     assert deleted.receipt is not None
     assert [token.id async for token in client.list("acme")] == [kept.token.id]
+
+
+async def test_a_refused_verify_is_not_the_first_use(address: str, client: latchkey.Client) -> None:
+    """A verifier that was refused the new secret asks the service again for a use that is allowed,
+    which then ends the old secret."""
+    created = await client.create("acme", "ci", Scope.READ)
+    async with latchkey.Verifier(address, timeout_seconds=WAIT_SECONDS) as verifier:
+        await watching(verifier)
+
+        async def cached() -> bool:
+            await verifier.verify(created.secret)
+            return verifier.verify_nowait(created.secret) is not None
+
+        await eventually(cached, "the verifier to cache answers")
+        rotated = await client.rotate("acme", created.token.id, retire_on_first_use=True)
+        for _ in range(3):
+            refused = await verifier.verify(rotated.secret, Scope.WRITE)
+            assert refused.verdict is Verdict.INSUFFICIENT_SCOPE
+            assert verifier.verify_nowait(rotated.secret) is None
+        assert (await verifier.verify(created.secret)).allowed
+        assert (await verifier.verify(rotated.secret)).allowed
+
+        async def ended() -> bool:
+            return (await verifier.verify(created.secret)).verdict is Verdict.EXPIRED
+
+        await eventually(ended, "the older secret to end")
+        assert (await verifier.verify(rotated.secret)).allowed

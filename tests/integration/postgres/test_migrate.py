@@ -232,7 +232,7 @@ async def test_names_that_look_the_same(empty_url: str) -> None:
         await connection.execute(insert, "tok_freed", "f", "y\u200b", freed + "y\u200b", 0)
         await connection.execute("UPDATE token SET delete_time = now() WHERE id = 'gone'")
         before = await name_keys(connection)
-    assert [m.name for m in await migrate(empty_url, migrations)] == ["names"]
+    assert (await migrate(empty_url, migrations))[0].name == "names"
     async with session(empty_url) as connection:
         after = await name_keys(connection)
     for number, (_, name, new) in enumerate(rows):
@@ -262,13 +262,13 @@ async def test_a_database_with_tokens_is_migrated(empty_url: str) -> None:
     async with session(empty_url) as connection:
         row = await connection.fetchrow(
             """
-            SELECT t.name, t.name_key, t.version, t.permissions, s.ordinal, s.hint, s.seal,
-                   (SELECT count(*) FROM token_usage)
+            SELECT t.name, t.name_key, t.version, t.permissions, t.seal, t.seal_pepper_id,
+                   s.ordinal, s.hint, s.seal, (SELECT count(*) FROM token_usage)
               FROM token t JOIN secret s ON s.token_id = t.id
             """
         )
     assert row is not None
-    assert tuple(row) == ("N", "n", 0, [], 0, "", None, 0)
+    assert tuple(row) == ("N", "n", 0, [], None, None, 0, "", None, 0)
 
 
 async def test_the_order_by_last_use_covers_tokens_of_earlier_releases(empty_url: str) -> None:

@@ -60,6 +60,7 @@ class Scripted:
     errors: dict[str, list[latchkey.LatchkeyError]] = field(default_factory=dict)
     calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     lists: list[asyncio.Event] = field(default_factory=list)
+    limits: latchkey.Limits = field(default_factory=latchkey.Limits)
 
     async def list_page(
         self, account_id: str, wanted: latchkey.TokenFilter = EVERY, **_: Any
@@ -84,6 +85,10 @@ class Scripted:
     ) -> tuple[latchkey.CallerUsage, ...]:
         self._call("get_usage")
         return self.usage
+
+    async def get_limits(self, account_id: str, **_: Any) -> latchkey.Limits:
+        self._call("get_limits")
+        return self.limits
 
     async def update(self, account_id: str, token_id: str, **fields: Any) -> latchkey.Change:
         self._call("update", **fields)

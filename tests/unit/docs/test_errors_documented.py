@@ -5,6 +5,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import grpc
 import pytest
@@ -73,7 +74,9 @@ def test_reasons_of_the_service() -> None:
     """The table lists each reason of the service once, with its code, and no others."""
     rows = table(SERVICE)
     assert len(rows) == len(set(rows))
-    assert set(rows) == {*by_class(), *where_made()}
+    # The reasons that a violation gives its error.
+    violations = {("INVALID_ARGUMENT", reason) for reason in get_args(errors.ViolationReason)}
+    assert set(rows) == {*by_class(), *where_made(), *violations}
 
 
 def test_reasons_of_the_library() -> None:
