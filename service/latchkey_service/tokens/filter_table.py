@@ -55,8 +55,7 @@ _KEYS = {
 _NAME = r"regexp_replace(t.name_key, '^\x01[^\x01]*\x01', '')"
 # Subqueries that return one value: the planner computes them for each token that is read. It may
 # turn an EXISTS into a hash of the whole table.
-_LAST_USE = """coalesce((SELECT max(u.last_time) FROM token_usage u WHERE u.token_id = t.id),
-                        '-infinity'::timestamptz)"""
+_LAST_USE = "(SELECT max(u.last_time) FROM token_usage u WHERE u.token_id = t.id)"
 _RENEWED = """coalesce((SELECT max(coalesce(x.create_time, t.create_time)) FROM secret x
                                WHERE x.token_id = t.id), t.create_time)"""
 # Characters of a secret at the end of its hint.
@@ -107,11 +106,18 @@ def _about_times(selected: Filter, arguments: Arguments) -> Iterator[str]:
         yield f"t.expire_time < {arguments.add(selected.expires_before, 'timestamptz')}"
     if selected.never_expires is not None:
         yield f"t.expire_time IS {'' if selected.never_expires else 'NOT '}NULL"
+    # The last use is NULL without one. Each condition computes it once.
     if selected.unused_since is not None:
         since = arguments.add(selected.unused_since, "timestamptz")
-        yield f"t.create_time < {since} AND {_LAST_USE} < {since}"
-    if selected.never_used is not None:
-        yield f"{_LAST_USE} {'=' if selected.never_used else '>'} '-infinity'::timestamptz"
+        yield f"t.create_time < {since}"
+        if selected.never_used is None:
+            yield f"coalesce({_LAST_USE} < {since}, true)"
+        elif not selected.never_used:
+            yield f"coalesce({_LAST_USE} < {since}, false)"
+    if selected.never_used:
+        yield f"{_LAST_USE} IS NULL"
+    elif selected.never_used is not None and selected.unused_since is None:
+        yield f"{_LAST_USE} IS NOT NULL"
     if selected.secret_created_before is not None:
         before = arguments.add(selected.secret_created_before, "timestamptz")
         yield f"t.create_time < {before} AND {_RENEWED} < {before}"
