@@ -83,6 +83,9 @@ class Grant(_Form):
     number: Number | None = Field(description="The request that the grant answers. null: number 0.")
     offset: int = Field(0, description="Added to the number, to make an unrequested grant.")
     seconds: float
+    imported_prefixes: list[str] = Field(
+        [], description="The prefixes of imported secrets. Absent: the server accepts none."
+    )
 
 
 class Reset(_Form):
@@ -240,6 +243,17 @@ class Verify(_Question):
     from_memory: Verdict | None = Field(description="null: the client must ask the service.")
 
 
+class Present(_Step):
+    """A holder presents a string that is not in the cache."""
+
+    do: Literal["present"]
+    text: str
+    refuses: bool = Field(
+        description="true: the client may answer MALFORMED by itself, and this one does. false: it "
+        "must ask the service."
+    )
+
+
 class Wait(_Step):
     """Time passes until `at`."""
 
@@ -255,7 +269,8 @@ class Release(_Step):
 
 
 Step = Annotated[
-    Open | Receive | Break | Mute | Answer | Verify | Wait | Release, Field(discriminator="do")
+    Open | Receive | Break | Mute | Answer | Verify | Present | Wait | Release,
+    Field(discriminator="do"),
 ]
 
 
@@ -267,10 +282,10 @@ class Case(_Form):
         min_length=1, description="The rules of docs/protocol.md that the case is about."
     )
     level: Literal["must", "should", "reporting", "sharing"] = Field(
-        description="must: a client that fails may answer VALID for a deleted token, or make "
-        "Deletes wait. should: a client that fails is safe, but answers from its cache less often. "
-        "reporting: for clients that report uses. sharing: for clients that spend shares; one that "
-        "fails may accept more verifies than a rate limit permits.",
+        description="must: a client that fails may answer VALID for a deleted token, make Deletes "
+        "wait, or refuse a valid secret. should: a client that fails is safe, but answers from its "
+        "cache less often. reporting: for clients that report uses. sharing: for clients that "
+        "spend shares; one that fails may accept more verifies than a rate limit permits.",
     )
     story: str
     cache_entries: int = Field(100, ge=0, description="How many verdicts the client may keep.")

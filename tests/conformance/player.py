@@ -90,6 +90,11 @@ class Player:
                 )
                 found = None if answer is None else answer.verdict.name
                 assert found == step.from_memory, f"answered {found}, not {step.from_memory}"
+            case cases.Present():
+                answer = self.verifier.verify_nowait(step.text)
+                found = None if answer is None else answer.verdict.name
+                expected = "MALFORMED" if step.refuses else None
+                assert found == expected, f"answered {found}, not {expected}"
             case cases.Release():
                 self.subscription.release()
             case cases.Wait():
@@ -104,7 +109,10 @@ class Player:
             case cases.Grant():
                 number = 0 if event.number is None else self.numbers[event.number]
                 return _subscription.Grant(
-                    position_of(event.position), number + event.offset, event.seconds
+                    position_of(event.position),
+                    number + event.offset,
+                    event.seconds,
+                    tuple(event.imported_prefixes),
                 )
             case cases.Reset():
                 return _subscription.Reset(position_of(event.position))

@@ -59,6 +59,7 @@ def allowed_request(listener: Listener, path: str, account: str) -> Any:
         ),
         TOKENS + "DeleteAll": lambda: pb.DeleteAllRequest(account_id=account, dry_run=True),
         TOKENS + "RevokeSecret": lambda: pb.RevokeSecretRequest(secrets=["nonsense"]),
+        TOKENS + "ReportSecret": lambda: pb.ReportSecretRequest(secrets=["nonsense"]),
         TOKENS + "Import": lambda: pb.ImportRequest(
             tokens=[
                 pb.ImportedToken(

@@ -32,6 +32,7 @@ GOOD = {
     "RetireSecrets": pb.RetireSecretsRequest(account_id="acme", id="tok_never"),
     "DeleteAll": pb.DeleteAllRequest(account_id="acme"),
     "RevokeSecret": pb.RevokeSecretRequest(secrets=["lk_nonsense"]),
+    "ReportSecret": pb.ReportSecretRequest(secrets=["lk_nonsense"]),
     "Import": pb.ImportRequest(tokens=[pb.ImportedToken(account_id="acme")]),
     "Verify": pb.VerifyRequest(secret="lk_nonsense", required_scope=pb.SCOPE_READ),
     "BatchVerify": pb.BatchVerifyRequest(requests=[pb.VerifyRequest(secret="lk_nonsense")]),
@@ -62,7 +63,12 @@ ALLOWED = {
     ("Create", "description", "empty"),
     ("Create", "description", "another script's digits"),
     ("Create", "request_id", "empty"),
-    *(("RevokeSecret", "secrets", kind) for kind in BAD_TEXT if kind not in UNREADABLE),
+    *(
+        (method, "secrets", kind)
+        for method in ("RevokeSecret", "ReportSecret")
+        for kind in BAD_TEXT
+        if kind not in UNREADABLE
+    ),
 }
 LISTS = ("allowed_networks", "permissions")
 NOT_FOUND = {
@@ -153,6 +159,7 @@ async def test_missing_fields(channel):
         "RetireSecrets": ["account_id", "id"],
         "DeleteAll": ["account_id"],
         "RevokeSecret": ["secrets"],
+        "ReportSecret": ["secrets"],
         "Import": ["tokens"],
         "BatchVerify": ["requests"],
     }

@@ -135,13 +135,14 @@ async def test_the_secret_never_leaks(logs, channel, stub, create, database_url,
         )
         yield "Verify", required
         yield "RevokeSecret", pb.RevokeSecretRequest(secrets=[value, value + "x"])
+        yield "ReportSecret", pb.ReportSecretRequest(secrets=[value, value + "x"])
 
     for method, message in messages(secret):
         await attempt(method, message.SerializeToString(), metadata=(("x-request-id", secret),))
     for method in (
         *("Create", "Get", "GetUsage", "List", "Delete", "DeleteAll", "Verify", "BatchVerify"),
         *("GetLimits", "Import", "Update", "Disable", "Enable", "Rotate", "RetireSecrets"),
-        "RevokeSecret",
+        *("RevokeSecret", "ReportSecret"),
     ):
         await attempt(method, b"\xff" + secret.encode())
         await attempt(method, b"\x0a\x3f\xff" + secret.encode())

@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
-from google.protobuf import timestamp_pb2
+from google.protobuf import duration_pb2, timestamp_pb2
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.secret_format import Pepper
@@ -112,6 +112,21 @@ async def test_imported_secret_verifies_as_others_do(stub: Any) -> None:
     token = (await stub.Get(pb.GetRequest(account_id="acme", id=results[1].id), timeout=9)).token
     assert (token.description, token.expire_time) == ("why", expires)
     assert token.hint == "…"
+
+
+async def test_rate_limit_of_an_imported_token(stub: Any) -> None:
+    """An imported token can have a rate limit, which its row's seal covers."""
+    secret = key()
+    limit = pb.RateLimit(count=2, period=duration_pb2.Duration(seconds=3_600))
+    wrong = pb.RateLimit(count=0, period=duration_pb2.Duration(seconds=1, nanos=-1))
+    results = await imported(
+        stub, row(secret, rate_limit=limit), row(key(), "wrong", rate_limit=wrong)
+    )
+    assert outcomes(results) == ["IMPORTED", "INVALID"]
+    assert [v.field for v in results[1].field_violations] == ["rate_limit.period"]
+    assert [await verdict(stub, secret) for _ in range(3)] == ["VALID", "VALID", "RATE_LIMITED"]
+    named = pb.GetRequest(account_id="acme", id=results[0].id)
+    assert (await stub.Get(named, timeout=9)).token.rate_limit.count == 2
 
 
 async def test_only_accepted_prefixes_and_forms_are_looked_up(stub: Any) -> None:

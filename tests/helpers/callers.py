@@ -28,6 +28,7 @@ CALLERS: dict[str, tuple[str, list[str] | None]] = {
     "acmes-manager": ("manager", ["ac*"]),
     "acmes-operator": ("operator", [ACCOUNT]),
     "acmes-revoker": ("revoker", [ACCOUNT]),
+    "acmes-importer": ("importer", [ACCOUNT]),
 }
 
 

@@ -157,6 +157,10 @@ def describe_token(output: Console, token: "Token") -> None:
         used = local(token.last_used_time, seconds=True)
         by = f" by {visible(token.last_used_by)}" if token.last_used_by else ""
         grid.add_row("Last used", Text(f"{used} ({relative(token.last_used_time, now)}{by})"))
+    if token.leak_report_time is not None:
+        reported = local(token.leak_report_time, seconds=True)
+        when = f"reported {reported} ({relative(token.leak_report_time, now)})"
+        grid.add_row("Leak", Text(when, style="bold red"))
     if len(token.secrets) > 1:
         secrets = (_secret(secret, now) for secret in token.secrets)
         grid.add_row("Secrets", Text("\n").join(secrets))
@@ -178,6 +182,8 @@ def _secret(secret: "TokenSecret", now: datetime) -> Text:
         text += f", last used {relative(secret.last_used_time, now)}"
     if secret.retire_on_first_use:
         text += ", its first use ends the older ones"
+    if secret.leak_report_time is not None:
+        text += f", reported as leaked {relative(secret.leak_report_time, now)}"
     return Text(text)
 
 

@@ -18,6 +18,7 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey._rate_messages import (
     duration_in,
     rate_limit_in,
+    rate_limit_out,
     shares_in,
     shares_out,
 )
@@ -200,6 +201,9 @@ def _token_secret_in(message: pb.TokenSecret) -> TokenSecret:
             time_in(message.last_used_time) if message.HasField("last_used_time") else None
         ),
         retire_on_first_use=message.retire_on_first_use,
+        leak_report_time=(
+            time_in(message.leak_report_time) if message.HasField("leak_report_time") else None
+        ),
     )
 
 
@@ -244,6 +248,7 @@ def imported_out(token: ImportedToken) -> pb.ImportedToken:
                 None if token.create_time is None else time_out(token.create_time, "create_time")
             ),
             disabled=token.disabled,
+            rate_limit=None if token.rate_limit is None else rate_limit_out(token.rate_limit),
         )
     )
 
@@ -302,6 +307,7 @@ def verification_in(message: pb.VerifyResponse) -> Verification:
         token=token,
         revision=message.revision,
         mark=message.mark,
+        details_omitted=message.details_omitted,
         retry_after=(duration_in(message.retry_after) if message.HasField("retry_after") else None),
     )
 

@@ -62,7 +62,10 @@ BUDGET_TOKENS_PER_SUCCESS: Final = 0.1
 TIMEOUTS_SECONDS: Final[Mapping[str, float]] = {
     # A repeated Create or Rotate ends the secret that nobody received, and waits for that.
     **dict.fromkeys(("Create", "Rotate"), CHANGE_TIMEOUT_SECONDS),
-    **dict.fromkeys(("Get", "GetLimits", "GetUsage", "List", "Enable"), MANAGEMENT_TIMEOUT_SECONDS),
+    **dict.fromkeys(
+        ("Get", "GetLimits", "GetUsage", "List", "Enable", "ReportSecret"),
+        MANAGEMENT_TIMEOUT_SECONDS,
+    ),
     **dict.fromkeys(("Delete", "DeleteAll", "Disable", "Update"), CHANGE_TIMEOUT_SECONDS),
     **dict.fromkeys(
         ("Import", "InvalidateAll", "RetireSecrets", "RevokeSecret"), CHANGE_TIMEOUT_SECONDS

@@ -55,6 +55,7 @@ _ADVICE_WHEN_LOST: Final[Mapping[str, str]] = {
     "DeleteAll": "Tokens may be deleted, but not confirmed: call delete_all() again.",
     "Disable": "The token may be disabled, but not confirmed: call disable() again.",
     "Import": "Tokens may be imported: call import_tokens() again.",
+    "ReportSecret": "The secrets may be marked: call report_secrets() again.",
     "RetireSecrets": "The secrets may be dead, but not confirmed: call retire_secrets() again.",
     "RevokeSecret": "The secrets may be dead, but not confirmed: call revoke_secrets() again.",
     "Rotate": "The old secrets may be dead: call rotate() again for a new one.",

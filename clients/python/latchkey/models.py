@@ -61,6 +61,8 @@ class TokenSecret:
     """When a verify last called it valid, at most 15 seconds behind. None: not recorded."""
     retire_on_first_use: bool = False
     """Whether the first use of this secret ends the older ones."""
+    leak_report_time: datetime | None = None
+    """When it was first reported as leaked. None: never."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +97,12 @@ class Token:
     verification."""
     rate_limit: RateLimit | None = None
     """How often it may be used. None: any number of times."""
+
+    @property
+    def leak_report_time(self) -> datetime | None:
+        """When one of `secrets` was first reported as leaked. None: never."""
+        times = [secret.leak_report_time for secret in self.secrets]
+        return min((time for time in times if time is not None), default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +160,7 @@ UNCHANGED: Final = Unchanged.UNCHANGED
 
 @enum.unique
 class SecretOutcome(enum.Enum):
-    """What `Client.revoke_secrets` did with a secret."""
+    """What `Client.revoke_secrets` or `Client.report_secrets` did with a secret."""
 
     ENDED = "ended"
     """This call ended it."""
@@ -162,6 +170,8 @@ class SecretOutcome(enum.Enum):
     """The format is right, but no token has this secret."""
     MALFORMED = "malformed"
     """Not a Latchkey secret: wrong format or checksum."""
+    REPORTED = "reported"
+    """Only from `report_secrets`: it works, and is marked as leaked."""
     UNSPECIFIED = "unspecified"
     """An outcome that this version of the library does not know."""
 
@@ -241,6 +251,7 @@ class ImportedToken:
     description: str = ""
     allowed_networks: Sequence[str] = ()
     permissions: Sequence[str] = ()
+    rate_limit: RateLimit | None = None
     disabled: bool = False
 
 
@@ -324,6 +335,9 @@ class Verification:
     """The revision at which the answer was read. 0 if nothing was read."""
     mark: int = 0
     """The mark of `revision`. Together they are a position in one history of the database."""
+    details_omitted: bool = False
+    """Whether `token` lacks its labels, networks and permissions. Only in answers of
+    `batch_verify`; the verdict takes them into account."""
     retry_after: timedelta | None = None
     """With RATE_LIMITED: how long to wait before the token may be allowed again."""
 

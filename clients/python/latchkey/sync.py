@@ -225,6 +225,7 @@ class Client:
     rotate = _blocking(_client.Client.rotate)
     retire_secrets = _blocking(_client.Client.retire_secrets)
     revoke_secrets = _blocking(_client.Client.revoke_secrets)
+    report_secrets = _blocking(_client.Client.report_secrets)
     delete = _blocking(_client.Client.delete)
     delete_all = _blocking(_client.Client.delete_all)
     verify = _blocking(_client.Client.verify)

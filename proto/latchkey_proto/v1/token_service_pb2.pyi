@@ -183,9 +183,11 @@ class _SecretOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SecretO
     """The string has the right shape, but no token has this secret."""
     SECRET_OUTCOME_MALFORMED: _SecretOutcome.ValueType  # 4
     """The string is not a secret of this service: wrong shape or checksum."""
+    SECRET_OUTCOME_REPORTED: _SecretOutcome.ValueType  # 5
+    """Only from ReportSecret: the secret works, and is marked as leaked."""
 
 class SecretOutcome(_SecretOutcome, metaclass=_SecretOutcomeEnumTypeWrapper):
-    """What RevokeSecret did with a secret."""
+    """What RevokeSecret or ReportSecret did with a secret."""
 
 SECRET_OUTCOME_UNSPECIFIED: SecretOutcome.ValueType  # 0
 """Never sent."""
@@ -199,6 +201,8 @@ SECRET_OUTCOME_UNKNOWN: SecretOutcome.ValueType  # 3
 """The string has the right shape, but no token has this secret."""
 SECRET_OUTCOME_MALFORMED: SecretOutcome.ValueType  # 4
 """The string is not a secret of this service: wrong shape or checksum."""
+SECRET_OUTCOME_REPORTED: SecretOutcome.ValueType  # 5
+"""Only from ReportSecret: the secret works, and is marked as leaked."""
 Global___SecretOutcome: _TypeAlias = SecretOutcome  # noqa: Y015
 
 class _ImportOutcome:
@@ -433,6 +437,7 @@ class TokenSecret(_message.Message):
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     LAST_USED_TIME_FIELD_NUMBER: _builtins.int
     RETIRE_ON_FIRST_USE_FIELD_NUMBER: _builtins.int
+    LEAK_REPORT_TIME_FIELD_NUMBER: _builtins.int
     hint: _builtins.str
     """Prefix and last four characters, so that people recognise it."""
     retire_on_first_use: _builtins.bool
@@ -454,6 +459,12 @@ class TokenSecret(_message.Message):
         servers. Absent: no use recorded.
         """
 
+    @_builtins.property
+    def leak_report_time(self) -> _timestamp_pb2.Timestamp:
+        """When the secret was first reported as leaked, by ReportSecret or
+        RevokeSecret. Absent: never.
+        """
+
     def __init__(
         self,
         *,
@@ -462,10 +473,11 @@ class TokenSecret(_message.Message):
         expire_time: _timestamp_pb2.Timestamp | None = ...,
         last_used_time: _timestamp_pb2.Timestamp | None = ...,
         retire_on_first_use: _builtins.bool = ...,
+        leak_report_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "last_used_time", b"last_used_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "last_used_time", b"last_used_time", "leak_report_time", b"leak_report_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "hint", b"hint", "last_used_time", b"last_used_time", "retire_on_first_use", b"retire_on_first_use"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "hint", b"hint", "last_used_time", b"last_used_time", "leak_report_time", b"leak_report_time", "retire_on_first_use", b"retire_on_first_use"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1374,6 +1386,76 @@ class RevokeSecretResponse(_message.Message):
 Global___RevokeSecretResponse: _TypeAlias = RevokeSecretResponse  # noqa: Y015
 
 @_typing.final
+class ReportSecretRequest(_message.Message):
+    """Request of TokenService.ReportSecret."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SECRETS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def secrets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """1-1,000 secrets, as they were found. Any strings are allowed."""
+
+    def __init__(
+        self,
+        *,
+        secrets: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["secrets", b"secrets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportSecretRequest: _TypeAlias = ReportSecretRequest  # noqa: Y015
+
+@_typing.final
+class ReportSecretResult(_message.Message):
+    """What ReportSecret did with one secret. It reveals neither account nor name."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    outcome: Global___SecretOutcome.ValueType
+    """What happened."""
+    def __init__(
+        self,
+        *,
+        outcome: Global___SecretOutcome.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportSecretResult: _TypeAlias = ReportSecretResult  # noqa: Y015
+
+@_typing.final
+class ReportSecretResponse(_message.Message):
+    """Response of TokenService.ReportSecret."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReportSecretResult]:
+        """One result for each secret, in the same order."""
+
+    def __init__(
+        self,
+        *,
+        results: _abc.Iterable[Global___ReportSecretResult] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportSecretResponse: _TypeAlias = ReportSecretResponse  # noqa: Y015
+
+@_typing.final
 class DeleteAllRequest(_message.Message):
     """Request of TokenService.DeleteAll."""
 
@@ -1902,6 +1984,7 @@ class VerifyResponse(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     MARK_FIELD_NUMBER: _builtins.int
     RETRY_AFTER_FIELD_NUMBER: _builtins.int
+    DETAILS_OMITTED_FIELD_NUMBER: _builtins.int
     verdict: Global___Verdict.ValueType
     """The answer."""
     revision: _builtins.int
@@ -1912,6 +1995,13 @@ class VerifyResponse(_message.Message):
     mark: _builtins.int
     """The mark of `revision`. A client caches the answer only if it knows this
     position. 0 if `revision` is 0.
+    """
+    details_omitted: _builtins.bool
+    """Whether `token` lacks its labels, allowed_networks and permissions, although
+    the token may have some. Only in the responses of BatchVerify. The verdict
+    takes them into account. `revision` and `mark` are then 0, so that no client
+    caches the answer and applies it to other addresses or permissions. Verify
+    returns the complete token.
     """
     @_builtins.property
     def token(self) -> Global___Token:
@@ -1934,10 +2024,11 @@ class VerifyResponse(_message.Message):
         revision: _builtins.int = ...,
         mark: _builtins.int = ...,
         retry_after: _duration_pb2.Duration | None = ...,
+        details_omitted: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["retry_after", b"retry_after", "token", b"token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["mark", b"mark", "retry_after", b"retry_after", "revision", b"revision", "token", b"token", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["details_omitted", b"details_omitted", "mark", b"mark", "retry_after", b"retry_after", "revision", b"revision", "token", b"token", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1950,6 +2041,12 @@ class BatchVerifyRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUESTS_FIELD_NUMBER: _builtins.int
+    OMIT_DETAILS_FIELD_NUMBER: _builtins.int
+    omit_details: _builtins.bool
+    """Omits labels, allowed_networks and permissions from all tokens of the
+    response, for callers that need only the verdict, the account and the scope.
+    Such a response is small, and each of its answers has details_omitted.
+    """
     @_builtins.property
     def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___VerifyRequest]:
         """1-1,000 verifies."""
@@ -1958,10 +2055,11 @@ class BatchVerifyRequest(_message.Message):
         self,
         *,
         requests: _abc.Iterable[Global___VerifyRequest] | None = ...,
+        omit_details: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["requests", b"requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["omit_details", b"omit_details", "requests", b"requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

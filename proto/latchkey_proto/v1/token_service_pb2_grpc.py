@@ -113,6 +113,11 @@ class TokenServiceStub(object):
                 request_serializer=latchkey_dot_v1_dot_token__service__pb2.RevokeSecretRequest.SerializeToString,
                 response_deserializer=latchkey_dot_v1_dot_token__service__pb2.RevokeSecretResponse.FromString,
                 _registered_method=True)
+        self.ReportSecret = channel.unary_unary(
+                '/latchkey.v1.TokenService/ReportSecret',
+                request_serializer=latchkey_dot_v1_dot_token__service__pb2.ReportSecretRequest.SerializeToString,
+                response_deserializer=latchkey_dot_v1_dot_token__service__pb2.ReportSecretResponse.FromString,
+                _registered_method=True)
         self.DeleteAll = channel.unary_unary(
                 '/latchkey.v1.TokenService/DeleteAll',
                 request_serializer=latchkey_dot_v1_dot_token__service__pb2.DeleteAllRequest.SerializeToString,
@@ -317,6 +322,18 @@ class TokenServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportSecret(self, request, context):
+        """Marks up to 1,000 secrets as leaked, without ending them, for scanners that
+        leave the decision to the owners. The token shows when each of its secrets
+        was first reported (TokenSecret.leak_report_time). Changes no verdict.
+        Idempotent: repeating it keeps the first time. RevokeSecret sets the same
+        mark.
+        Errors: those of RevokeSecret.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteAll(self, request, context):
         """Deletes all live tokens of an account, or those that match a filter,
         permanently and under one revision. Deletes up to 1,000 tokens in one call,
@@ -385,9 +402,10 @@ class TokenServiceServicer(object):
 
     def BatchVerify(self, request, context):
         """Verifies up to 1,000 secrets with one look-up. Safe to retry, as Verify is.
-        The response contains each token with its labels, networks and permissions,
-        up to 27 MB. A client with gRPC's default message limit of 4 MiB must raise
-        the limit or send at most 150 requests at a time.
+        The response has at most 4 MiB, gRPC's default message limit. If the tokens
+        with all their labels, networks and permissions would take more, some of the
+        later responses omit these, and say so in details_omitted. Their verdicts take
+        everything into account. The tokens of up to 150 requests always fit.
         Errors: INVALID_ARGUMENT if there are no requests or too many; otherwise
         those of Verify.
         """
@@ -471,6 +489,11 @@ def add_TokenServiceServicer_to_server(servicer, server):
                     servicer.RevokeSecret,
                     request_deserializer=latchkey_dot_v1_dot_token__service__pb2.RevokeSecretRequest.FromString,
                     response_serializer=latchkey_dot_v1_dot_token__service__pb2.RevokeSecretResponse.SerializeToString,
+            ),
+            'ReportSecret': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportSecret,
+                    request_deserializer=latchkey_dot_v1_dot_token__service__pb2.ReportSecretRequest.FromString,
+                    response_serializer=latchkey_dot_v1_dot_token__service__pb2.ReportSecretResponse.SerializeToString,
             ),
             'DeleteAll': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteAll,
@@ -807,6 +830,33 @@ class TokenService(object):
             '/latchkey.v1.TokenService/RevokeSecret',
             latchkey_dot_v1_dot_token__service__pb2.RevokeSecretRequest.SerializeToString,
             latchkey_dot_v1_dot_token__service__pb2.RevokeSecretResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportSecret(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/latchkey.v1.TokenService/ReportSecret',
+            latchkey_dot_v1_dot_token__service__pb2.ReportSecretRequest.SerializeToString,
+            latchkey_dot_v1_dot_token__service__pb2.ReportSecretResponse.FromString,
             options,
             channel_credentials,
             insecure,

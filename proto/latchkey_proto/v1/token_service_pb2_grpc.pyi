@@ -157,6 +157,14 @@ class TokenServiceStub:
     Errors: INVALID_ARGUMENT if there are no secrets or too many; UNAVAILABLE:
     retry.
     """
+    ReportSecret: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.ReportSecretRequest, _token_service_pb2.ReportSecretResponse]
+    """Marks up to 1,000 secrets as leaked, without ending them, for scanners that
+    leave the decision to the owners. The token shows when each of its secrets
+    was first reported (TokenSecret.leak_report_time). Changes no verdict.
+    Idempotent: repeating it keeps the first time. RevokeSecret sets the same
+    mark.
+    Errors: those of RevokeSecret.
+    """
     DeleteAll: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.DeleteAllRequest, _token_service_pb2.DeleteAllResponse]
     """Deletes all live tokens of an account, or those that match a filter,
     permanently and under one revision. Deletes up to 1,000 tokens in one call,
@@ -205,9 +213,10 @@ class TokenServiceStub:
     """
     BatchVerify: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.BatchVerifyRequest, _token_service_pb2.BatchVerifyResponse]
     """Verifies up to 1,000 secrets with one look-up. Safe to retry, as Verify is.
-    The response contains each token with its labels, networks and permissions,
-    up to 27 MB. A client with gRPC's default message limit of 4 MiB must raise
-    the limit or send at most 150 requests at a time.
+    The response has at most 4 MiB, gRPC's default message limit. If the tokens
+    with all their labels, networks and permissions would take more, some of the
+    later responses omit these, and say so in details_omitted. Their verdicts take
+    everything into account. The tokens of up to 150 requests always fit.
     Errors: INVALID_ARGUMENT if there are no requests or too many; otherwise
     those of Verify.
     """
@@ -361,6 +370,14 @@ class TokenServiceAsyncStub(TokenServiceStub):
     Errors: INVALID_ARGUMENT if there are no secrets or too many; UNAVAILABLE:
     retry.
     """
+    ReportSecret: _aio.UnaryUnaryMultiCallable[_token_service_pb2.ReportSecretRequest, _token_service_pb2.ReportSecretResponse]  # type: ignore[assignment]
+    """Marks up to 1,000 secrets as leaked, without ending them, for scanners that
+    leave the decision to the owners. The token shows when each of its secrets
+    was first reported (TokenSecret.leak_report_time). Changes no verdict.
+    Idempotent: repeating it keeps the first time. RevokeSecret sets the same
+    mark.
+    Errors: those of RevokeSecret.
+    """
     DeleteAll: _aio.UnaryUnaryMultiCallable[_token_service_pb2.DeleteAllRequest, _token_service_pb2.DeleteAllResponse]  # type: ignore[assignment]
     """Deletes all live tokens of an account, or those that match a filter,
     permanently and under one revision. Deletes up to 1,000 tokens in one call,
@@ -409,9 +426,10 @@ class TokenServiceAsyncStub(TokenServiceStub):
     """
     BatchVerify: _aio.UnaryUnaryMultiCallable[_token_service_pb2.BatchVerifyRequest, _token_service_pb2.BatchVerifyResponse]  # type: ignore[assignment]
     """Verifies up to 1,000 secrets with one look-up. Safe to retry, as Verify is.
-    The response contains each token with its labels, networks and permissions,
-    up to 27 MB. A client with gRPC's default message limit of 4 MiB must raise
-    the limit or send at most 150 requests at a time.
+    The response has at most 4 MiB, gRPC's default message limit. If the tokens
+    with all their labels, networks and permissions would take more, some of the
+    later responses omit these, and say so in details_omitted. Their verdicts take
+    everything into account. The tokens of up to 150 requests always fit.
     Errors: INVALID_ARGUMENT if there are no requests or too many; otherwise
     those of Verify.
     """
@@ -624,6 +642,20 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def ReportSecret(
+        self,
+        request: _token_service_pb2.ReportSecretRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_token_service_pb2.ReportSecretResponse, _abc.Awaitable[_token_service_pb2.ReportSecretResponse]]:
+        """Marks up to 1,000 secrets as leaked, without ending them, for scanners that
+        leave the decision to the owners. The token shows when each of its secrets
+        was first reported (TokenSecret.leak_report_time). Changes no verdict.
+        Idempotent: repeating it keeps the first time. RevokeSecret sets the same
+        mark.
+        Errors: those of RevokeSecret.
+        """
+
+    @_abc_1.abstractmethod
     def DeleteAll(
         self,
         request: _token_service_pb2.DeleteAllRequest,
@@ -706,9 +738,10 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_token_service_pb2.BatchVerifyResponse, _abc.Awaitable[_token_service_pb2.BatchVerifyResponse]]:
         """Verifies up to 1,000 secrets with one look-up. Safe to retry, as Verify is.
-        The response contains each token with its labels, networks and permissions,
-        up to 27 MB. A client with gRPC's default message limit of 4 MiB must raise
-        the limit or send at most 150 requests at a time.
+        The response has at most 4 MiB, gRPC's default message limit. If the tokens
+        with all their labels, networks and permissions would take more, some of the
+        later responses omit these, and say so in details_omitted. Their verdicts take
+        everything into account. The tokens of up to 150 requests always fit.
         Errors: INVALID_ARGUMENT if there are no requests or too many; otherwise
         those of Verify.
         """

@@ -6,23 +6,26 @@ Owns when these tasks run. It owns neither their SQL nor the lease (`coherence/l
 import asyncio
 import os
 import random
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 
-from latchkey_service.audit.audit_table import AuditTable
+from latchkey_service.audit.audit_sealer import AuditSealer
 from latchkey_service.coherence.verifier_table import VerifierTable
 from latchkey_service.errors import Overloaded, StoreUnavailable, Unavailable
 from latchkey_service.postgres.circuit_breaker import jittered
 from latchkey_service.rpc.counters import Counts
 from latchkey_service.settings.logs import logger
 from latchkey_service.tokens import fleet
+from latchkey_service.tokens.event_store import EventStore
+from latchkey_service.tokens.event_table import Outbox
 from latchkey_service.tokens.lifecycle import REQUEST_AGE_MAX
 from latchkey_service.tokens.rate_table import RateTable
-from latchkey_service.tokens.token_store import TokenStore
 from latchkey_service.tokens.upkeep_store import UpkeepStore
 from latchkey_service.tokens.usage_table import UsageTable
 
 __all__ = [
+    "announce_expiring",
+    "count_expiring",
     "follow_peppers",
     "follow_verifier",
     "log_counts",
@@ -45,6 +48,11 @@ PURGE_SECONDS = 3_600.0
 # Small enough that nobody notices the locks.
 PURGE_BATCH = 1_000
 PRUNE_SECONDS = 60.0
+# Thresholds are days, so minutes do not matter.
+EXPIRING_SECONDS = 300.0
+EXPIRING_CHECK_SECONDS = 60.0
+# For the metrics.
+EXPIRING_DAYS = (1, 7, 30)
 # The log keeps invalidations for this many leases (coherence rule 11), and for some minutes at
 # least, so that a client need not start over after a short interruption.
 KEPT_LEASES = 10
@@ -157,7 +165,7 @@ def log_counts(counts: Counts, gauges: Gauges) -> None:
         logger().info("counts", pid=os.getpid(), **summary, **gauges())
 
 
-async def purge(store: TokenStore, retention: timedelta, now: Callable[[], datetime]) -> None:
+async def purge(store: UpkeepStore, retention: timedelta, now: Callable[[], datetime]) -> None:
     """Remove old tombstones once an hour. Runs until cancelled."""
 
     async def purge_all() -> None:
@@ -192,12 +200,14 @@ async def purge_lifecycle(
     await _repeat(PURGE_SECONDS, purge_all, "removal of expired tokens failed")
 
 
-async def purge_audit(table: AuditTable, retention: timedelta, now: Callable[[], datetime]) -> None:
+async def purge_audit(
+    sealer: AuditSealer, retention: timedelta, now: Callable[[], datetime]
+) -> None:
     """Remove old audit entries once an hour. Runs until cancelled."""
 
     async def purge_all() -> None:
         total = 0
-        while gone := await table.purge(now() - retention, PURGE_BATCH):
+        while gone := await sealer.purge(now() - retention, PURGE_BATCH):
             total += gone
         if total:
             logger().info("audit entries removed", entries=total)
@@ -216,6 +226,40 @@ async def purge_usage(table: UsageTable, now: Callable[[], datetime]) -> None:
             logger().info("daily counts of uses removed", days=total)
 
     await _repeat(PURGE_SECONDS, purge_all, "removal of daily counts of uses failed")
+
+
+async def announce_expiring(
+    store: EventStore, outbox: Outbox, days: Sequence[int], now: Callable[[], datetime]
+) -> None:
+    """Write events for tokens that expire soon, every few minutes. Runs until cancelled.
+
+    One worker of the fleet does it at a time.
+    """
+
+    async def announce() -> None:
+        if not await store.take_turn("announce_expiring", EXPIRING_SECONDS):
+            return
+        moment, cursor = now(), None
+        while True:
+            cursor = await store.announce_expiring(outbox, days, moment, cursor, PURGE_BATCH)
+            if cursor is None:
+                break
+        # An expiry that has passed is not announced any more.
+        while await store.purge_notices(moment, PURGE_BATCH):
+            pass
+
+    await _repeat(EXPIRING_CHECK_SECONDS, announce, "announcement of expiries failed")
+
+
+async def count_expiring(
+    store: EventStore, found: dict[int, int], now: Callable[[], datetime]
+) -> None:
+    """Keep in `found` how many tokens expire within some days. Runs until cancelled."""
+
+    async def count() -> None:
+        found.update(await store.count_expiring(EXPIRING_DAYS, now()))
+
+    await _repeat(EXPIRING_SECONDS, count, "count of expiring tokens failed", at_once=True)
 
 
 async def purge_rates(table: RateTable) -> None:
@@ -242,11 +286,18 @@ async def prune_log(table: VerifierTable, lease_seconds: float) -> None:
     await _repeat(PRUNE_SECONDS, prune, "pruning of the invalidation log failed")
 
 
-async def _repeat(seconds: float, work: Callable[[], Awaitable[None]], event: str) -> None:
-    """Repeat `work` forever, about every `seconds`. Logs failures as `event` and continues."""
+async def _repeat(
+    seconds: float, work: Callable[[], Awaitable[None]], event: str, *, at_once: bool = False
+) -> None:
+    """Repeat `work` forever, about every `seconds`. Logs failures as `event` and continues.
+
+    The first time is after that pause, too, unless `at_once`.
+    """
     while True:
-        # At a different time in each worker, so that they do not block each other.
-        await asyncio.sleep(jittered(seconds, random.random()))  # noqa: S311 - jitter
+        if not at_once:
+            # At a different time in each worker, so that they do not block each other.
+            await asyncio.sleep(jittered(seconds, random.random()))  # noqa: S311 - jitter
+        at_once = False
         try:
             await work()
         except Exception as error:  # noqa: BLE001 - logged and repeated

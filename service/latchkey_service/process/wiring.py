@@ -23,8 +23,11 @@ from latchkey_coherence.verdict_cache import VerdictCache
 from latchkey_service.access import policy as policies
 from latchkey_service.access.authenticator import ActivePolicy
 from latchkey_service.access.policy import PolicyError
+from latchkey_service.audit.audit_chain import ChainKeys
 from latchkey_service.audit.audit_log import AuditLog
+from latchkey_service.audit.audit_sealer import AuditSealer
 from latchkey_service.audit.audit_table import AuditTable
+from latchkey_service.audit.chain_table import ChainTable
 from latchkey_service.coherence.ack_waiter import AckWaiter
 from latchkey_service.coherence.client_leases import ClientLeases
 from latchkey_service.coherence.lease_renewer import LeaseRenewer
@@ -35,6 +38,7 @@ from latchkey_service.coherence.verifier_state import VerifierState
 from latchkey_service.coherence.verifier_table import Identity, VerifierTable
 from latchkey_service.coherence.watch_sessions import WatchSessions
 from latchkey_service.postgres.connections import Connector, Pool
+from latchkey_service.process.announcements import Announcements
 from latchkey_service.process.periodic import (
     follow_peppers,
     follow_verifier,
@@ -65,9 +69,8 @@ from latchkey_service.secret_format import Keyring
 from latchkey_service.settings.logs import logger
 from latchkey_service.settings.settings import Settings
 from latchkey_service.tokens.assembly import build_management
-from latchkey_service.tokens.batched_lookup import Lookup
+from latchkey_service.tokens.batched_lookup import LeasedLookup, Lookup
 from latchkey_service.tokens.imported import ImportedSecrets
-from latchkey_service.tokens.leased_lookup import LeasedLookup
 from latchkey_service.tokens.rate_draws import RateDraws
 from latchkey_service.tokens.rate_table import RateTable
 from latchkey_service.tokens.sealing import seal_rows
@@ -94,7 +97,7 @@ async def running(
     `policy_text` returns the latest valid text of the policy file, or None without a policy. The
     server reads it again just before it listens, so it starts with the newest policy. Calls
     `on_failure` if a background task fails, because the worker is then incomplete. Raises
-    PolicyError and TlsError.
+    PolicyError, TlsError and WebhookError.
     """
     if settings.database_url is None:
         raise ValueError("a worker needs a database URL")
@@ -113,6 +116,8 @@ async def running(
         settings.lease_seconds,
     )
     pool = await Pool.open(connector)
+    # Reads a file, so before the worker gives up root.
+    announcements = Announcements(settings, pool, _now)
     lookup = Lookup(connector.connect_with_generic_plans, boottime)
     # Connects when the first imported secret is presented.
     imported_lookup = Lookup(connector.connect_with_generic_plans, boottime)
@@ -155,8 +160,7 @@ async def running(
     )
     renewer.attach(watch_sessions.on_news, watch_sessions.__len__, lambda: listener.state)
 
-    store = TokenStore(pool)
-    table = VerifierTable(pool)
+    store, table = TokenStore(pool), VerifierTable(pool)
     ack_waiter = AckWaiter(
         table,
         connector.connect_with_generic_plans,
@@ -168,7 +172,14 @@ async def running(
     )
     reads = LeasedReads(renewer, verifier_state, boottime, pool.reconnect)
     management = build_management(
-        pool, keyring, ack_waiter, reads, settings.secret_prefix, _now, settings.lifetime
+        pool,
+        keyring,
+        ack_waiter,
+        reads,
+        settings.secret_prefix,
+        _now,
+        settings.lifetime,
+        announcements.outbox,
     )
     verifier = Verifier(
         keyring,
@@ -192,9 +203,9 @@ async def running(
         ),
         rates=rates,
     )
-    counts = Counts()
-    audit_table = AuditTable(pool)
+    counts, audit_table = Counts(), AuditTable(pool)
     audit = AuditLog(audit_table, time.monotonic, _now)
+    sealer = AuditSealer(ChainTable(pool), ChainKeys(keyring), time.monotonic, random.random)
     reporter = CallReporter(counts, audit, time.monotonic)
     managed = ManagedCalls(counts, audit, reporter, time.monotonic, boottime)
     paths = Paths(
@@ -212,7 +223,7 @@ async def running(
         Streams(reporter, time.monotonic),
     )
     if active_policy is not None:
-        active_policy.on_change(paths.recheck)
+        _follow_policy(active_policy, paths, audit)
     services = Services(
         FullTokenService(  # type: ignore[abstract]  # VerifyCalls has the rest
             management, watch_sessions, usage.table, time.time, keyring.imported_prefixes
@@ -239,9 +250,11 @@ async def running(
         primary=primary,
         managed=managed,
         audit=audit,
+        sealer=sealer,
         guard=server.guard,
         active_policy=active_policy,
         certificates=server.certificates,
+        announcements=announcements,
     )
 
     def gauges() -> Mapping[str, int]:
@@ -273,7 +286,7 @@ async def running(
         log_counts_regularly(counts, gauges),
         follow_peppers(table, identity.id),
         primary.run(),
-        purge(store, retention, _now),
+        purge(management.upkeep_store, retention, _now),
         purge_lifecycle(
             management.upkeep_store,
             timedelta(days=settings.expired_retention_days),
@@ -282,8 +295,10 @@ async def running(
         ),
         seal_rows(management.guard, management.upkeep_store),
         prune_log(table, settings.lease_seconds),
-        purge_audit(audit_table, timedelta(days=settings.audit_retention_days), _now),
+        sealer.run(),
+        purge_audit(sealer, timedelta(days=settings.audit_retention_days), _now),
         purge_usage(usage.table, _now),
+        *announcements.background(),
         purge_rates(RateTable(pool)),
     ]
     tasks = [begin(work) for work in background]
@@ -300,6 +315,7 @@ async def running(
             management.first_use.close(),
             primary.close(),
             lookup.close(),
+            announcements.close(),
             imported_lookup.close(),
             rates.draws.close(),
             store.close(),
@@ -336,6 +352,17 @@ def _identity(settings: Settings, keyring: Keyring) -> Identity:
         lease_seconds=settings.lease_seconds,
         pepper_ids=tuple(pepper.id for pepper in keyring.peppers),
     )
+
+
+def _follow_policy(active_policy: ActivePolicy, paths: Paths, audit: AuditLog) -> None:
+    """Record the policy, and each one that replaces it, and end streams that it does not allow."""
+
+    def record() -> None:
+        audit.policy_in_force(active_policy.policy.digest, f"{socket.gethostname()}:{os.getpid()}")
+
+    record()
+    active_policy.on_change(record)
+    active_policy.on_change(paths.recheck)
 
 
 def _now() -> datetime:

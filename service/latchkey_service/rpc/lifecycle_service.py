@@ -136,6 +136,15 @@ class FullTokenService(TokenService):
             put_receipt(receipt, response.receipt)
         return response
 
+    async def ReportSecret(
+        self, request: pb.ReportSecretRequest, context: "Context"
+    ) -> pb.ReportSecretResponse:
+        call = call_of(current_call.get(), wait=False)
+        response = pb.ReportSecretResponse()
+        for outcome in await self._bulk.report_secrets(request.secrets, call):
+            response.results.add(outcome=pb.SecretOutcome.ValueType(outcome))
+        return response
+
     async def DeleteAll(
         self, request: pb.DeleteAllRequest, context: "Context"
     ) -> pb.DeleteAllResponse:
@@ -174,9 +183,14 @@ def _filter(message: pb.TokenFilter) -> Filter:
 
 
 def _row(token: pb.ImportedToken) -> Row:
-    """Return a row. A time that cannot be represented is one of its violations."""
+    """Return a row. A time or duration that cannot be represented is one of its violations."""
     times: dict[str, datetime] = {}
     violations: list[FieldViolation] = []
+    rate_limit = None
+    try:
+        rate_limit = rate_limit_of(token)
+    except InvalidArgument as error:
+        violations += error.violations
     for field in ("expire_time", "create_time"):
         if token.HasField(field):
             try:
@@ -196,5 +210,6 @@ def _row(token: pb.ImportedToken) -> Row:
         token.hint,
         times.get("create_time"),
         token.disabled,
+        rate_limit,
         tuple(violations),
     )

@@ -241,7 +241,9 @@ def _wanted(request: pb.RateSharesRequest) -> list[WantedCalls]:
     return [WantedCalls(one.token_id, one.calls) for one in request.wanted[:WANTED_MAX]]
 
 
-def rate_limit_of(message: pb.CreateRequest | pb.Token) -> tuple[int, timedelta, int] | None:
+def rate_limit_of(
+    message: pb.CreateRequest | pb.ImportedToken | pb.Token,
+) -> tuple[int, timedelta, int] | None:
     """Return count, period and burst of the rate limit, or None. Raises InvalidArgument."""
     if not message.HasField("rate_limit"):
         return None

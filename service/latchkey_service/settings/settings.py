@@ -18,7 +18,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from latchkey_service.lifetime import Lifetime, duration_in
 from latchkey_service.secret_format import IMPORTED_PREFIX
-from latchkey_service.settings import database_url, exposure, file_access
+from latchkey_service.settings import database_url, exposure, file_access, webhook
 from latchkey_service.settings.data_dir import default_data_dir
 
 __all__ = [
@@ -221,6 +221,27 @@ class Settings(BaseSettings):
     audit_retention_days: int = Field(
         365, ge=1, le=36_500, description="how long audit entries are kept"
     )
+    webhook_url: Annotated[SecretStr, AfterValidator(webhook.valid_url)] | None = Field(
+        None,
+        description="URL that receives events about tokens: https, or http on loopback; unset: "
+        "events are not recorded",
+    )
+    webhook_secret_file: Path | None = Field(
+        None,
+        description="file with the secrets that sign events, newest first: whsec_ and base64, one "
+        "per line",
+    )
+    webhook_events: Annotated[str, AfterValidator(webhook.valid_events)] = Field(
+        "all",
+        description="events to send, with commas between them: all, or some of "
+        + ", ".join(webhook.EVENTS),
+    )
+    webhook_expiring_days: Annotated[str, AfterValidator(webhook.valid_days)] = Field(
+        "7,1", description="how many days before its expiry a token is announced as expiring"
+    )
+    webhook_retry_days: int = Field(
+        3, ge=1, le=90, description="how long an event is sent again if the receiver fails"
+    )
     lease_seconds: float = Field(
         3.0,
         ge=0.3,
@@ -420,21 +441,10 @@ def describe(settings: Settings) -> list[tuple[str, str, str, str]]:
         if name == "transport":
             value = exposure.transport_of(settings)
         if isinstance(value, SecretStr):
-            text = _redacted(value.get_secret_value())
+            redacted = webhook.redacted if name == "webhook_url" else database_url.redacted
+            text = redacted(value.get_secret_value())
         else:
             text = "" if value is None else str(value)
         source = "set" if name in settings.model_fields_set else "default"
         rows.append((PREFIX + name.upper(), text, source, field.description or ""))
     return rows
-
-
-def _redacted(url: str) -> str:
-    """Return a database URL without its password, wherever it is."""
-    match = database_url.DATABASE_URL.fullmatch(url)
-    if match is None:
-        return "***"
-    scheme, user, hosts, path, query = (part or "" for part in match.groups())
-    if user:
-        user = user.partition(":")[0] + (":***@" if ":" in user else "@")
-    query = re.sub(r"((?:^\?|&)(?:\w*password\w*)=)[^&]*", r"\1***", query, flags=re.IGNORECASE)
-    return scheme + user + hosts + path + query

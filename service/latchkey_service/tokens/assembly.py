@@ -15,6 +15,7 @@ from latchkey_service.secret_format import Keyring
 from latchkey_service.tokens.bulk import Bulk
 from latchkey_service.tokens.bulk_store import BulkStore
 from latchkey_service.tokens.confirmation import Confirmations
+from latchkey_service.tokens.event_table import NO_EVENTS, Outbox
 from latchkey_service.tokens.first_use import FirstUse
 from latchkey_service.tokens.import_store import ImportStore
 from latchkey_service.tokens.importing import Importer
@@ -49,12 +50,15 @@ def build_management(
     secret_prefix: str,
     now: Callable[[], datetime],
     lifetime: Lifetime = UNLIMITED,
+    outbox: Outbox = NO_EVENTS,
 ) -> Management:
     """Return the management of tokens on `pool`."""
     guard = SealGuard(keyring, boottime)
     confirmations = Confirmations(ack_waiter, now)
-    tokens = Tokens(TokenStore(pool), keyring, ack_waiter, reads, secret_prefix, now, os.urandom)
-    store = LifecycleStore(pool)
+    tokens = Tokens(
+        TokenStore(pool, outbox), keyring, ack_waiter, reads, secret_prefix, now, os.urandom
+    )
+    store = LifecycleStore(pool, outbox)
     lifecycle = Lifecycle(
         store,
         tokens,
@@ -67,7 +71,9 @@ def build_management(
         os.urandom,
         lifetime,
     )
-    bulk = Bulk(BulkStore(pool), store, keyring, confirmations, reads, now, tokens.confirming)
+    bulk = Bulk(
+        BulkStore(pool, outbox), store, keyring, confirmations, reads, now, tokens.confirming
+    )
     importer = Importer(
         ImportStore(pool), store, keyring, guard, confirmations, reads, now, os.urandom, lifetime
     )

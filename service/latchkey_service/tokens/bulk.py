@@ -1,4 +1,4 @@
-"""Ends many tokens or secrets at once: RevokeSecret and DeleteAll.
+"""Ends or marks many tokens or secrets at once: RevokeSecret, ReportSecret and DeleteAll.
 
 Owns the rules of these calls. Contains neither protobuf nor SQL (`bulk_store.py`).
 """
@@ -31,7 +31,7 @@ from latchkey_service.tokens.verdict import TokenRecord
 __all__ = ["DELETED_MAX", "LISTED_MAX", "REVOKED_MAX", "Bulk", "Deletions", "Outcome"]
 
 REVOKED_MAX = 1_000
-"""Secrets in a call of RevokeSecret."""
+"""Secrets in a call of RevokeSecret or ReportSecret."""
 DELETED_MAX = 1_000
 """Tokens that one call of DeleteAll deletes. Other Deletes wait meanwhile, some 0.3 s."""
 LISTED_MAX = 500
@@ -39,12 +39,13 @@ LISTED_MAX = 500
 
 
 class Outcome(enum.IntEnum):
-    """What RevokeSecret did with a secret, numbered as in the contract."""
+    """What RevokeSecret or ReportSecret did with a secret, numbered as in the contract."""
 
     ENDED = 1
     ENDED_BEFORE = 2
     UNKNOWN = 3
     MALFORMED = 4
+    REPORTED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +93,7 @@ class Bulk:
         Returns the outcomes in order, and a receipt if any secret belongs to a token. Raises
         FailedPrecondition while a server of an earlier release runs.
         """
-        if not 1 <= len(secrets) <= REVOKED_MAX:
-            check(FieldViolation("secrets", f"must have 1-{REVOKED_MAX} entries"))
-        parsed = [self._parse(secret) for secret in secrets]
-        digests = list(dict.fromkeys(d for one in parsed if isinstance(one, tuple) for d in one))
+        parsed, digests = self._digests_of(secrets)
         if not digests:
             return [one for one in parsed if isinstance(one, Outcome)], None
         require_new_rules(old_verifiers=await self._lifecycle_store.has_old_verifiers())
@@ -116,12 +114,33 @@ class Bulk:
         else:
             position, moment = changed.position, changed.moment
         outcomes = [
-            one if isinstance(one, Outcome) else _outcome([ended[d] for d in one if d in ended])
+            one
+            if isinstance(one, Outcome)
+            else _outcome([ended[d] for d in one if d in ended], Outcome.ENDED)
             for one in parsed
         ]
         if not ended:
             return outcomes, None
         return outcomes, await self._confirmations.receipt(position, moment, call)
+
+    async def report_secrets(self, secrets: Sequence[str], call: Call) -> list[Outcome]:
+        """Mark secrets as leaked, without ending them; return the outcomes in order. Idempotent."""
+        parsed, digests = self._digests_of(secrets)
+        found: dict[bytes, bool] = {}
+        if digests:
+            began = await self._reads.begin(call.deadline)
+            found, audited, snapshot = await self._store.report_secrets(
+                digests, self._now(), call.audit_context
+            )
+            if audited:
+                call.on_commit("")
+            await self._reads.accept(snapshot, began, call.deadline)
+        return [
+            one
+            if isinstance(one, Outcome)
+            else _outcome([found[d] for d in one if d in found], Outcome.REPORTED)
+            for one in parsed
+        ]
 
     async def delete_all(
         self, account_id: str, selected: Filter, call: Call, *, dry_run: bool
@@ -160,6 +179,17 @@ class Bulk:
                 )
         return Deletions(len(ids), (), receipt, more=len(ids) == DELETED_MAX)
 
+    def _digests_of(
+        self, secrets: Sequence[str]
+    ) -> tuple[list[tuple[bytes, ...] | Outcome], list[bytes]]:
+        """Return the possible digests of each text, or why it has none, and the distinct ones."""
+        if not 1 <= len(secrets) <= REVOKED_MAX:
+            check(FieldViolation("secrets", f"must have 1-{REVOKED_MAX} entries"))
+        parsed = [self._parse(secret) for secret in secrets]
+        return parsed, list(
+            dict.fromkeys(d for one in parsed if isinstance(one, tuple) for d in one)
+        )
+
     def _parse(self, secret: str) -> tuple[bytes, ...] | Outcome:
         """Return the possible digests of a secret, or what is wrong with it."""
         # Longer texts are not secrets, and searching them would take time.
@@ -172,11 +202,14 @@ class Bulk:
         return Outcome.UNKNOWN if digest is None else (digest,)
 
 
-def _outcome(working: Sequence[bool]) -> Outcome:
-    """Return the outcome for a secret, given for each of its digests whether it worked before."""
+def _outcome(working: Sequence[bool], done: Outcome) -> Outcome:
+    """Return the outcome for a secret, given for each of its digests whether it worked before.
+
+    `done` is the outcome if it worked.
+    """
     if not working:
         return Outcome.UNKNOWN
-    return Outcome.ENDED if any(working) else Outcome.ENDED_BEFORE
+    return done if any(working) else Outcome.ENDED_BEFORE
 
 
 def _filter_violations(selected: Filter) -> list[FieldViolation]:

@@ -12,6 +12,7 @@ from datetime import datetime
 from latchkey_coherence.verdict_cache import Position
 
 from latchkey_service.audit.audit_log import AuditContext
+from latchkey_service.audit.audit_table import DETAIL_COLUMNS, DETAIL_VALUES
 from latchkey_service.coherence.ack_rules import Acknowledgements
 from latchkey_service.coherence.snapshot import SNAPSHOT, Snapshot, mark_in, mark_out, snapshot_of
 from latchkey_service.errors import StoreUnavailable
@@ -21,6 +22,7 @@ from latchkey_service.postgres.connections import (
     require_durable_commit,
     retry_on_conflict,
 )
+from latchkey_service.tokens.event_table import NO_EVENTS, Outbox
 from latchkey_service.tokens.lifecycle_store import Changed
 from latchkey_service.tokens.receipt_table import RECEIPT, Deletion
 from latchkey_service.tokens.token_store import deletion_of
@@ -28,6 +30,14 @@ from latchkey_service.tokens.token_table import COLUMNS, DETAILS, detailed_recor
 from latchkey_service.tokens.verdict import TokenRecord
 
 __all__ = ["BulkStore", "Filter"]
+
+# Rows of events, for `Outbox.insert`.
+_REVOKED = """SELECT s.moment, t.account_id, t.id, t.name, t.expire_time, $3
+                FROM stamped s, (SELECT DISTINCT id FROM ended) e JOIN token t ON t.id = e.id"""
+_LEAKED = """SELECT clock_timestamp(), t.account_id, t.id, t.name, t.expire_time, $3
+               FROM (SELECT DISTINCT id FROM marked) m JOIN token t ON t.id = m.id"""
+_DELETED = """SELECT s.moment, t.account_id, t.id, t.name, t.expire_time, $3
+                FROM stamped s, live l JOIN token t ON t.id = l.id"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +96,9 @@ class Filter:
 class BulkStore:
     """Changes many tokens. Every method raises StoreUnavailable if Postgres is too slow."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, outbox: Outbox = NO_EVENTS) -> None:
         self._pool = pool
+        self._outbox = outbox
 
     @retry_on_conflict
     async def revoke_secrets(
@@ -119,7 +130,9 @@ class BulkStore:
                     stamped AS MATERIALIZED (
                         SELECT revision, mark, clock_timestamp() AS moment FROM next),
                     ended AS (
-                        UPDATE secret x SET retire_time = s.moment, seal = ''
+                        UPDATE secret x
+                           SET retire_time = s.moment, seal = '',
+                               leak_report_time = coalesce(x.leak_report_time, s.moment)
                           FROM stamped s, live l
                          WHERE x.digest = l.digest AND x.retire_time IS NULL
                         RETURNING x.digest, l.id, l.account_id,
@@ -132,9 +145,11 @@ class BulkStore:
                         SELECT DISTINCT s.revision, s.mark, l.id FROM stamped s, live l),
                     audited AS (
                         INSERT INTO audit (time, account_id, token_id, caller, method, peer,
-                                           request_id)
-                        SELECT DISTINCT s.moment, e.account_id, e.id, $3, $4, $5, $6
+                                           request_id, {DETAIL_COLUMNS})
+                        SELECT DISTINCT s.moment, e.account_id, e.id, $3, $4, $5, $6,
+                               {DETAIL_VALUES[7]}
                           FROM stamped s, ended e)
+                    {self._outbox.insert_for(audit_context.method, _REVOKED)}
                     SELECT s.revision, s.mark, s.moment, k.digest, coalesce(e.working, false),
                            e.digest IS NOT NULL
                       FROM secret k
@@ -148,6 +163,7 @@ class BulkStore:
                     audit_context.method,
                     audit_context.peer,
                     audit_context.request_id,
+                    audit_context.details,
                 )
         ended = {row[3]: row[4] for row in rows}
         audited = any(row[5] for row in rows)
@@ -155,6 +171,58 @@ class BulkStore:
             return None, ended, audited
         changed = Changed(Position(rows[0][0], mark_in(rows[0][1])), rows[0][2], None)
         return changed, ended, audited
+
+    @retry_on_conflict
+    async def report_secrets(
+        self, digests: Sequence[bytes], now: datetime, audit_context: AuditContext
+    ) -> tuple[dict[bytes, bool], bool, Snapshot]:
+        """Mark the working secrets with these digests as leaked, unless they are marked already.
+
+        Returns, for each digest that the database has, whether its secret works. Also returns
+        whether there is an audit entry, and the snapshot of the read.
+        """
+        async with self._pool.session() as session:
+            with require_durable_commit(session):
+                rows = await session.fetch(
+                    f"""
+                    WITH live AS MATERIALIZED (
+                        SELECT s.digest, t.id, t.account_id
+                          FROM token t JOIN secret s ON s.token_id = t.id
+                         WHERE s.digest = ANY($1::bytea[]) AND s.retire_time IS NULL
+                           AND coalesce(s.expire_time > $2, true)
+                           AND t.delete_time IS NULL AND coalesce(t.expire_time > $2, true)
+                           AND {DURABLE}
+                         ORDER BY t.id
+                           FOR UPDATE OF t),
+                    marked AS (
+                        UPDATE secret x SET leak_report_time = clock_timestamp()
+                          FROM live l
+                         WHERE x.digest = l.digest AND x.leak_report_time IS NULL
+                           AND x.retire_time IS NULL
+                        RETURNING l.id, l.account_id),
+                    audited AS (
+                        INSERT INTO audit (time, account_id, token_id, caller, method, peer,
+                                           request_id, {DETAIL_COLUMNS})
+                        SELECT clock_timestamp(), account_id, id, $3, $4, $5, $6,
+                               {DETAIL_VALUES[7]}
+                          FROM (SELECT DISTINCT account_id, id FROM marked) m)
+                    {self._outbox.insert_for(audit_context.method, _LEAKED)}
+                    SELECT h.revision, h.mark, h.timeline, k.digest, l.digest IS NOT NULL,
+                           EXISTS (SELECT FROM marked)
+                      FROM {SNAPSHOT}
+                      LEFT JOIN secret k ON k.digest = ANY($1::bytea[])
+                      LEFT JOIN live l ON l.digest = k.digest
+                    """,  # noqa: S608 - constants only
+                    list(digests),
+                    now,
+                    audit_context.caller,
+                    audit_context.method,
+                    audit_context.peer,
+                    audit_context.request_id,
+                    audit_context.details,
+                )
+        found = {row[3]: row[4] for row in rows if row[3] is not None}
+        return found, rows[0][5], snapshot_of(rows[0])
 
     @retry_on_conflict
     async def find_secrets(self, digests: Sequence[bytes]) -> tuple[set[bytes], Snapshot]:
@@ -213,7 +281,7 @@ class BulkStore:
         Returns the change, or None if no token matches, and the ids. Each token gets its own
         receipt and audit entry.
         """
-        condition, arguments = selected.condition(7, now)
+        condition, arguments = selected.condition(8, now)
         async with self._pool.session() as session:
             with require_durable_commit(session):
                 rows = await session.fetch(
@@ -245,11 +313,13 @@ class BulkStore:
                         SELECT s.revision, s.mark, l.id FROM stamped s, live l),
                     audited AS (
                         INSERT INTO audit (time, account_id, token_id, caller, method, peer,
-                                           request_id)
-                        SELECT s.moment, $1, l.id, $3, $4, $5, $6 FROM stamped s, live l),
+                                           request_id, {DETAIL_COLUMNS})
+                        SELECT s.moment, $1, l.id, $3, $4, $5, $6, {DETAIL_VALUES[7]}
+                          FROM stamped s, live l),
                     recorded AS (
                         INSERT INTO deletion (token_id, revision, mark, commit_time)
                         SELECT l.id, s.revision, s.mark, s.moment FROM stamped s, live l)
+                    {self._outbox.insert_for(audit_context.method, _DELETED)}
                     SELECT s.revision, s.mark, s.moment, l.id FROM stamped s, live l
                     """,  # noqa: S608 - constants, and conditions without values
                     account_id,
@@ -258,6 +328,7 @@ class BulkStore:
                     audit_context.method,
                     audit_context.peer,
                     audit_context.request_id,
+                    audit_context.details,
                     *arguments,
                 )
         if not rows:

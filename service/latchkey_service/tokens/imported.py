@@ -24,8 +24,7 @@ from latchkey_coherence.verdict_cache import Position
 from latchkey_service.coherence.verifier_state import VerifierState
 from latchkey_service.errors import Overloaded
 from latchkey_service.secret_format import Keyring
-from latchkey_service.tokens.batched_lookup import Found
-from latchkey_service.tokens.leased_lookup import LeasedLookup
+from latchkey_service.tokens.batched_lookup import Found, LeasedLookup
 from latchkey_service.tokens.verdict import CachedToken
 
 __all__ = ["Imported", "ImportedSecrets"]
@@ -63,8 +62,14 @@ class ImportedSecrets:
         self._pending: Counter[str] = Counter()
         # By the first digest: the position of the read, and until when it counts. Oldest first.
         self._absent: dict[bytes, tuple[Position, float]] = {}
-        self.absent_hits = 0
-        """Questions about secrets that were remembered as absent. Only rises."""
+        self.results: Counter[str] = Counter()
+        """Questions that `verify_cached` did not answer, by what became of them: `found` and
+        `absent` by a look-up, `remembered` as absent, or `rejected` because too many waited."""
+
+    @property
+    def waiting(self) -> int:
+        """How many digests wait for a query."""
+        return self._lookup.waiting
 
     def parse(self, presented: str) -> Imported | None:
         """Return the secret's possible digests, or None if it is not an imported one."""
@@ -80,7 +85,7 @@ class ImportedSecrets:
         now, state = self._clock(), self._verifier_state
         if position != state.cache.position or now >= until or now >= state.lease_ends:
             return False
-        self.absent_hits += 1
+        self.results["remembered"] += 1
         return True
 
     async def find(self, secrets: Sequence[Imported], caller: str, deadline: float) -> list[Found]:
@@ -93,6 +98,7 @@ class ImportedSecrets:
         for secret in secrets:
             candidates = [next(found) for _ in secret.digests]
             present = [one for one in candidates if one.record is not None]
+            self.results["found" if present else "absent"] += 1
             if not present:
                 self._remember(secret, candidates[0].snapshot.position)
             results.append(present[0] if present else candidates[0])
@@ -102,6 +108,7 @@ class ImportedSecrets:
     def _admitted(self, caller: str, count: int) -> Iterator[None]:
         # A single batch is always admitted if nothing else waits.
         if self._pending[caller] and self._pending[caller] + count > PENDING_MAX:
+            self.results["rejected"] += count
             raise Overloaded("Too many imported secrets are waiting for the database; try again.")
         self._pending[caller] += count
         try:

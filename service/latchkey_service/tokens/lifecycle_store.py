@@ -15,6 +15,7 @@ from uuid import UUID
 from latchkey_coherence.verdict_cache import Position
 
 from latchkey_service.audit.audit_log import AuditContext
+from latchkey_service.audit.audit_table import DETAIL_COLUMNS, DETAIL_VALUES
 from latchkey_service.coherence.snapshot import SNAPSHOT, Snapshot, mark_in, snapshot_of
 from latchkey_service.coherence.verifier_table import LIFECYCLE_RULES
 from latchkey_service.postgres.connections import (
@@ -24,6 +25,7 @@ from latchkey_service.postgres.connections import (
     retry_on_conflict,
 )
 from latchkey_service.secret_format import Secret
+from latchkey_service.tokens.event_table import NO_EVENTS, ROTATED, Outbox
 from latchkey_service.tokens.seal import TokenSeal
 from latchkey_service.tokens.token_store import Request
 from latchkey_service.tokens.token_table import (
@@ -123,8 +125,9 @@ class StoredRequest(NamedTuple):
 class LifecycleStore:
     """Changes tokens. Every method raises StoreUnavailable if Postgres is too slow."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, outbox: Outbox = NO_EVENTS) -> None:
         self._pool = pool
+        self._outbox = outbox
 
     @retry_on_conflict
     async def read_state(
@@ -144,7 +147,8 @@ class LifecycleStore:
                                              s.ordinal, s.request_id,
                                              (SELECT max(u.last_time) FROM token_usage u
                                                WHERE u.token_id = t.id
-                                                 AND u.hint = coalesce(nullif(s.hint, ''), t.hint)))
+                                                 AND u.hint = coalesce(nullif(s.hint, ''), t.hint)),
+                                             s.leak_report_time)
                                          ORDER BY s.ordinal DESC)
                           FROM secret s WHERE s.token_id = t.id AND s.retire_time IS NULL),
                        t.seal, t.seal_pepper_id, {COLUMNS}, {DETAILS}
@@ -163,7 +167,7 @@ class LifecycleStore:
         stored = tuple(
             StoredSecret(
                 SecretRecord(*secret[:6]),
-                TokenSecret(secret[6], secret[7], secret[2], secret[4], secret[10]),
+                TokenSecret(secret[6], secret[7], secret[2], secret[4], *secret[10:12]),
                 *secret[8:10],
             )
             for secret in secrets or ()
@@ -184,6 +188,16 @@ class LifecycleStore:
         row, then that of `head`, as Delete does.
         """
         record, minted, request = change.record, change.minted, change.request
+        rows = (
+            "SELECT s.moment, c.account_id, c.id, c.name, c.expire_time, $25"
+            " FROM stamped s, changed c"
+        )
+        announced = (
+            # A repeated Create changes a token that exists.
+            self._outbox.insert(ROTATED, rows)
+            if change.repeats
+            else self._outbox.insert_for(audit_context.method, rows)
+        )
         async with self._pool.session() as session:
             with require_durable_commit(session):
                 row = await session.fetchrow(
@@ -249,8 +263,10 @@ class LifecycleStore:
                         SELECT revision, mark, id FROM stamped),
                     audited AS (
                         INSERT INTO audit (time, account_id, token_id, caller, method, peer,
-                                           request_id)
-                        SELECT moment, $1, id, $25, $31, $32, $33 FROM stamped)
+                                           request_id, {DETAIL_COLUMNS})
+                        SELECT moment, $1, id, $25, $31, $32, $33, {DETAIL_VALUES[40]}
+                          FROM stamped)
+                    {announced}
                     SELECT s.revision, s.mark, s.moment, c.* FROM stamped s, changed c
                     """,  # noqa: S608 - constants only
                     record.account_id,
@@ -289,6 +305,7 @@ class LifecycleStore:
                     change.repeats,
                     *(change.seal or (None, None)),
                     *rate_columns(record.rate_limit),
+                    audit_context.details,
                 )
         if row is None:
             return None
@@ -335,7 +352,7 @@ class LifecycleStore:
         """
         async with self._pool.session() as session:
             status = await session.execute(
-                """
+                f"""
                 WITH freed AS (
                     UPDATE token
                        -- Unique, and still found by a search for a part of the name.
@@ -343,9 +360,10 @@ class LifecycleStore:
                      WHERE account_id = $1 AND name_key = $2 AND delete_time IS NULL
                        AND expire_time <= $3
                     RETURNING id)
-                INSERT INTO audit (account_id, token_id, caller, method, peer, request_id, reason)
-                SELECT $1, id, $4, $5, $6, $7, $8 FROM freed
-                """,
+                INSERT INTO audit (account_id, token_id, caller, method, peer, request_id, reason,
+                                   {DETAIL_COLUMNS})
+                SELECT $1, id, $4, $5, $6, $7, $8, {DETAIL_VALUES[9]} FROM freed
+                """,  # noqa: S608 - constants only
                 account_id,
                 name_key,
                 now,
@@ -354,5 +372,6 @@ class LifecycleStore:
                 audit_context.peer,
                 audit_context.request_id,
                 NAME_FREED,
+                audit_context.details,
             )
         return bool(status != "INSERT 0 0")

@@ -15,6 +15,7 @@ from uuid import UUID
 from latchkey_coherence.verdict_cache import Position
 
 from latchkey_service.audit.audit_log import AuditContext
+from latchkey_service.audit.audit_table import DETAIL_COLUMNS, DETAIL_VALUES
 from latchkey_service.coherence.ack_rules import Acknowledgements
 from latchkey_service.coherence.snapshot import SNAPSHOT, Snapshot, mark_in, mark_out, snapshot_of
 from latchkey_service.coherence.verifier_state import EVERY_TOKEN
@@ -28,6 +29,7 @@ from latchkey_service.postgres.connections import (
 )
 from latchkey_service.postgres.sessions import Pooler
 from latchkey_service.secret_format import Digest
+from latchkey_service.tokens.event_table import NO_EVENTS, Outbox
 from latchkey_service.tokens.fleet import KnownPepper
 from latchkey_service.tokens.receipt_table import RECEIPT, RECEIPT_COUNT, Deletion
 from latchkey_service.tokens.token_table import (
@@ -57,6 +59,9 @@ _PEPPER_LOCK = 0x706570706572  # "pepper"
 # Each host of a new fleet holds the lock for a few round trips, and all of them may start at once.
 _PEPPER_LOCK_SECONDS = 10
 
+_CREATED = "SELECT $6, account_id, id, $3, $7, $12 FROM token"
+_DELETED = "SELECT moment, $1, id, name, expire_time, $3 FROM stamped JOIN token USING (id)"
+
 
 @dataclass(frozen=True, slots=True)
 class PageStart:
@@ -83,8 +88,8 @@ class Request:
 class TokenStore:
     """Reads and writes tokens. Every method raises StoreUnavailable if Postgres is too slow."""
 
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
+    def __init__(self, pool: Pool, outbox: Outbox = NO_EVENTS) -> None:
+        self._pool, self._outbox = pool, outbox
 
     @classmethod
     async def open(cls, database_url: str, pooler: Pooler = "none") -> "TokenStore":
@@ -180,10 +185,12 @@ class TokenStore:
                      WHERE $21::uuid IS NULL OR EXISTS (SELECT FROM asked)
                     RETURNING id, account_id),
                 audited AS (
-                    INSERT INTO audit (account_id, token_id, caller, method, peer, request_id)
-                    SELECT account_id, id, $12, $13, $14, $15 FROM token),
+                    INSERT INTO audit (account_id, token_id, caller, method, peer, request_id,
+                                       {DETAIL_COLUMNS})
+                    SELECT account_id, id, $12, $13, $14, $15, {DETAIL_VALUES[30]} FROM token),
                 -- A database restored while this process runs may lack the process's pepper.
                 known AS (INSERT INTO pepper (id) VALUES ($11) ON CONFLICT DO NOTHING)
+                {self._outbox.insert_for(audit_context.method, _CREATED)}
                 INSERT INTO secret (digest, pepper_id, token_id, hint, create_time, request_id,
                                     seal)
                 SELECT $10, $11, id, $8, $6, $19, $20 FROM token WHERE {DURABLE}
@@ -215,6 +222,7 @@ class TokenStore:
                     None if request is None else request.reusable_before,
                     token_seal,
                     *rate_columns(record.rate_limit),
+                    audit_context.details,
                 )
         return status != "INSERT 0 0"
 
@@ -306,8 +314,9 @@ class TokenStore:
                         SELECT revision, mark, id FROM stamped),
                     audited AS (
                         INSERT INTO audit (time, account_id, token_id, caller, method, peer,
-                                           request_id)
-                        SELECT moment, $1, id, $3, $4, $5, $6 FROM stamped)
+                                           request_id, {DETAIL_COLUMNS})
+                        SELECT moment, $1, id, $3, $4, $5, $6, {DETAIL_VALUES[7]} FROM stamped)
+                    {self._outbox.insert_for(audit_context.method, _DELETED)}
                     INSERT INTO deletion AS d (token_id, revision, mark, commit_time)
                     SELECT id, revision, mark, moment FROM stamped
                     RETURNING {RECEIPT}
@@ -318,6 +327,7 @@ class TokenStore:
                     audit_context.method,
                     audit_context.peer,
                     audit_context.request_id,
+                    audit_context.details,
                 )
         return None if row is None else deletion_of(row)
 
@@ -404,8 +414,8 @@ class TokenStore:
                         SELECT revision, mark, $5 FROM stamped),
                     audited AS (
                         INSERT INTO audit (time, account_id, token_id, caller, method, peer,
-                                           request_id)
-                        SELECT moment, '', '', $1, $2, $3, $4 FROM stamped)
+                                           request_id, {DETAIL_COLUMNS})
+                        SELECT moment, '', '', $1, $2, $3, $4, {DETAIL_VALUES[6]} FROM stamped)
                     SELECT revision, mark, moment FROM stamped
                     """,  # noqa: S608 - constants only
                     audit_context.caller,
@@ -413,34 +423,11 @@ class TokenStore:
                     audit_context.peer,
                     audit_context.request_id,
                     EVERY_TOKEN,
+                    audit_context.details,
                 )
         if row is None:
             raise RuntimeError("the table `head` is empty")
         return Position(row[0], mark_in(row[1])), row[2]
-
-    @retry_on_conflict
-    async def purge_tombstones(self, before: datetime, limit: int) -> int:
-        """Remove up to `limit` tombstones of tokens deleted before a time; return how many.
-
-        Removes the uses of these tokens with them.
-        """
-        async with self._pool.session() as session:
-            status = await session.execute(
-                """
-                WITH gone AS MATERIALIZED (
-                    SELECT id FROM token
-                     WHERE delete_time < $1
-                     ORDER BY delete_time
-                     LIMIT $2
-                       FOR UPDATE SKIP LOCKED),
-                days AS (DELETE FROM token_usage_day WHERE token_id IN (SELECT id FROM gone)),
-                uses AS (DELETE FROM token_usage WHERE token_id IN (SELECT id FROM gone))
-                DELETE FROM token WHERE id IN (SELECT id FROM gone)
-                """,
-                before,
-                limit,
-            )
-        return int(status.removeprefix("DELETE "))
 
 
 def deletion_of(row: "asyncpg.Record") -> Deletion:

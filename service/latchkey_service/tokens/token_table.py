@@ -34,12 +34,13 @@ _COLUMN_COUNT = 15
 DETAILS = """t.description,
        (SELECT array_agg(ROW(s.hint, s.create_time, s.expire_time, s.retire_on_first_use,
                              (SELECT max(u.last_time) FROM token_usage u
-                               WHERE u.token_id = t.id AND u.hint = s.hint))
+                               WHERE u.token_id = t.id AND u.hint = s.hint),
+                             s.leak_report_time)
                          ORDER BY s.ordinal DESC)
           FROM (SELECT coalesce(nullif(x.hint, ''), t.hint) AS hint,
                        coalesce(x.create_time, t.create_time) AS create_time,
                        least(x.expire_time, x.retire_time) AS expire_time,
-                       x.retire_on_first_use, x.ordinal,
+                       x.retire_on_first_use, x.ordinal, x.leak_report_time,
                        max(x.ordinal) OVER () AS newest
                   FROM secret x
                  WHERE x.token_id = t.id) s

@@ -184,6 +184,30 @@ class UpkeepStore:
             )
 
     @retry_on_conflict
+    async def purge_tombstones(self, before: datetime, limit: int) -> int:
+        """Remove up to `limit` tombstones of tokens deleted before a time; return how many.
+
+        Removes the uses of these tokens with them.
+        """
+        async with self._pool.session() as session:
+            status = await session.execute(
+                """
+                WITH gone AS MATERIALIZED (
+                    SELECT id FROM token
+                     WHERE delete_time < $1
+                     ORDER BY delete_time
+                     LIMIT $2
+                       FOR UPDATE SKIP LOCKED),
+                days AS (DELETE FROM token_usage_day WHERE token_id IN (SELECT id FROM gone)),
+                uses AS (DELETE FROM token_usage WHERE token_id IN (SELECT id FROM gone))
+                DELETE FROM token WHERE id IN (SELECT id FROM gone)
+                """,
+                before,
+                limit,
+            )
+        return int(status.removeprefix("DELETE "))
+
+    @retry_on_conflict
     async def purge_ended(self, expired_before: datetime, before: datetime, limit: int) -> int:
         """Remove expired tokens, and secrets that ended before a time; return how many.
 

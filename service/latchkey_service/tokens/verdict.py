@@ -43,6 +43,7 @@ class TokenSecret(NamedTuple):
     """When it stops or stopped working. None: it works as long as the token."""
     retire_on_first_use: bool = False
     last_used_time: datetime | None = None
+    leak_report_time: datetime | None = None
 
 
 class TokenRecord(NamedTuple):

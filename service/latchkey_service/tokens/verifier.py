@@ -23,9 +23,8 @@ from latchkey_coherence.verdict_cache import NOWHERE, Position
 from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.coherence.verifier_state import VerifierState
 from latchkey_service.secret_format import IMPORTED_LENGTH_MAX, Keyring, Malformed
-from latchkey_service.tokens.batched_lookup import Found, Lookup
+from latchkey_service.tokens.batched_lookup import Found, LeasedLookup, Lookup
 from latchkey_service.tokens.imported import Imported, ImportedSecrets
-from latchkey_service.tokens.leased_lookup import LeasedLookup
 from latchkey_service.tokens.seal import SealGuard
 from latchkey_service.tokens.token_rates import TokenRates
 from latchkey_service.tokens.verdict import (
@@ -100,7 +99,7 @@ class Verifier:
         self._rates = rates
         self._keyring = keyring
         self._lookup = LeasedLookup(lookup, reads)
-        self._imported = imported
+        self.imported = imported
         self._verifier_state = verifier_state
         self._cache = verifier_state.cache
         self._entries = verifier_state.cache.entries
@@ -158,7 +157,7 @@ class Verifier:
             return parsed
         deadline = self._deadline(seconds_left)
         if isinstance(parsed, Imported):
-            (found,) = await self._imported.find((parsed,), caller, deadline)
+            (found,) = await self.imported.find((parsed,), caller, deadline)
         else:
             (found,) = await self._lookup.find((parsed,), deadline)
         self.answered_by_read += 1
@@ -187,7 +186,7 @@ class Verifier:
             return [answer for answer in parsed if isinstance(answer, Answer)]
         deadline = self._deadline(seconds_left)
         founds = iter(await self._lookup.find(digests, deadline) if digests else ())
-        others = iter(await self._imported.find(imported, caller, deadline) if imported else ())
+        others = iter(await self.imported.find(imported, caller, deadline) if imported else ())
         self.answered_by_form += by_form
         self.answered_by_read += len(digests) + len(imported)
         now = self._unix_time()
@@ -310,10 +309,10 @@ class Verifier:
         try:
             digest = self._keyring.digest_of(presented)
         except Malformed:
-            imported = self._imported.parse(presented)
+            imported = self.imported.parse(presented)
             if imported is None:
                 return MALFORMED
-            if self._imported.is_absent(imported):
+            if self.imported.is_absent(imported):
                 return Answer(Verdict.UNKNOWN, position=self._cache.position)
             return imported
         return UNKNOWN if digest is None else digest

@@ -71,6 +71,7 @@ def test_public_names_are_pinned() -> None:
         "VerifierStats",
         "VerifierStatus",
         "__version__",
+        "current_person",
     ]
     assert latchkey.__all__ == sorted(latchkey.__all__)
     assert all(hasattr(latchkey, name) for name in latchkey.__all__)
@@ -122,6 +123,7 @@ def test_every_rpc_has_a_client_method() -> None:
             "get_status": "status",
             "audit_service._list": "audit_page",
             "revoke_secret": "revoke_secrets",
+            "report_secret": "report_secrets",
             "import": "import_tokens",
         }.get(snake, snake)
         method = getattr(latchkey.Client, ours)

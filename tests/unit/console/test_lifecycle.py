@@ -20,6 +20,17 @@ def edited(**typed: str) -> dict[str, str]:
     return fields | {"description": "", "networks": ""} | typed
 
 
+async def test_leaked_token_is_marked() -> None:
+    """List and details say that a secret was reported as leaked, and no other token has that."""
+    leaked = secret("newX", 9, leak_report_time=NOW - timedelta(hours=2))
+    for secrets, marked in (((leaked,), True), ((secret("newX", 9),), False)):
+        async with console(Scripted(token(secrets=secrets))) as browser:
+            rows = text((await browser.get("/")).text)
+            details = text(await dialog(browser, "/token?id=tok_1"))
+        assert ("Leaked" in rows) == marked
+        assert ("Leaked: " in details) == marked
+
+
 async def test_details_show_the_whole_token() -> None:
     """The details have the id, both secrets, networks, permissions, labels and who uses it."""
     client = Scripted(

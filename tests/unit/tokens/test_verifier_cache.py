@@ -13,9 +13,8 @@ from latchkey_service.coherence.snapshot import Snapshot
 from latchkey_service.coherence.verifier_state import VerifierState
 from latchkey_service.errors import CacheStartedOver, StoreUnavailable
 from latchkey_service.secret_format import Keyring, Pepper
-from latchkey_service.tokens.batched_lookup import Found
+from latchkey_service.tokens.batched_lookup import READS_MAX, Found, LeasedLookup
 from latchkey_service.tokens.imported import ImportedSecrets
-from latchkey_service.tokens.leased_lookup import READS_MAX, LeasedLookup
 from latchkey_service.tokens.rate_draws import Drawn
 from latchkey_service.tokens.rate_table import Want
 from latchkey_service.tokens.seal import Sealer, SealGuard
@@ -105,7 +104,7 @@ class Bench:
         def disconnect() -> None:
             self.database.disconnected += 1
 
-        reads = LeasedReads(
+        self.reads = reads = LeasedReads(
             self.renewer,  # type: ignore[arg-type]  # all that reads use of it
             self.state,
             lambda: self.scene.now,
