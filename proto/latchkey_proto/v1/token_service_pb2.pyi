@@ -1724,6 +1724,7 @@ class ImportedToken(_message.Message):
     HINT_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     DISABLED_FIELD_NUMBER: _builtins.int
+    RATE_LIMIT_FIELD_NUMBER: _builtins.int
     account_id: _builtins.str
     """Owner of the token. Required."""
     name: _builtins.str
@@ -1762,6 +1763,10 @@ class ImportedToken(_message.Message):
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When the secret was created. Not in the future. Absent: now."""
 
+    @_builtins.property
+    def rate_limit(self) -> Global___RateLimit:
+        """How often the token may be used. Absent: as often as its holder likes."""
+
     def __init__(
         self,
         *,
@@ -1777,10 +1782,11 @@ class ImportedToken(_message.Message):
         hint: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         disabled: _builtins.bool = ...,
+        rate_limit: Global___RateLimit | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "rate_limit", b"rate_limit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "allowed_networks", b"allowed_networks", "create_time", b"create_time", "description", b"description", "disabled", b"disabled", "expire_time", b"expire_time", "hint", b"hint", "labels", b"labels", "name", b"name", "permissions", b"permissions", "scope", b"scope", "secret_sha256", b"secret_sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "allowed_networks", b"allowed_networks", "create_time", b"create_time", "description", b"description", "disabled", b"disabled", "expire_time", b"expire_time", "hint", b"hint", "labels", b"labels", "name", b"name", "permissions", b"permissions", "rate_limit", b"rate_limit", "scope", b"scope", "secret_sha256", b"secret_sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
