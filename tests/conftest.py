@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import shlex
 import shutil
 import signal
 import tempfile
@@ -26,7 +27,11 @@ from latchkey_service.tokens import pepper_file as pepper_files
 from latchkey_service.tokens.token_store import TokenStore
 
 from tests.helpers.databases import drop_database
-from tests.helpers.measured import pytest_runtest_protocol  # noqa: F401 - pytest calls the hook
+from tests.helpers.fork_server import Forked, fork_server
+from tests.helpers.measured import (
+    data_file,
+    pytest_runtest_protocol,  # noqa: F401 - pytest calls the hook
+)
 from tests.helpers.programs import INSTALLS
 from tests.helpers.scratch import SCRATCH
 from tests.helpers.servers import (
@@ -39,6 +44,7 @@ from tests.helpers.servers import (
     with_database,
 )
 from tests.helpers.stacks import task_stacks
+from tests.helpers.tool import PRELOADED
 from tests.helpers.waiting import WAIT_SECONDS
 
 if TYPE_CHECKING:
@@ -128,6 +134,22 @@ def scratch() -> Iterator[Path]:
     path.chmod(0o755)
     yield path
     shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def forked(scratch: Path, pytestconfig: pytest.Config) -> Iterator[Forked]:
+    """Commands that run a Python module in a process that has imported it already."""
+    with fork_server(scratch, *PRELOADED, data=data_file(pytestconfig)) as command:
+        yield command
+
+
+@pytest.fixture(scope="session")
+def latchkey(scratch: Path, forked: Forked) -> Path:
+    """A program for shells that runs the command line tool as `forked` does."""
+    path = scratch / "latchkey"
+    path.write_text(f'#!/bin/sh\nexec {shlex.join(forked("latchkey_cli"))} "$@"\n')
+    path.chmod(0o755)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from tests.console import browsing, tools
 from tests.console.processes import Console, console, run, sql
 from tests.console.relay import Relay
+from tests.helpers.measured import measured_python
 from tests.helpers.servers import TEMPLATE, execute, with_database
 from tests.helpers.service_process import service
 
@@ -130,10 +131,14 @@ def backend(page_database: str, pepper_file: Path, scratch: Path) -> Iterator[tu
 
 
 @pytest.fixture(scope="session")
-def page(backend: tuple[Relay, Any], scratch: Path) -> Iterator[tuple[Console, str]]:
+def page(
+    backend: tuple[Relay, Any], scratch: Path, pytestconfig: pytest.Config
+) -> Iterator[tuple[Console, str]]:
     """The console as a process. The browser's own headers play the sign-in proxy."""
     arguments = ("--account-header", "X-Forwarded-User", "--trusted-proxy", "127.0.0.1")
-    with console(scratch / "page", *arguments, "--target", backend[0].address) as running:
+    start = (*measured_python(pytestconfig), "-m", "latchkey_cli")
+    target = backend[0].address
+    with console(scratch / "page", *arguments, "--target", target, start=start) as running:
         yield running
 
 

@@ -79,6 +79,7 @@ app.command("receiver", cls=Command)(receiver.receiver)
 app.command("serve", cls=Command)(service.serve)
 app.command("policy", cls=Command)(service.policy)
 app.command("dev-ca", cls=Command)(service.dev_ca)
+app.command("migrate", cls=Command)(service.migrate)
 app.command("proto", cls=Command)(proto.proto)
 app.command("config", cls=Command)(service.config)
 
@@ -149,7 +150,7 @@ def _run(arguments: list[str]) -> int:
     # Checked before parsing, because the parser's error messages quote the argument.
     if (position := secrets.find_secret(arguments)) is not None:
         raise verify.refusal(f"argument {position}, which looks like a secret")
-    if (meant := placing.long_option_with_one_dash(arguments, _long_options())) is not None:
+    if (meant := placing.long_option_with_one_dash(arguments, _long_options)) is not None:
         raise Failure(
             f"'{meant[1:]}' has one dash, and long options have two",
             f"write {meant}; see '{NAME} --help'",

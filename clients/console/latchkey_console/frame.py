@@ -83,8 +83,13 @@ class Frame:
         self._notices: Expiring[Notice] = Expiring(NOTICE_SECONDS, NOTICES_MAX, monotonic)
 
     def visit(self, request: Request, query: Mapping[str, str]) -> Visit:
-        """Return the visit. Raises NotSignedIn and Refused."""
-        return Visit(self._identity.viewer(request), session_id(request), Filter.read(query))
+        """Return the visit, for whose person the client makes calls from now on.
+
+        Raises NotSignedIn and Refused.
+        """
+        viewer = self._identity.viewer(request)
+        latchkey.current_person.set(viewer.person or None)
+        return Visit(viewer, session_id(request), Filter.read(query))
 
     def is_ours(self, fields: Mapping[str, str], visit: Visit) -> bool:
         """Return whether a form of this session and account sent the fields."""

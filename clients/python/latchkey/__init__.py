@@ -8,6 +8,7 @@ here, so only their users need their dependencies.
 """
 
 from latchkey._audit import AuditEntry, AuditFilter, AuditPage, Outcome
+from latchkey._connection import current_person
 from latchkey._rate_limit import RateLimit
 from latchkey._version import __version__
 from latchkey.access import Access
@@ -108,4 +109,5 @@ __all__ = [
     "VerifierStats",
     "VerifierStatus",
     "__version__",
+    "current_person",
 ]

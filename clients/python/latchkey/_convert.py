@@ -307,6 +307,7 @@ def verification_in(message: pb.VerifyResponse) -> Verification:
         token=token,
         revision=message.revision,
         mark=message.mark,
+        details_omitted=message.details_omitted,
         retry_after=(duration_in(message.retry_after) if message.HasField("retry_after") else None),
     )
 

@@ -126,7 +126,8 @@ def cache_entry(
     a token under a limit.
     """
     token = answer.token
-    if token is None:
+    if token is None or answer.details_omitted:
+        # Without the networks, the verdict would apply to every address.
         return None
     if answer.verdict in _FINAL:
         # Without an expiry: after EXPIRED, this machine's clock must not make it VALID again.

@@ -234,15 +234,19 @@ class Client(LifecycleCalls):
             | tuple[str | Secret, Scope | None, str, Collection[str]]
         ],
         *,
+        omit_details: bool = False,
         timeout_seconds: float | None = None,
     ) -> tuple[Verification, ...]:
         """Verify 1 to 1,000 pairs of secret and required scope at the cost of one look-up.
 
         A pair may be followed by the client's address and the required permissions. The answers
-        come in the order of the questions.
+        come in the order of the questions. With `omit_details`, their tokens lack labels, networks
+        and permissions. If the complete tokens would take more than 4 MiB, some lack them in any
+        case. `Verification.details_omitted` says so.
         """
         request = pb.BatchVerifyRequest(
-            requests=[_verify_request(*question) for question in requests]
+            requests=[_verify_request(*question) for question in requests],
+            omit_details=omit_details,
         )
         answer = await self._call("BatchVerify", self._rpcs().BatchVerify, request, timeout_seconds)
         if len(answer.responses) != len(request.requests):

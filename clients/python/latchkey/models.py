@@ -335,6 +335,9 @@ class Verification:
     """The revision at which the answer was read. 0 if nothing was read."""
     mark: int = 0
     """The mark of `revision`. Together they are a position in one history of the database."""
+    details_omitted: bool = False
+    """Whether `token` lacks its labels, networks and permissions. Only in answers of
+    `batch_verify`; the verdict takes them into account."""
     retry_after: timedelta | None = None
     """With RATE_LIMITED: how long to wait before the token may be allowed again."""
 

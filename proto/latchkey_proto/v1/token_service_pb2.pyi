@@ -1990,6 +1990,7 @@ class VerifyResponse(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     MARK_FIELD_NUMBER: _builtins.int
     RETRY_AFTER_FIELD_NUMBER: _builtins.int
+    DETAILS_OMITTED_FIELD_NUMBER: _builtins.int
     verdict: Global___Verdict.ValueType
     """The answer."""
     revision: _builtins.int
@@ -2000,6 +2001,13 @@ class VerifyResponse(_message.Message):
     mark: _builtins.int
     """The mark of `revision`. A client caches the answer only if it knows this
     position. 0 if `revision` is 0.
+    """
+    details_omitted: _builtins.bool
+    """Whether `token` lacks its labels, allowed_networks and permissions, although
+    the token may have some. Only in the responses of BatchVerify. The verdict
+    takes them into account. `revision` and `mark` are then 0, so that no client
+    caches the answer and applies it to other addresses or permissions. Verify
+    returns the complete token.
     """
     @_builtins.property
     def token(self) -> Global___Token:
@@ -2022,10 +2030,11 @@ class VerifyResponse(_message.Message):
         revision: _builtins.int = ...,
         mark: _builtins.int = ...,
         retry_after: _duration_pb2.Duration | None = ...,
+        details_omitted: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["retry_after", b"retry_after", "token", b"token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["mark", b"mark", "retry_after", b"retry_after", "revision", b"revision", "token", b"token", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["details_omitted", b"details_omitted", "mark", b"mark", "retry_after", b"retry_after", "revision", b"revision", "token", b"token", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2038,6 +2047,12 @@ class BatchVerifyRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUESTS_FIELD_NUMBER: _builtins.int
+    OMIT_DETAILS_FIELD_NUMBER: _builtins.int
+    omit_details: _builtins.bool
+    """Omits labels, allowed_networks and permissions from all tokens of the
+    response, for callers that need only the verdict, the account and the scope.
+    Such a response is small, and each of its answers has details_omitted.
+    """
     @_builtins.property
     def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___VerifyRequest]:
         """1-1,000 verifies."""
@@ -2046,10 +2061,11 @@ class BatchVerifyRequest(_message.Message):
         self,
         *,
         requests: _abc.Iterable[Global___VerifyRequest] | None = ...,
+        omit_details: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["requests", b"requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["omit_details", b"omit_details", "requests", b"requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

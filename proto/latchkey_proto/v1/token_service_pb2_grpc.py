@@ -402,9 +402,10 @@ class TokenServiceServicer(object):
 
     def BatchVerify(self, request, context):
         """Verifies up to 1,000 secrets with one look-up. Safe to retry, as Verify is.
-        The response contains each token with its labels, networks and permissions,
-        up to 27 MB. A client with gRPC's default message limit of 4 MiB must raise
-        the limit or send at most 150 requests at a time.
+        The response has at most 4 MiB, gRPC's default message limit. If the tokens
+        with all their labels, networks and permissions would take more, some of the
+        later responses omit these, and say so in details_omitted. Their verdicts take
+        everything into account. The tokens of up to 150 requests always fit.
         Errors: INVALID_ARGUMENT if there are no requests or too many; otherwise
         those of Verify.
         """

@@ -19,6 +19,9 @@ __all__ = [
     "REMOVALS",
     "REVOKER",
     "ROLES",
+    "ROTATE",
+    "TWO_SIDED",
+    "UPDATE",
     "VERIFIER",
     "VERIFY",
     "AccountSource",
@@ -126,7 +129,7 @@ METHODS: Final[Mapping[str, Rule]] = MappingProxyType(
         "/latchkey.v1.MaintenanceService/InvalidateAll": Rule(
             OPERATOR, AccountSource.ALL, audited=True
         ),
-        "/latchkey.v1.AuditService/List": Rule(OPERATOR, AccountSource.REQUEST),
+        "/latchkey.v1.AuditService/List": Rule(OPERATOR, AccountSource.REQUEST, audited=True),
         "/grpc.health.v1.Health/Check": OPEN,
         "/grpc.health.v1.Health/Watch": OPEN,
         # Served only with LATCHKEY_REFLECTION.
@@ -140,6 +143,9 @@ REFLECTION: Final = "/grpc.reflection."
 REMOVALS: Final = frozenset(
     _TOKENS + name for name in ("Delete", "DeleteAll", "Disable", "RetireSecrets", "RevokeSecret")
 )
+UPDATE: Final = _TOKENS + "Update"
+ROTATE: Final = _TOKENS + "Rotate"
+TWO_SIDED: Final = frozenset((UPDATE, ROTATE))
 
 
 def rule_of(path: str) -> Rule:

@@ -117,6 +117,12 @@ FAMILIES: Final[Mapping[str, Family]] = {
         "audit entries of reads and failures: written, lost, aggregated (counted in another entry)",
     ),
     "latchkey_audit_waiting": Family("gauge", (), "audit entries that wait to be written"),
+    "latchkey_audit_newest_batch": Family(
+        "gauge", (), "number of the newest sealed batch of audit entries"
+    ),
+    "latchkey_audit_regressions": Family(
+        "counter", (), "times that sealed audit entries were missing or different"
+    ),
     "latchkey_tokens_expiring": Family(
         "gauge", ("within",), "tokens of the whole database that expire within 1d, 7d, 30d"
     ),

@@ -23,8 +23,11 @@ from latchkey_coherence.verdict_cache import VerdictCache
 from latchkey_service.access import policy as policies
 from latchkey_service.access.authenticator import ActivePolicy
 from latchkey_service.access.policy import PolicyError
+from latchkey_service.audit.audit_chain import ChainKeys
 from latchkey_service.audit.audit_log import AuditLog
+from latchkey_service.audit.audit_sealer import AuditSealer
 from latchkey_service.audit.audit_table import AuditTable
+from latchkey_service.audit.chain_table import ChainTable
 from latchkey_service.coherence.ack_waiter import AckWaiter
 from latchkey_service.coherence.client_leases import ClientLeases
 from latchkey_service.coherence.lease_renewer import LeaseRenewer
@@ -202,6 +205,7 @@ async def running(
     )
     counts, audit_table = Counts(), AuditTable(pool)
     audit = AuditLog(audit_table, time.monotonic, _now)
+    sealer = AuditSealer(ChainTable(pool), ChainKeys(keyring), time.monotonic, random.random)
     reporter = CallReporter(counts, audit, time.monotonic)
     managed = ManagedCalls(counts, audit, reporter, time.monotonic, boottime)
     paths = Paths(
@@ -219,7 +223,7 @@ async def running(
         Streams(reporter, time.monotonic),
     )
     if active_policy is not None:
-        active_policy.on_change(paths.recheck)
+        _follow_policy(active_policy, paths, audit)
     services = Services(
         FullTokenService(  # type: ignore[abstract]  # VerifyCalls has the rest
             management, watch_sessions, usage.table, time.time, keyring.imported_prefixes
@@ -246,6 +250,7 @@ async def running(
         primary=primary,
         managed=managed,
         audit=audit,
+        sealer=sealer,
         guard=server.guard,
         active_policy=active_policy,
         certificates=server.certificates,
@@ -290,7 +295,8 @@ async def running(
         ),
         seal_rows(management.guard, management.upkeep_store),
         prune_log(table, settings.lease_seconds),
-        purge_audit(audit_table, timedelta(days=settings.audit_retention_days), _now),
+        sealer.run(),
+        purge_audit(sealer, timedelta(days=settings.audit_retention_days), _now),
         purge_usage(usage.table, _now),
         *announcements.background(),
         purge_rates(RateTable(pool)),
@@ -346,6 +352,17 @@ def _identity(settings: Settings, keyring: Keyring) -> Identity:
         lease_seconds=settings.lease_seconds,
         pepper_ids=tuple(pepper.id for pepper in keyring.peppers),
     )
+
+
+def _follow_policy(active_policy: ActivePolicy, paths: Paths, audit: AuditLog) -> None:
+    """Record the policy, and each one that replaces it, and end streams that it does not allow."""
+
+    def record() -> None:
+        audit.policy_in_force(active_policy.policy.digest, f"{socket.gethostname()}:{os.getpid()}")
+
+    record()
+    active_policy.on_change(record)
+    active_policy.on_change(paths.recheck)
 
 
 def _now() -> datetime:

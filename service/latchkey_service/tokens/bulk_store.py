@@ -12,6 +12,7 @@ from datetime import datetime
 from latchkey_coherence.verdict_cache import Position
 
 from latchkey_service.audit.audit_log import AuditContext
+from latchkey_service.audit.audit_table import DETAIL_COLUMNS, DETAIL_VALUES
 from latchkey_service.coherence.ack_rules import Acknowledgements
 from latchkey_service.coherence.snapshot import SNAPSHOT, Snapshot, mark_in, mark_out, snapshot_of
 from latchkey_service.errors import StoreUnavailable
@@ -144,8 +145,9 @@ class BulkStore:
                         SELECT DISTINCT s.revision, s.mark, l.id FROM stamped s, live l),
                     audited AS (
                         INSERT INTO audit (time, account_id, token_id, caller, method, peer,
-                                           request_id)
-                        SELECT DISTINCT s.moment, e.account_id, e.id, $3, $4, $5, $6
+                                           request_id, {DETAIL_COLUMNS})
+                        SELECT DISTINCT s.moment, e.account_id, e.id, $3, $4, $5, $6,
+                               {DETAIL_VALUES[7]}
                           FROM stamped s, ended e)
                     {self._outbox.insert_for(audit_context.method, _REVOKED)}
                     SELECT s.revision, s.mark, s.moment, k.digest, coalesce(e.working, false),
@@ -161,6 +163,7 @@ class BulkStore:
                     audit_context.method,
                     audit_context.peer,
                     audit_context.request_id,
+                    audit_context.details,
                 )
         ended = {row[3]: row[4] for row in rows}
         audited = any(row[5] for row in rows)
@@ -199,8 +202,9 @@ class BulkStore:
                         RETURNING l.id, l.account_id),
                     audited AS (
                         INSERT INTO audit (time, account_id, token_id, caller, method, peer,
-                                           request_id)
-                        SELECT clock_timestamp(), account_id, id, $3, $4, $5, $6
+                                           request_id, {DETAIL_COLUMNS})
+                        SELECT clock_timestamp(), account_id, id, $3, $4, $5, $6,
+                               {DETAIL_VALUES[7]}
                           FROM (SELECT DISTINCT account_id, id FROM marked) m)
                     {self._outbox.insert_for(audit_context.method, _LEAKED)}
                     SELECT h.revision, h.mark, h.timeline, k.digest, l.digest IS NOT NULL,
@@ -215,6 +219,7 @@ class BulkStore:
                     audit_context.method,
                     audit_context.peer,
                     audit_context.request_id,
+                    audit_context.details,
                 )
         found = {row[3]: row[4] for row in rows if row[3] is not None}
         return found, rows[0][5], snapshot_of(rows[0])
@@ -276,7 +281,7 @@ class BulkStore:
         Returns the change, or None if no token matches, and the ids. Each token gets its own
         receipt and audit entry.
         """
-        condition, arguments = selected.condition(7, now)
+        condition, arguments = selected.condition(8, now)
         async with self._pool.session() as session:
             with require_durable_commit(session):
                 rows = await session.fetch(
@@ -308,8 +313,9 @@ class BulkStore:
                         SELECT s.revision, s.mark, l.id FROM stamped s, live l),
                     audited AS (
                         INSERT INTO audit (time, account_id, token_id, caller, method, peer,
-                                           request_id)
-                        SELECT s.moment, $1, l.id, $3, $4, $5, $6 FROM stamped s, live l),
+                                           request_id, {DETAIL_COLUMNS})
+                        SELECT s.moment, $1, l.id, $3, $4, $5, $6, {DETAIL_VALUES[7]}
+                          FROM stamped s, live l),
                     recorded AS (
                         INSERT INTO deletion (token_id, revision, mark, commit_time)
                         SELECT l.id, s.revision, s.mark, s.moment FROM stamped s, live l)
@@ -322,6 +328,7 @@ class BulkStore:
                     audit_context.method,
                     audit_context.peer,
                     audit_context.request_id,
+                    audit_context.details,
                     *arguments,
                 )
         if not rows:

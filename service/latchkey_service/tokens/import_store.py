@@ -13,6 +13,7 @@ from asyncpg import UniqueViolationError
 from latchkey_coherence.verdict_cache import Position
 
 from latchkey_service.audit.audit_log import AuditContext
+from latchkey_service.audit.audit_table import DETAIL_COLUMNS, DETAIL_VALUES
 from latchkey_service.coherence.snapshot import SNAPSHOT, Snapshot, mark_in, snapshot_of
 from latchkey_service.postgres.connections import (
     DURABLE,
@@ -128,6 +129,7 @@ class ImportStore:
                         audit_context.method,
                         audit_context.peer,
                         audit_context.request_id,
+                        audit_context.details,
                     )
         except UniqueViolationError:
             return None
@@ -180,8 +182,10 @@ logged AS (
     INSERT INTO invalidation (revision, mark, token_id)
     SELECT revision, mark, (SELECT min(id) FROM inserted) FROM stamped),
 audited AS (
-    INSERT INTO audit (time, account_id, token_id, caller, method, peer, request_id)
-    SELECT s.moment, i.account_id, i.id, $3, $4, $5, $6 FROM stamped s, inserted i)
+    INSERT INTO audit (time, account_id, token_id, caller, method, peer, request_id,
+                       {DETAIL_COLUMNS})
+    SELECT s.moment, i.account_id, i.id, $3, $4, $5, $6, {DETAIL_VALUES[7]}
+      FROM stamped s, inserted i)
 SELECT s.revision, s.mark, i.id FROM stamped s, inserted i
 """  # noqa: S608 - constants only
 

@@ -146,7 +146,10 @@ class RateDraws:
             self._worker = None
 
     async def _draw_for(self, batch: Sequence[_Waiter]) -> None:
-        wants = _sums(want for waiter in batch for want in waiter.wants)
+        # Nothing is drawn for callers that have left.
+        wants = _sums(want for waiter in batch if not waiter.future.done() for want in waiter.wants)
+        if not wants:
+            return
         limit = self._clock() + SECONDS_MAX
         try:
             async with asyncio.timeout(SECONDS_MAX):

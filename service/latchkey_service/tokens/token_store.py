@@ -15,6 +15,7 @@ from uuid import UUID
 from latchkey_coherence.verdict_cache import Position
 
 from latchkey_service.audit.audit_log import AuditContext
+from latchkey_service.audit.audit_table import DETAIL_COLUMNS, DETAIL_VALUES
 from latchkey_service.coherence.ack_rules import Acknowledgements
 from latchkey_service.coherence.snapshot import SNAPSHOT, Snapshot, mark_in, mark_out, snapshot_of
 from latchkey_service.coherence.verifier_state import EVERY_TOKEN
@@ -184,8 +185,9 @@ class TokenStore:
                      WHERE $21::uuid IS NULL OR EXISTS (SELECT FROM asked)
                     RETURNING id, account_id),
                 audited AS (
-                    INSERT INTO audit (account_id, token_id, caller, method, peer, request_id)
-                    SELECT account_id, id, $12, $13, $14, $15 FROM token),
+                    INSERT INTO audit (account_id, token_id, caller, method, peer, request_id,
+                                       {DETAIL_COLUMNS})
+                    SELECT account_id, id, $12, $13, $14, $15, {DETAIL_VALUES[30]} FROM token),
                 -- A database restored while this process runs may lack the process's pepper.
                 known AS (INSERT INTO pepper (id) VALUES ($11) ON CONFLICT DO NOTHING)
                 {self._outbox.insert_for(audit_context.method, _CREATED)}
@@ -220,6 +222,7 @@ class TokenStore:
                     None if request is None else request.reusable_before,
                     token_seal,
                     *rate_columns(record.rate_limit),
+                    audit_context.details,
                 )
         return status != "INSERT 0 0"
 
@@ -311,8 +314,8 @@ class TokenStore:
                         SELECT revision, mark, id FROM stamped),
                     audited AS (
                         INSERT INTO audit (time, account_id, token_id, caller, method, peer,
-                                           request_id)
-                        SELECT moment, $1, id, $3, $4, $5, $6 FROM stamped)
+                                           request_id, {DETAIL_COLUMNS})
+                        SELECT moment, $1, id, $3, $4, $5, $6, {DETAIL_VALUES[7]} FROM stamped)
                     {self._outbox.insert_for(audit_context.method, _DELETED)}
                     INSERT INTO deletion AS d (token_id, revision, mark, commit_time)
                     SELECT id, revision, mark, moment FROM stamped
@@ -324,6 +327,7 @@ class TokenStore:
                     audit_context.method,
                     audit_context.peer,
                     audit_context.request_id,
+                    audit_context.details,
                 )
         return None if row is None else deletion_of(row)
 
@@ -410,8 +414,8 @@ class TokenStore:
                         SELECT revision, mark, $5 FROM stamped),
                     audited AS (
                         INSERT INTO audit (time, account_id, token_id, caller, method, peer,
-                                           request_id)
-                        SELECT moment, '', '', $1, $2, $3, $4 FROM stamped)
+                                           request_id, {DETAIL_COLUMNS})
+                        SELECT moment, '', '', $1, $2, $3, $4, {DETAIL_VALUES[6]} FROM stamped)
                     SELECT revision, mark, moment FROM stamped
                     """,  # noqa: S608 - constants only
                     audit_context.caller,
@@ -419,6 +423,7 @@ class TokenStore:
                     audit_context.peer,
                     audit_context.request_id,
                     EVERY_TOKEN,
+                    audit_context.details,
                 )
         if row is None:
             raise RuntimeError("the table `head` is empty")

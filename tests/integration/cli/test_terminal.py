@@ -4,7 +4,6 @@ import asyncio
 import os
 import pty
 import re
-import sys
 import termios
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -13,14 +12,9 @@ from typing import Any
 import pytest
 from latchkey_proto.v1 import token_service_pb2 as pb
 
+from tests.helpers.fork_server import Forked
+
 TIMEOUT_SECONDS = 20
-# Makes the pseudo-terminal the controlling terminal, which getpass opens and which sends Ctrl-C.
-START = """
-import fcntl, sys, termios
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-from latchkey_cli.main import main
-sys.exit(main())
-"""
 
 
 class Terminal:
@@ -77,8 +71,9 @@ Create = Callable[..., Awaitable[pb.CreateResponse]]
 
 
 @pytest.fixture
-async def start(address: str, tmp_path: Path) -> AsyncIterator[Open]:
-    """Start the tool on a terminal."""
+async def start(address: str, tmp_path: Path, forked: Forked) -> AsyncIterator[Open]:
+    """Start the tool on a terminal, which is its controlling terminal: getpass opens it, and it
+    sends Ctrl-C."""
     terminals: list[Terminal] = []
 
     async def start(*arguments: str, **environment: str) -> Terminal:
@@ -86,11 +81,10 @@ async def start(address: str, tmp_path: Path) -> AsyncIterator[Open]:
         termios.tcsetwinsize(slave, (24, 80))
         try:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-c", START, *arguments),
+                *forked("latchkey_cli", *arguments, terminal=True),
                 stdin=slave,
                 stdout=slave,
                 stderr=slave,
-                start_new_session=True,
                 cwd=tmp_path,
                 env={
                     "PATH": os.defpath,

@@ -71,6 +71,7 @@ def test_public_names_are_pinned() -> None:
         "VerifierStats",
         "VerifierStatus",
         "__version__",
+        "current_person",
     ]
     assert latchkey.__all__ == sorted(latchkey.__all__)
     assert all(hasattr(latchkey, name) for name in latchkey.__all__)

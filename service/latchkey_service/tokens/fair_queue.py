@@ -1,7 +1,7 @@
 """A queue of calls that gives each caller an equal share. Event loop only.
 
 Owns the order of waiting calls, and which of them makes room for another. It does not own when they
-start (`native.py`), or how long the queue may be (`queue_limit.py`).
+start (`native.py`, `admission.py`), or how long the queue may be (`queue_limit.py`).
 """
 
 from collections import OrderedDict
@@ -31,6 +31,11 @@ class FairQueue(Generic[Call]):
 
     def __contains__(self, call_id: int) -> bool:
         return call_id in self._caller_of
+
+    def ahead_of(self, caller: str) -> int:
+        """Return how many calls start before the next one of `caller`, at most."""
+        its = len(self._callers.get(caller, ()))
+        return sum(min(len(calls), its + 1) for calls in self._callers.values())
 
     def fits(self, size_bytes: int) -> bool:
         """Return whether there is room for the bytes of another request."""
