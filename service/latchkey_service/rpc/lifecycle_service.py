@@ -3,6 +3,7 @@
 The other methods are in `token_service.py`, except Verify and BatchVerify.
 """
 
+import asyncio
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from latchkey_service.rpc.token_service import (
 )
 from latchkey_service.rpc.verify_calls import put_token
 from latchkey_service.tokens.changes import NewValues
+from latchkey_service.tokens.import_store import ROWS_AT_ONCE
 from latchkey_service.tokens.importing import IMPORTED_MAX, Row
 from latchkey_service.tokens.importing import Outcome as ImportOutcome
 from latchkey_service.tokens.lifecycle import Rotation
@@ -105,9 +107,14 @@ class FullTokenService(TokenService):
 
     async def Import(self, request: pb.ImportRequest, context: "Context") -> pb.ImportResponse:
         call = current_call.get()
+        rows = []
+        # Too many are refused, and need not be converted.
+        for number, token in enumerate(request.tokens[: IMPORTED_MAX + 1]):
+            if number % ROWS_AT_ONCE == 0:
+                await asyncio.sleep(0)
+            rows.append(_row(token))
         results = await self._importer.import_tokens(
-            # Too many are refused, and need not be converted.
-            [_row(token) for token in request.tokens[: IMPORTED_MAX + 1]],
+            rows,
             call_of(call, wait=False),
             call.caller.lifetimes.limit,
             validate_only=request.validate_only,
