@@ -13,6 +13,7 @@ import struct
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hpack
 import psutil
