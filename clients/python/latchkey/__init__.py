@@ -8,6 +8,8 @@ here, so only their users need their dependencies.
 """
 
 from latchkey._audit import AuditEntry, AuditFilter, AuditPage, Outcome
+from latchkey._connection import current_person
+from latchkey._rate_limit import RateLimit
 from latchkey._version import __version__
 from latchkey.access import Access
 from latchkey.client import Client
@@ -32,6 +34,10 @@ from latchkey.models import (
     Change,
     CreatedToken,
     Deletions,
+    ImportedToken,
+    ImportOutcome,
+    ImportResult,
+    Limits,
     Notifications,
     Page,
     Receipt,
@@ -42,6 +48,7 @@ from latchkey.models import (
     Status,
     Token,
     TokenFilter,
+    TokenOrder,
     TokenSecret,
     TokenState,
     Unchanged,
@@ -68,14 +75,19 @@ __all__ = [
     "Deletions",
     "FailedPrecondition",
     "FieldViolation",
+    "ImportOutcome",
+    "ImportResult",
+    "ImportedToken",
     "InternalError",
     "InvalidArgument",
     "LatchkeyError",
+    "Limits",
     "NotFound",
     "Notifications",
     "Outcome",
     "Page",
     "PermissionDenied",
+    "RateLimit",
     "Receipt",
     "ResourceExhausted",
     "Revocation",
@@ -86,6 +98,7 @@ __all__ = [
     "Status",
     "Token",
     "TokenFilter",
+    "TokenOrder",
     "TokenSecret",
     "TokenState",
     "Unauthenticated",
@@ -98,4 +111,5 @@ __all__ = [
     "VerifierStats",
     "VerifierStatus",
     "__version__",
+    "current_person",
 ]

@@ -4,11 +4,13 @@ All datetimes are timezone-aware, in UTC.
 """
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from typing import Final
 
+from latchkey._rate_limit import RateLimit
+from latchkey.errors import FieldViolation
 from latchkey.secret import Secret
 
 
@@ -40,6 +42,8 @@ class Verdict(enum.Enum):
     """The token is limited to networks, and the client's address is unknown or in none of them."""
     INSUFFICIENT_PERMISSIONS = "insufficient_permissions"
     """The token is live but lacks a required permission."""
+    RATE_LIMITED = "rate_limited"
+    """The token's rate limit is used up. `Verification.retry_after` says when to try again."""
     UNSPECIFIED = "unspecified"
     """An answer that this version of the library does not know."""
 
@@ -57,6 +61,8 @@ class TokenSecret:
     """When a verify last called it valid, at most 15 seconds behind. None: not recorded."""
     retire_on_first_use: bool = False
     """Whether the first use of this secret ends the older ones."""
+    leak_report_time: datetime | None = None
+    """When it was first reported as leaked. None: never."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +95,14 @@ class Token:
     secrets: tuple[TokenSecret, ...] = ()
     """Those that still work, and the newest one in any case, newest first. Empty in a
     verification."""
+    rate_limit: RateLimit | None = None
+    """How often it may be used. None: any number of times."""
+
+    @property
+    def leak_report_time(self) -> datetime | None:
+        """When one of `secrets` was first reported as leaked. None: never."""
+        times = [secret.leak_report_time for secret in self.secrets]
+        return min((time for time in times if time is not None), default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +160,7 @@ UNCHANGED: Final = Unchanged.UNCHANGED
 
 @enum.unique
 class SecretOutcome(enum.Enum):
-    """What `Client.revoke_secrets` did with a secret."""
+    """What `Client.revoke_secrets` or `Client.report_secrets` did with a secret."""
 
     ENDED = "ended"
     """This call ended it."""
@@ -156,6 +170,8 @@ class SecretOutcome(enum.Enum):
     """The format is right, but no token has this secret."""
     MALFORMED = "malformed"
     """Not a Latchkey secret: wrong format or checksum."""
+    REPORTED = "reported"
+    """Only from `report_secrets`: it works, and is marked as leaked."""
     UNSPECIFIED = "unspecified"
     """An outcome that this version of the library does not know."""
 
@@ -183,6 +199,17 @@ class TokenState(enum.Enum):
     """Expired, but not disabled."""
 
 
+class TokenOrder(enum.Enum):
+    """Order of a list."""
+
+    NEWEST = "newest"
+    """The latest creation first."""
+    EXPIRY = "expiry"
+    """The earliest expiry first. Tokens that never expire come last."""
+    LAST_USE = "last-use"
+    """The earliest last use first, to within a minute. Tokens that were never used come first."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenFilter:
     """Selects live tokens that match every given field. Without fields, it selects all."""
@@ -201,6 +228,16 @@ class TokenFilter:
     """Tokens that were created before this time and have no recorded use since."""
     can_write: bool | None = None
     """True: active tokens with WRITE. False: all others."""
+    ids: tuple[str, ...] | None = None
+    """Tokens with one of these ids: 1 to 1,000."""
+    search: str = ""
+    """Tokens with this text in their name, or in the last four characters of a working secret."""
+    never_used: bool | None = None
+    """True: tokens without a recorded use. False: tokens with one."""
+    never_expires: bool | None = None
+    """True: tokens without an expire_time. False: tokens with one."""
+    secret_created_before: datetime | None = None
+    """Tokens whose newest secret was created before this time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,12 +255,76 @@ class Deletions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ImportedToken:
+    """A token to import, whose secret exists already. The fields are those of `Client.create`."""
+
+    account_id: str
+    name: str
+    scope: Scope
+    secret_sha256: bytes = field(repr=False)
+    """The SHA-256 hash of the whole secret: 32 bytes."""
+    hint: str = ""
+    """What people may see of the secret, such as its prefix and last four characters."""
+    create_time: datetime | None = None
+    """When the secret was created. None: now."""
+    expire_time: datetime | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    description: str = ""
+    allowed_networks: Sequence[str] = ()
+    permissions: Sequence[str] = ()
+    rate_limit: RateLimit | None = None
+    disabled: bool = False
+
+
+class ImportOutcome(enum.Enum):
+    """What `import_tokens` did with a token."""
+
+    IMPORTED = "imported"
+    """The token was created. With `validate_only`: it would be."""
+    EXISTS = "exists"
+    """A token of this account has this secret already, or had it. Nothing was changed."""
+    OTHER_ACCOUNT = "other_account"
+    """A token of another account has or had this secret."""
+    NAME_TAKEN = "name_taken"
+    INVALID = "invalid"
+    UNSPECIFIED = "unspecified"
+    """An outcome that this version of the library does not know."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportResult:
+    """What `import_tokens` did with one token."""
+
+    outcome: ImportOutcome
+    token_id: str = ""
+    """Set with IMPORTED and EXISTS."""
+    field_violations: tuple[FieldViolation, ...] = ()
+    """Set with INVALID."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Limits for the tokens of an account that a caller creates or changes."""
+
+    max_ttl: timedelta | None = None
+    """The longest time from a `create` or `update` until the expiry that it sets, and the longest
+    grace of a `rotate`. None: no limit."""
+    require_expiry: bool = False
+    """Whether each token needs an expiry. True whenever `max_ttl` is set."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
-    """A page of an account's live tokens, newest first."""
+    """A page of an account's live tokens. It can be empty without being the last one."""
 
     tokens: tuple[Token, ...]
     next_page_token: str
     """Opaque; requests the next page. Empty on the last page."""
+    total_size: int | None = None
+    """How many tokens all pages have together, or at least so many if `total_size_capped`. None
+    unless requested."""
+    total_size_capped: bool = False
+    """Whether there may be more tokens than `total_size`: the service counts among 10,000."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,6 +361,11 @@ class Verification:
     """The revision at which the answer was read. 0 if nothing was read."""
     mark: int = 0
     """The mark of `revision`. Together they are a position in one history of the database."""
+    details_omitted: bool = False
+    """Whether `token` lacks its labels, networks and permissions. Only in answers of
+    `batch_verify`; the verdict takes them into account."""
+    retry_after: timedelta | None = None
+    """With RATE_LIMITED: how long to wait before the token may be allowed again."""
 
     @property
     def allowed(self) -> bool:

@@ -51,8 +51,6 @@ SERVICES = (
     audit_pb.DESCRIPTOR.services_by_name["AuditService"].full_name,
     maintenance_pb.DESCRIPTOR.services_by_name["MaintenanceService"].full_name,
 )
-# Health reports NOT_SERVING this long before calls are rejected, so load balancers notice first.
-DRAIN_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,18 +88,27 @@ class Server:
         # look-ups, and the removal of a right must not wait for those.
         self._parsing = ThreadPoolExecutor(1, "policy")
         transport = exposure.transport_of(settings)
-        plaintext = make_transport(transport, limits, reporter.rejected)
         metadata_of = metadata_reader(transport)
-        self._servers = [plaintext]
-        authenticator = None
+        authenticator = screen = None
         if active_policy is not None:
             authenticator = Authenticator(
                 active_policy, proxy=settings.trusted_proxy, metadata_of=metadata_of
             )
+            screen = authenticator.screen
+        plaintext = make_transport(transport, limits, reporter.rejected, screen)
+        self._servers = [plaintext]
         reflected = exposure.reflects(settings, settings.listen)
         self.certificates: Certificates | None = None
         _register(
-            services, Registrar(plaintext, paths, authenticator, metadata_of), reflected=reflected
+            services,
+            Registrar(
+                plaintext,
+                paths,
+                authenticator,
+                metadata_of,
+                screen if transport == "grpcio" else None,
+            ),
+            reflected=reflected,
         )
         self.address = _with_port(settings.listen, plaintext.add_insecure_port(settings.listen))
         self.tls_address: str | None = None
@@ -109,13 +116,15 @@ class Server:
             # Always grpcio: `native` has no TLS.
             encrypted = make_transport("grpcio", limits, reporter.rejected)
             self._servers.append(encrypted)
-            authenticator = (
-                None if active_policy is None else Authenticator(active_policy, tls=True)
-            )
+            authenticator = screen = None
+            if active_policy is not None:
+                authenticator = Authenticator(active_policy, tls=True)
+                # With a CA, every client has a certificate, which the metadata do not show.
+                screen = authenticator.screen if settings.tls_client_ca is None else None
             reflected = exposure.reflects(settings, settings.tls_listen)
             _register(
                 services,
-                Registrar(encrypted, paths, authenticator, metadata_reader("grpcio")),
+                Registrar(encrypted, paths, authenticator, metadata_reader("grpcio"), screen),
                 reflected=reflected,
             )
             assert settings.tls_certificate is not None, "checked in exposure.py"  # noqa: S101 - for the type checker
@@ -127,7 +136,8 @@ class Server:
             self.tls_address = _with_port(settings.tls_listen, port)
 
         addresses = [address for address in (self.address, self.tls_address) if address is not None]
-        self.guard = ConnectionGuard(addresses, limits)
+        proxied = [] if settings.trusted_proxy is None else [self.address]
+        self.guard = ConnectionGuard(addresses, limits, proxied)
         self.metrics: WorkerMetrics
         """Set by `running`."""
 
@@ -149,17 +159,18 @@ class Server:
         self._active_policy.replace(policy)
         logger().info("policy in force", callers=len(policy.callers))
 
-    async def stop(self, grace_seconds: float) -> bool:
+    async def stop(self, grace_seconds: float, *, drain_seconds: float = 0.0) -> bool:
         """Stop gracefully: report NOT_SERVING, hand clients over, then wait for calls in progress.
 
-        Cancels calls that have not finished after `grace_seconds`. Returns whether every client has
-        given up its lease from this process.
+        Accepts new calls for another `drain_seconds`, in which load balancers notice that health is
+        down. Then cancels calls that have not finished after `grace_seconds`. Returns whether every
+        client has given up its lease from this process.
         """
         self._health.stop()
-        end = boottime() + grace_seconds
+        end = boottime() + drain_seconds + grace_seconds
         # Calls succeed in the meantime, so a client that moves loses none.
         _, drained = await asyncio.gather(
-            asyncio.sleep(DRAIN_SECONDS), self._watch_sessions.drain(grace_seconds)
+            asyncio.sleep(drain_seconds), self._watch_sessions.drain(drain_seconds + grace_seconds)
         )
         # Otherwise these streams would use up the whole grace period.
         self._health.end_watches()
@@ -177,6 +188,7 @@ def _register(services: Services, registrar: Any, *, reflected: bool) -> None:
     if reflected:
         names = (*SERVICES, health.SERVICE_NAME, *REFLECTION_SERVICES)
         register_reflection(Reflection(names), registrar)
+    registrar.refuse_others()
 
 
 def _with_port(listen: str, port: int) -> str:

@@ -13,6 +13,7 @@ import grpc
 
 from latchkey_service.access.authenticator import Authenticator
 from latchkey_service.access.methods import BATCH_VERIFY, VERIFY, rule_of
+from latchkey_service.errors import LatchkeyError
 from latchkey_service.rpc.call_report import Metadata
 from latchkey_service.rpc.managed_calls import ManagedCalls
 from latchkey_service.rpc.streams import Streams
@@ -28,6 +29,10 @@ class Paths:
         self._verifies = verifies
         self._managed = managed
         self._streams = streams
+        self.unknown = managed.unknown
+        """Returns a handler for the calls of unknown methods."""
+        self.refuser = managed.refuser
+        """Returns a handler for the calls of a method that no caller makes."""
         self.recheck = streams.recheck
         """Ends the streams that a new policy no longer allows."""
 
@@ -79,6 +84,8 @@ class Registrar:
     Registers the wrapped handlers with the transport in both ways. `native` itself serves handlers
     registered by name, except request streams, which it would give to a no-op of grpcio. grpcio's
     asyncio server, and the grpcio part of `native`, only look handlers up by path.
+
+    With `screen`, grpcio refuses anonymous unary calls before it has received their messages.
     """
 
     def __init__(
@@ -87,11 +94,13 @@ class Registrar:
         paths: Paths,
         authenticator: Authenticator | None,
         metadata_of: Callable[[Any], Metadata],
+        screen: Callable[[Any], str] | None = None,
     ) -> None:
         self._server = server
         self._paths = paths
         self._authenticator = authenticator
         self._metadata_of = metadata_of
+        self._screen = screen
 
     def add_generic_rpc_handlers(self, handlers: Any) -> None:
         """Do nothing, because generated code then registers the same handlers by name."""
@@ -106,16 +115,58 @@ class Registrar:
         }
         by_path = {f"/{service}/{name}": handler for name, handler in wrapped.items()}
         unary = {n: handler for n, handler in wrapped.items() if not handler.request_streaming}
-        self._server.add_generic_rpc_handlers((_ByPath(by_path),))
+        refusing = {}
+        if self._screen is not None and self._authenticator is not None:
+            for name in unary:
+                path = f"/{service}/{name}"
+                if rule_of(path).role is not None:
+                    parse = handlers[name].request_deserializer
+                    refusing[path] = self._paths.refuser(path, parse, self._authenticator)
+        self._server.add_generic_rpc_handlers((_ByPath(by_path, refusing, self._screen),))
         self._server.add_registered_method_handlers(service, unary)
+
+    def refuse_others(self) -> None:
+        """Refuse calls of unknown methods at a limited rate. Call after all registrations.
+
+        The transports answer them at once, and a flood of them would delay other calls.
+        """
+        self._server.add_generic_rpc_handlers((_Unknown(self._paths.unknown()),))
 
 
 class _ByPath(grpc.GenericRpcHandler):
-    """Finds handlers by exact path; `native` treats handlers keyed by service as registered."""
+    """Finds handlers by exact path; `native` treats handlers keyed by service as registered.
 
-    def __init__(self, handlers: Mapping[str, Any]) -> None:
+    `refusing` has other handlers of some paths, for calls that `screen` rejects. They are those of
+    streams, which need no message: until one is read, grpcio lets the client send 64 KiB.
+    """
+
+    def __init__(
+        self,
+        handlers: Mapping[str, Any],
+        refusing: Mapping[str, Any],
+        screen: Callable[[Any], str] | None,
+    ) -> None:
         self._handlers = handlers
+        self._refusing = refusing
+        self._screen = screen
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         """Return the handler of the call's method, or None."""
-        return self._handlers.get(handler_call_details.method)
+        path = handler_call_details.method
+        if self._screen is not None and path in self._refusing:
+            try:
+                self._screen(handler_call_details.invocation_metadata)
+            except LatchkeyError:
+                return self._refusing[path]
+        return self._handlers.get(path)
+
+
+class _Unknown(grpc.GenericRpcHandler):
+    """Takes the calls that no other handler takes."""
+
+    def __init__(self, handler: Any) -> None:
+        self._handler = handler
+
+    def service(self, _: grpc.HandlerCallDetails) -> Any:
+        """Return the handler."""
+        return self._handler

@@ -10,21 +10,43 @@ call, until a full garbage collection.
 """
 
 import asyncio
+import contextlib
 import contextvars
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final, Protocol
 
+import grpc
+
+from latchkey_service.access import origin
 from latchkey_service.access.authenticator import Authenticator, check_account
-from latchkey_service.access.methods import MANAGER, OPERATOR, REVOKER, Rule, rule_of
-from latchkey_service.access.policy import ANONYMOUS
+from latchkey_service.access.methods import (
+    IMPORTER,
+    MANAGER,
+    OPERATOR,
+    REMOVALS,
+    REVOKER,
+    TWO_SIDED,
+    Rule,
+    rule_of,
+)
+from latchkey_service.access.policy import ANONYMOUS, Caller
 from latchkey_service.audit.audit_log import AuditContext, AuditLog
-from latchkey_service.errors import REQUEST_ID_METADATA, RequestNotParsed, RequestTooLarge
+from latchkey_service.errors import (
+    REQUEST_ID_METADATA,
+    LatchkeyError,
+    RequestNotParsed,
+    RequestTooLarge,
+    Unavailable,
+    code_of,
+    reason_of,
+)
 from latchkey_service.rpc.admission import ConcurrencyLimiter, Slot
 from latchkey_service.rpc.call_context import CallContext
-from latchkey_service.rpc.call_report import CallReporter, end_with, request_id_of
+from latchkey_service.rpc.call_report import NEW_IDS, CallReporter, end_with, given_id
 from latchkey_service.rpc.counters import Counts
+from latchkey_service.rpc.removals import may_narrow
 
 __all__ = ["ManagedCall", "ManagedCalls", "current_call"]
 
@@ -34,6 +56,8 @@ CONCURRENCY_LIMITS: Mapping[str, tuple[int, int]] = {
     MANAGER: (8, 1_000),
     OPERATOR: (2, 100),
     REVOKER: (2, 100),
+    # An import sends one batch after the other.
+    IMPORTER: (1, 100),
 }
 # Limit for callers with a longer deadline, or none: longer than any healthy call takes.
 CALL_SECONDS_MAX = 10.0
@@ -44,6 +68,8 @@ ANSWER_SECONDS: Final = 0.1
 # Share of that time for which a Delete may wait for confirmations, so that its caller learns that
 # the deletion stands, rather than only that time ran out.
 CONFIRMATION_SHARE: Final = 0.9
+# How long the message of a refused call may take to arrive, for the call's audit entry.
+REFUSED_MESSAGE_SECONDS: Final = 1.0
 # Machines poll this service: only failures are logged.
 HEALTH: Final = "/grpc.health.v1.Health/"
 
@@ -61,12 +87,18 @@ class ManagedCall:
     it gives up waiting for confirmations.
     """
 
-    __slots__ = ("_slot", "audit_context", "change", "confirm_by", "deadline")
+    __slots__ = ("_slot", "audit_context", "caller", "change", "confirm_by", "deadline")
 
     def __init__(
-        self, audit_context: AuditContext, now: float, seconds: float, slot: Slot | None
+        self,
+        audit_context: AuditContext,
+        now: float,
+        seconds: float,
+        slot: Slot | None,
+        caller: Caller = ANONYMOUS,
     ) -> None:
         self.audit_context = audit_context
+        self.caller = caller
         self.deadline = now + seconds
         self.confirm_by = now + seconds * CONFIRMATION_SHARE
         self.change: AuditContext | None = None
@@ -127,6 +159,7 @@ class ManagedCalls:
         limiter = self.limiters.get(rule.role or "")
         counts = self._counts.method(path)
         quiet = path.startswith(HEALTH)
+        admit = self._admission(path, rule, parse)
         authorize = None if authenticator is None else authenticator.authorize
 
         async def call(data: bytes, context: CallContext) -> bytes:
@@ -134,20 +167,19 @@ class ManagedCalls:
             counts.started += 1
             caller = ANONYMOUS
             current: ManagedCall | None = None
+            describe = partial(_audit_context, path, context, authenticator)
             try:
                 if authorize is not None:
                     caller = authorize(path, context)
-                if limiter is not None:
-                    limiter.check()
-                if caller.rates is not None and rule.role is not None:
-                    caller.rates.spend(rule.role, 1, start)
-                request = _parsed(rule, parse, data)
+                request, removal = admit(data, caller, start)
                 if caller.accounts is not None:
                     check_account(path, caller, request)
                 seconds = _budget_seconds(context)
-                slot = None if limiter is None else limiter.slot(seconds)
-                audit_context = _audit_context(path, context, request, caller.name)
-                current = ManagedCall(audit_context, self._clock(), seconds, slot)
+                slot = None
+                if limiter is not None:
+                    slot = limiter.slot(seconds, caller.name, removal=removal)
+                audit_context = describe(request, caller.name, caller)
+                current = ManagedCall(audit_context, self._clock(), seconds, slot, caller)
                 current_call.set(current)
                 async with asyncio.timeout(seconds):
                     if slot is None:
@@ -169,7 +201,7 @@ class ManagedCalls:
                     start,
                     error,
                     caller,
-                    partial(_refused_context, rule, parse, data, path, context)
+                    partial(_refused_context, rule, parse, data, caller, describe)
                     if rule.audited
                     else None,
                     None if current is None else current.change,
@@ -192,6 +224,90 @@ class ManagedCalls:
 
         return call
 
+    def _admission(
+        self, path: str, rule: Rule, parse: Callable[[bytes], Any]
+    ) -> Callable[[bytes, Caller, float], tuple[Any, bool]]:
+        """Return a function that admits a call of a caller at a time, or raises.
+
+        It returns the request, and whether it only takes rights away.
+        """
+        limiter, role = self.limiters.get(rule.role or ""), rule.role
+        removes, two_sided = path in REMOVALS, path in TWO_SIDED
+
+        def admit(data: bytes, caller: Caller, now: float) -> tuple[Any, bool]:
+            # Only the requests of two methods show what they do. They are small.
+            request = _parsed(rule, parse, data) if two_sided else None
+            removal = removes if request is None else may_narrow(path, request)
+            if limiter is not None:
+                limiter.check(caller.name, removal=removal)
+            if caller.rates is not None and role is not None:
+                caller.rates.spend(role, 1, now, removal=removal)
+            return (_parsed(rule, parse, data) if request is None else request), removal
+
+        return admit
+
+    def unknown(self) -> Any:
+        """Return a handler that refuses calls of unknown methods, without reading their messages.
+
+        They are neither counted nor logged, because anyone can call any number of them.
+        """
+
+        async def refuse(_messages: Any, context: CallContext) -> None:
+            delay_seconds = self._reporter.anonymous_delay_seconds()
+            if delay_seconds:
+                await asyncio.sleep(delay_seconds)
+            context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+            context.set_details("Method not found!")
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
+
+    def refuser(
+        self, path: str, parse: Callable[[bytes], Any], authenticator: Authenticator
+    ) -> Any:
+        """Return a handler for the calls of a unary method that no known caller makes.
+
+        It refuses them without reading their messages, except those of the few calls that get an
+        audit entry, which names the account.
+        """
+        rule = rule_of(path)
+        counts = self._counts.method(path)
+
+        async def refuse(messages: AsyncIterator[bytes], context: CallContext) -> None:
+            start = self._monotonic()
+            counts.started += 1
+            # First, so that a flood that arrives at once takes little time from other calls.
+            delay_seconds = self._reporter.anonymous_delay_seconds()
+            if delay_seconds:
+                await asyncio.sleep(delay_seconds)
+            try:
+                caller = authenticator.authorize(path, context).name
+                # The policy has changed since.
+                error: LatchkeyError = Unavailable("The policy has just changed; try again.")
+            except LatchkeyError as denied:
+                caller, error = getattr(denied, "caller", ""), denied
+            entry = None
+            if rule.audited:
+                code = code_of(error).name
+                audited = self._audit.would_record(caller, path, code, reason_of(error))
+                data = await _first(messages) if audited else b""
+                describe = partial(_audit_context, path, context, authenticator)
+                entry = partial(_refused_context, rule, parse, data, ANONYMOUS, describe)
+            status, _ = self._reporter.failed(
+                path, context, start, error, entry=entry, delayed=True
+            )
+            end_with(context, status)
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+async def _first(messages: AsyncIterator[bytes]) -> bytes:
+    """Return the first message of a stream, or b"" if it does not come soon."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(REFUSED_MESSAGE_SECONDS):
+            async for data in messages:
+                return data
+    return b""
+
 
 def _budget_seconds(context: CallContext) -> float:
     """Return the seconds available for computing the answer."""
@@ -204,21 +320,36 @@ def _budget_seconds(context: CallContext) -> float:
 def _parsed(rule: Rule, parse: Callable[[bytes], Any], data: bytes) -> Any:
     """Return the request. Raises RequestTooLarge and RequestNotParsed."""
     if len(data) > rule.bytes_max:
-        raise RequestTooLarge(len(data), rule.bytes_max)
+        raise RequestTooLarge(rule.bytes_max)
     try:
         return parse(data)
     except Exception:  # noqa: BLE001 - the bytes may raise anything in the parser
         raise RequestNotParsed from None
 
 
-def _audit_context(path: str, context: CallContext, request: Any, caller: str) -> AuditContext:
+def _audit_context(
+    path: str,
+    context: CallContext,
+    authenticator: Authenticator | None,
+    request: Any,
+    name: str,
+    caller: Caller,
+) -> AuditContext:
+    metadata = context.invocation_metadata()
+    proxied = authenticator is not None and authenticator.trusts_proxy
+    # Without a policy, every caller is trusted alike.
+    reports_people = authenticator is None or caller.reports_people
+    call_id = next(NEW_IDS)
     return AuditContext.of(
-        caller,
+        name,
         path,
         context.peer(),
-        request_id_of(context.invocation_metadata()),
+        given_id(metadata) or call_id,
         getattr(request, "account_id", ""),
-        getattr(request, "id", ""),
+        getattr(request, "id", "") or getattr(request, "token_id", ""),
+        person=origin.person(metadata) if reports_people else "",
+        client_address=origin.client_address(metadata) if proxied else "",
+        call_id=call_id,
     )
 
 
@@ -226,9 +357,9 @@ def _refused_context(
     rule: Rule,
     parse: Callable[[bytes], Any],
     data: bytes,
-    path: str,
-    context: CallContext,
-    caller: str,
+    caller: Caller,
+    describe: Callable[[Any, str, Caller], AuditContext],
+    name: str,
 ) -> AuditContext:
     """Return the context of a refused call, for its audit entry.
 
@@ -239,4 +370,4 @@ def _refused_context(
         request = _parsed(rule, parse, data)
     except (RequestNotParsed, RequestTooLarge):
         request = None
-    return _audit_context(path, context, request, caller)
+    return describe(request, name, caller)

@@ -1,7 +1,8 @@
 """The path of streams: Watch, health's Watch and reflection.
 
 Messages of a stream are parsed one by one, each after its size was checked, and none before the
-caller is authorized. A policy change ends the streams that it no longer allows.
+caller is authorized. A stream whose messages would cost the event loop too much time is ended. A
+policy change ends the streams that it no longer allows.
 """
 
 import asyncio
@@ -9,7 +10,7 @@ import contextlib
 import contextvars
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Any
+from typing import Any, Final
 
 import grpc
 
@@ -27,6 +28,19 @@ current_caller: contextvars.ContextVar[Caller] = contextvars.ContextVar("current
 
 Parse = Callable[[bytes], Any]
 
+# Bytes that a client may send at once on a Watch, and those that it may add per second. A message
+# costs time before it is known whether its report of uses is accepted: 100 kB take some 2 ms. More
+# than a client needs that reports as fast as it may (`use_reports.py`): 200,000 uses at once and
+# 25,000 per second, of up to 131 bytes each.
+STREAM_BYTES_BURST: Final = 32 * 1024 * 1024
+STREAM_BYTES_PER_SECOND: Final = 4 * 1024 * 1024
+# What a message costs besides, so that empty ones are limited too: to some 16,000 a second.
+MESSAGE_BYTES: Final = 256
+# Streams that need no identity, in a worker and from one address. Each takes some 20 kB. A prober
+# needs one.
+OPEN_STREAMS_MAX: Final = 1_000
+OPEN_STREAMS_PER_ADDRESS_MAX: Final = 100
+
 
 class Streams:
     """Wraps handlers. One instance per worker process."""
@@ -42,12 +56,14 @@ class Streams:
         self._sleep = sleep
         self._streams: set[_Stream] = set()
         self._streams_of: Counter[str] = Counter()
+        # Streams that need no identity, by address.
+        self._open_streams: Counter[str] = Counter()
 
     def open_stream(self, path: str, behaviour: Any, parse: Parse) -> Any:
         """Wrap a stream that everyone may open (health's Watch, reflection).
 
-        Both are async generators. They carry no secrets and may last for any time, so they are not
-        limited, and are logged only if they fail.
+        Both are async generators. They carry no secrets, may last for any time, and are logged only
+        if they fail. Their number is limited.
         """
         rule = rule_of(path)
         if rule.role is not None:
@@ -58,12 +74,15 @@ class Streams:
             self._reporter.started(path)
             code = "CANCELLED"
             try:
-                if isinstance(data, bytes):
-                    request = _parsed(rule, parse, data)
-                else:
-                    request = _each_parsed(rule, parse, data)
-                async for response in behaviour(request, context):
-                    yield response
+                with self._counted(context.peer()):
+                    if isinstance(data, bytes):
+                        request = _parsed(rule, parse, data)
+                    else:
+                        request = _each_parsed(rule, parse, data)
+                    # The stream may last long, and its request may be large.
+                    del data
+                    async for response in behaviour(request, context):
+                        yield response
                 code = "OK"
             except grpc.aio.AbortError:
                 # The servicers abort streams only when the server stops.
@@ -71,7 +90,8 @@ class Streams:
                 raise
             except Exception as error:  # noqa: BLE001 - the last place before the transport
                 code = ""
-                status, _ = self._reporter.failed(path, context, start, error)
+                status, delay_seconds = self._reporter.failed(path, context, start, error)
+                await self._sleep(delay_seconds)
                 end_with(context, status)
             finally:
                 # Also if the client left, which closes this generator.
@@ -106,12 +126,13 @@ class Streams:
                     if caller.rates is not None and rule.role is not None:
                         caller.rates.spend(rule.role, 1, start)
                 current_caller.set(caller)
-                requests = _each_parsed(rule, parse, messages)
+                messages = self._limited(messages)
                 if authenticator is None:
-                    await behaviour(requests, context)
+                    await behaviour(_each_parsed(rule, parse, messages), context)
                 else:
                     with self._tracked(_Stream(authenticator, path, context), caller):
-                        await behaviour(self._paced(rule, caller, requests), context)
+                        paced = self._paced(rule, caller, messages)
+                        await behaviour(_each_parsed(rule, parse, paced), context)
                 code = "OK"
             except grpc.aio.AbortError:
                 # The servicers abort streams only when the server stops.
@@ -143,21 +164,52 @@ class Streams:
                 stream.denied = error
                 stream.task.cancel()
 
+    async def _limited(self, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """Yield a stream's messages. Raises Overloaded if the client sends too many bytes."""
+        debt, counted_at = 0.0, self._monotonic()
+        async for data in messages:
+            now = self._monotonic()
+            debt = max(0.0, debt - (now - counted_at) * STREAM_BYTES_PER_SECOND)
+            counted_at = now
+            debt += len(data) + MESSAGE_BYTES
+            if debt > STREAM_BYTES_BURST:
+                raise Overloaded("The client sends more on this stream than any client needs.")
+            yield data
+
     async def _paced(
-        self, rule: Rule, caller: Caller, requests: AsyncIterator[Any]
-    ) -> AsyncIterator[Any]:
+        self, rule: Rule, caller: Caller, messages: AsyncIterator[bytes]
+    ) -> AsyncIterator[bytes]:
         """Yield a stream's messages no faster than the caller's rate.
 
         Messages above the rate are read later, so flow control slows the client down. The stream
         stays open: a Delete may be waiting for its confirmations.
         """
-        async for request in requests:
+        async for data in messages:
             while caller.rates is not None and rule.role is not None:
                 wait = caller.rates.charge(rule.role, 1, self._monotonic())
                 if not wait:
                     break
                 await self._sleep(wait)
-            yield request
+            yield data
+
+    @contextlib.contextmanager
+    def _counted(self, peer: str) -> Iterator[None]:
+        """Count a stream that needs no identity. Raises Overloaded if there are too many."""
+        # Without the port. The peers of UNIX sockets have no address, and are local.
+        address = "" if peer.startswith("unix:") else peer.rpartition(":")[0]
+        from_address = self._open_streams[address] if address else 0
+        if (
+            self._open_streams.total() >= OPEN_STREAMS_MAX
+            or from_address >= OPEN_STREAMS_PER_ADDRESS_MAX
+        ):
+            raise Overloaded("Too many streams without an identity are open.", "WATCHES_LIMITED")
+        self._open_streams[address] += 1
+        try:
+            yield
+        finally:
+            self._open_streams[address] -= 1
+            if not self._open_streams[address]:
+                del self._open_streams[address]
 
     @contextlib.contextmanager
     def _tracked(self, stream: "_Stream", caller: Caller) -> Iterator[None]:
@@ -200,7 +252,7 @@ class _Stream:
 def _parsed(rule: Rule, parse: Parse, data: bytes) -> Any:
     """Return the message of a stream. Raises RequestTooLarge and RequestNotParsed."""
     if len(data) > rule.bytes_max:
-        raise RequestTooLarge(len(data), rule.bytes_max)
+        raise RequestTooLarge(rule.bytes_max)
     try:
         return parse(data)
     except Exception:  # noqa: BLE001 - the bytes may raise anything in the parser

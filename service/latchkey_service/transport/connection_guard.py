@@ -17,12 +17,13 @@ import struct
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from latchkey_service.settings.logs import logger
+from latchkey_service.transport.connection_shares import Held, busiest, peer_of, surplus
 from latchkey_service.transport.transports import Limits
 
 __all__ = ["ConnectionGuard"]
@@ -40,8 +41,9 @@ LOG_SECONDS: Final = 10.0
 _FAMILIES: Final = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
 # RFC 9113 §3.4: the length of every client's connection preface.
 PREFACE_BYTES: Final = 24
-# struct tcp_info of Linux: unacked segments, bytes acked and received, bytes not sent yet.
-_TCP_INFO: Final = struct.Struct("=24xI92xQQ8xI")
+# struct tcp_info of Linux: unacked segments, milliseconds since data was received, bytes acked and
+# received, bytes not sent yet.
+_TCP_INFO: Final = struct.Struct("=24xI24xI64xQQ8xI")
 
 
 @dataclass(slots=True)
@@ -50,6 +52,8 @@ class _SocketState:
 
     listener: "_Listener | None"
     since: float
+    peer: str | None = None
+    silent_seconds: float = 0.0
     acked: int = 0
     stuck_since: float | None = None
 
@@ -71,10 +75,17 @@ class _Listener(NamedTuple):
 
 
 class ConnectionGuard:
-    """Enforces the limits of this process's listeners at `addresses` (HOST:PORT, unix:PATH)."""
+    """Enforces the limits of this process's listeners at `addresses` (HOST:PORT, unix:PATH).
 
-    def __init__(self, addresses: Sequence[str], limits: Limits) -> None:
+    The listeners in `shared` have a proxy in front, so the limit per peer address does not apply to
+    them.
+    """
+
+    def __init__(
+        self, addresses: Sequence[str], limits: Limits, shared: Collection[str] = ()
+    ) -> None:
         self._limits = limits
+        self._shared = {_tcp_listener(a) for a in shared if not a.startswith("unix:")}
         # A port identifies a listener: outgoing connections never get the port of a listener.
         self._listeners = [
             _Listener((socket.AF_UNIX,), address.removeprefix("unix:"))
@@ -83,6 +94,8 @@ class ConnectionGuard:
             for address in addresses
         ]
         self._inspect_seconds = min(limits.handshake, limits.keepalive_timeout) / 2
+        # How many connections may open before a limit can be exceeded, and how many are closing.
+        self._room = self._closing = 0
         # By inode, oldest first.
         self._sockets: dict[int, _SocketState] = {}
         # Files to close when no file descriptor is left.
@@ -100,7 +113,7 @@ class ConnectionGuard:
             logger().warning("connection limits unsupported on this system")
             return
         inspected_at = -self._inspect_seconds
-        connections = files_then = 0
+        files_then = 0
         rest = 0.0
         # A separate thread: slow host name resolution may occupy all threads of the event loop.
         inspector = ThreadPoolExecutor(1, "guard")
@@ -112,14 +125,14 @@ class ConnectionGuard:
                 now = time.monotonic()
                 # Counts each file opened since then as a connection.
                 files = _open_files()
-                many = connections + files - files_then > self._limits.connections_max
+                many = files - files_then > self._room
                 if not many and now - inspected_at < self._inspect_seconds:
                     continue
                 try:
-                    connections = await loop.run_in_executor(inspector, self._inspect_reliably)
+                    await loop.run_in_executor(inspector, self._inspect_reliably)
                 except OSError as error:
                     logger().error("connection check failed", error=error.strerror)
-                files_then = files
+                files_then = files - self._closing
                 inspected_at = time.monotonic()
                 rest = REST_FACTOR * (inspected_at - now)
                 self._log_closed()
@@ -127,15 +140,14 @@ class ConnectionGuard:
             inspector.shutdown(wait=False)
             self._give_spare_files()
 
-    def _inspect_reliably(self) -> int:
+    def _inspect_reliably(self) -> None:
         try:
-            connections = self.inspect()
+            self.inspect()
         except OSError:
             # No file descriptor was left: many connections arrived since the last inspection.
             self._give_spare_files()
-            connections = self.inspect()
+            self.inspect()
         self._take_spare_files()
-        return connections
 
     def _take_spare_files(self) -> None:
         while len(self._spare) < SPARE_FILES:
@@ -145,38 +157,57 @@ class ConnectionGuard:
         while self._spare:
             os.close(self._spare.pop())
 
-    def inspect(self) -> int:
+    def inspect(self) -> None:
         """Inspect all connections; end those that exceed a limit or make no progress.
 
-        Return the number of connections of the busiest listener. Takes some 10 µs for each.
+        Takes some 10 µs for each.
         """
         now = time.monotonic()
         files = dict(_sockets())
         # Keyed by inode: the number of a closed file is reused at once.
         self._sockets = {inode: seen for inode, seen in self._sockets.items() if inode in files}
         for inode, end in _own(files, [inode for inode in files if inode not in self._sockets]):
-            self._sockets[inode] = _SocketState(self._listener_of(end), now)
-        connections: list[int] = []
-        too_many: set[int] = set()
-        most = 0
-        for listener in self._listeners:
-            its = [inode for inode, seen in self._sockets.items() if seen.listener is listener]
-            connections += its
-            most = max(most, len(its))
-            # End the newest, as a server that rejects connections would.
-            too_many.update(its[self._limits.connections_max :])
-        self.connections = len(connections)
-        for inode, end in _own(files, connections):
-            seen = self._sockets[inode]
-            reason = "too_many" if inode in too_many else self._stuck(seen, end, now)
+            listener = self._listener_of(end)
+            self._sockets[inode] = _SocketState(listener, now, self._peer_of(listener, end))
+        ours = [inode for inode, seen in self._sockets.items() if seen.listener is not None]
+        ended: dict[int, str] = {}
+        for inode, end in _own(files, ours):
+            reason = self._stuck(self._sockets[inode], end, now)
             if reason is not None:
-                # Its owner may take a moment to close it, but it no longer counts.
-                seen.listener = None
-                self._ended[reason] += 1
-                self.ended[reason] += 1
-                with contextlib.suppress(OSError):  # the client closed it first
-                    end.shutdown(socket.SHUT_RDWR)
-        return most
+                ended[inode] = reason
+        self.connections = len(ours)
+        self._room = sys.maxsize
+        for listener in self._listeners:
+            its = [
+                Held(inode, seen.peer, seen.silent_seconds)
+                for inode, seen in self._sockets.items()
+                if seen.listener is listener and inode not in ended
+            ]
+            ended |= self._surplus(its)
+        self._closing = len(ended)
+        for inode, end in _own(files, ended):
+            # Its owner may take a moment to close it, but it no longer counts.
+            self._sockets[inode].listener = None
+            self._ended[ended[inode]] += 1
+            self.ended[ended[inode]] += 1
+            with contextlib.suppress(OSError):  # the client closed it first
+                end.shutdown(socket.SHUT_RDWR)
+
+    def _surplus(self, its: Sequence[Held]) -> Mapping[int, str]:
+        """Return the connections of a listener that exceed a limit, and update the room left."""
+        total_max, peer_max = self._limits.connections_max, self._limits.connections_per_address
+        self._room = min(self._room, max(0, total_max - len(its)))
+        if peer_max:
+            self._room = min(self._room, max(0, peer_max - busiest(its)))
+        return surplus(its, total_max, peer_max)
+
+    def _peer_of(self, listener: "_Listener | None", end: socket.socket) -> str | None:
+        if listener is None or listener in self._shared or end.family == socket.AF_UNIX:
+            return None
+        try:
+            return peer_of(str(end.getpeername()[0]))
+        except OSError:  # the client closed it
+            return None
 
     def _stuck(self, seen: _SocketState, end: socket.socket, now: float) -> str | None:
         """Return why a connection counts as stuck, or None if it makes progress.
@@ -188,7 +219,8 @@ class ConnectionGuard:
         info = end.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
         if len(info) < _TCP_INFO.size:
             return None  # an older kernel reports fewer fields
-        unacked, acked, received, unsent = _TCP_INFO.unpack(info)
+        unacked, silent_ms, acked, received, unsent = _TCP_INFO.unpack(info)
+        seen.silent_seconds = min(silent_ms / 1_000, now - seen.since)
         if received < PREFACE_BYTES:
             return "silent" if now - seen.since >= self._limits.handshake else None
         if not (unacked or unsent):

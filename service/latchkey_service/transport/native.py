@@ -6,7 +6,11 @@ Postgres waits for several such turns. A flood of verifies would delay a Create 
 flood of Creates would delay the verifies. So calls wait in a queue per role, and each turn starts a
 few from every queue.
 
-The queues are bounded like others (`admission.py`). Health checks bypass them.
+The queues are bounded like others (`admission.py`), and share their places fairly among callers.
+The calls that only take rights away have a queue that comes first. With a policy, a call waits only
+if its metadata identify a caller. Others are refused before that, so anonymous calls take no place.
+
+Streams of requests, and methods that nobody knows, reach grpcio behind the library.
 
 The server also discards calls that were cancelled before they started; the library would never free
 them. And it ends streams whose clients do not read; the library would block a thread for each.
@@ -32,13 +36,16 @@ from latchkey_service.access.methods import (
     METHODS,
     OPEN,
     OPERATOR,
+    REMOVALS,
     REVOKER,
     VERIFIER,
+    Rule,
 )
 from latchkey_service.errors import LatchkeyError, StatusParts, TimeoutMalformed
+from latchkey_service.tokens.fair_queue import FairQueue
 from latchkey_service.tokens.queue_limit import QueueLimit
 
-__all__ = ["Reject", "Server", "metadata_of"]
+__all__ = ["Reject", "Screen", "Server", "metadata_of"]
 
 # Calls started per turn: some 0.2 ms for each queue. A batch may contain a thousand verifies. Turns
 # have a cost, so more verifies start per turn while no other call arrives that would have to wait.
@@ -47,10 +54,15 @@ VERIFIES_ALONE: Final = 64
 ALONE_SECONDS: Final = 1.0
 OTHERS_IN_TURN: Final = 4
 BATCHES_IN_TURN: Final = 1
+# Health checks: a probe must not wait, and a flood of probes must not delay others.
+OPEN_IN_TURN: Final = 16
 # Calls that may wait beyond those of the next turn. Under sustained load: some 1 ms of verifies. In
 # a burst: more, at some 2 kB each.
 STANDING: Final = 48
 BURST: Final = 5_000
+# The bytes of the requests in a queue: a burst of the largest verifies, or a hundred of the largest
+# batches.
+QUEUED_BYTES_MAX: Final = 32 * 1024 * 1024
 # How many calls may start before new ones are fetched, and how many are fetched at most.
 FETCH_AFTER: Final = 48
 FETCH_MAX: Final = 256
@@ -72,28 +84,44 @@ class Reject(Protocol):
     """Returns the status for a rejected call, and the delay before sending it.
 
     `seconds` is how long its caller waits; None means no limit. Without an `error`, the call is
-    rejected because too many others wait.
+    rejected because too many others wait. `peer` is the caller's address.
     """
 
     def __call__(
-        self, path: str, seconds: float | None, error: LatchkeyError | None = None
+        self,
+        path: str,
+        seconds: float | None,
+        error: LatchkeyError | None = None,
+        peer: str = "",
     ) -> tuple[StatusParts, float]:
         """Count a rejection."""
         ...
 
 
+# Returns the name of the caller that metadata seem to identify. Raises Unauthenticated.
+Screen = Callable[[Any], str]
+
+
 class _Queue:
-    """Calls that wait to start, by id in order of arrival, each with its arrival time."""
+    """Calls that wait to start, each with its arrival time."""
 
     def __init__(self, in_turn: int) -> None:
         self.in_turn = in_turn
-        self.waiting: OrderedDict[int, tuple[float, Event]] = OrderedDict()
+        self.waiting: FairQueue[tuple[float, Event]] = FairQueue(QUEUED_BYTES_MAX)
         self.limit = QueueLimit(STANDING, BURST)
 
     def take(self, count: int, now: float) -> list[Event]:
-        """Remove and return the first `count` calls, or fewer."""
+        """Remove and return the next `count` calls, or fewer."""
         count = min(count, len(self.waiting))
-        return [_with_time_left(now, *self.waiting.popitem(last=False)[1]) for _ in range(count)]
+        return [_with_time_left(now, *self.waiting.take()) for _ in range(count)]
+
+    def has_room(self, size_bytes: int, now: float) -> bool:
+        """Return whether another call may wait."""
+        # Calls that the next turn starts do not count as queued.
+        queued = len(self.waiting) - self.in_turn
+        if queued >= 0 and self.limit.rejects(queued, now):
+            return False
+        return self.waiting.fits(size_bytes)
 
 
 class _DelayedClose:
@@ -123,6 +151,7 @@ class Server(pygrpc_native.aio.Server):
         options: Sequence[tuple[str, Any]],
         reject: Reject,
         monotonic: Callable[[], float] = time.monotonic,
+        screen: Screen | None = None,
     ) -> None:
         # One thread for HTTP/2, not two: they share one core with Python, and switching between
         # them used a fifth of it. To use more cores, run more workers.
@@ -132,6 +161,10 @@ class Server(pygrpc_native.aio.Server):
         self._front_args["client_key_metadata"] = "grpc-timeout"
         self._reject_call = reject
         self._monotonic = monotonic
+        # None if there is no policy.
+        self._screen = screen
+        self._removals = _Queue(OTHERS_IN_TURN)
+        self._open = _Queue(OPEN_IN_TURN)
         self._verifies = _Queue(VERIFIES_IN_TURN)
         self._batches = _Queue(BATCHES_IN_TURN)
         self._by_role = {
@@ -140,11 +173,13 @@ class Server(pygrpc_native.aio.Server):
             OPERATOR: _Queue(OTHERS_IN_TURN),
             REVOKER: _Queue(OTHERS_IN_TURN),
         }
-        self._queues = (self._batches, *self._by_role.values())
+        self._queues = (self._open, self._removals, self._batches, *self._by_role.values())
         # A cancellation may overtake its call: the library's thread and this one both fetch.
         self._cancelled: OrderedDict[int, None] = OrderedDict()
-        # By the method's number in events. None if calls start at once.
-        self._queue_of: list[_Queue | None] = []
+        # Both by the method's number in events.
+        self._queue_of: list[_Queue] = []
+        self._rule_of: list[Rule] = []
+        self._opened = 0
         # When the last call other than a verify arrived.
         self._others_at = -math.inf
         # Whether this turn has started its share, with the next turn scheduled.
@@ -156,23 +191,27 @@ class Server(pygrpc_native.aio.Server):
         """Start serving."""
         # Before the first event: the event loop does not run in between.
         await super().start()
-        self._queue_of = [self._queue_for(path) for path, _ in self._table]
+        self._set_paths([path for path, _ in self._table])
 
     async def stop(self, grace: float | None) -> None:
         """Stop after calls have had `grace` seconds to finish."""
         # Queued calls arrived before the stop, so they still run.
-        waiting = [event for queue in self._queues for _, event in queue.waiting.values()]
-        for queue in self._queues:
-            queue.waiting.clear()
+        waiting = [event for queue in self._queues for _, event in queue.waiting.clear()]
         super()._on_events(waiting)  # type: ignore[arg-type]
         if self._front is not None and not self._stopping:
             self._front = _DelayedClose(self._front)  # type: ignore[assignment]
         await super().stop(grace)
 
-    def _queue_for(self, path: str) -> _Queue | None:
+    def _set_paths(self, paths: Sequence[str]) -> None:
+        self._queue_of = [self._queue_for(path) for path in paths]
+        self._rule_of = [METHODS.get(path, OPEN) for path in paths]
+
+    def _queue_for(self, path: str) -> _Queue:
         if path == BATCH_VERIFY:
             return self._batches
-        return self._by_role.get(METHODS.get(path, OPEN).role or "")
+        if path in REMOVALS:
+            return self._removals
+        return self._by_role.get(METHODS.get(path, OPEN).role or "", self._open)
 
     def _on_events(self, events: Sequence[Event]) -> None:
         """Queue the events in order; start a share if this turn has not started one."""
@@ -184,32 +223,52 @@ class Server(pygrpc_native.aio.Server):
         for event in events:
             kind, call_id, method_id = event[0], event[1], event[2]
             if kind == EVENT_CANCEL:
-                if not any(queue.waiting.pop(call_id, None) for queue in self._queues):
+                if not any(queue.waiting.remove(call_id) for queue in self._queues):
                     at_once.append(event)
                 continue
             if self._cancelled and call_id in self._cancelled:
                 del self._cancelled[call_id]
                 continue
-            if _has_malformed_timeout(event):
-                self._reject_event(event, TimeoutMalformed())
-                continue
             queue = self._queue_of[method_id]
-            if queue is not None and queue is not self._verifies:
+            if queue is not self._verifies:
                 self._others_at = now
-            if queue is None:
-                at_once.append(event)
-            # Calls that the next turn starts do not count as queued.
-            elif (queued := len(queue.waiting) - queue.in_turn) >= 0 and queue.limit.rejects(
-                queued, now
-            ):
-                self._reject_event(event)
-            else:
-                queue.waiting[call_id] = now, event
+            self._enqueue(queue, event, now)
+            if queue is self._open and self._in_turn and self._opened < OPEN_IN_TURN:
+                # A probe does not even wait for the next turn.
+                self._opened += 1
+                at_once += queue.take(1, now)
         if at_once:
             super()._on_events(at_once)  # type: ignore[arg-type]
             self._forget_cancelled(at_once)
         if not self._in_turn:
             self._begin_some()
+
+    def _enqueue(self, queue: _Queue, event: Event, now: float) -> None:
+        """Let a call wait, or reject it. Only calls of known callers may wait."""
+        if _has_malformed_timeout(event):
+            self._reject_event(event, TimeoutMalformed())
+            return
+        caller, rule = "", self._rule_of[event[2]]
+        # Without load, the handler refuses anonymous calls, because it also audits their accounts.
+        loaded = self._in_turn or len(queue.waiting)
+        if loaded and self._screen is not None and rule.role is not None:
+            try:
+                caller = self._screen(event[5][0])
+            except LatchkeyError as error:
+                self._reject_event(event, error)
+                return
+        size_bytes = len(event[3])
+        if size_bytes > rule.bytes_max:
+            # The handler will see that the request is too large. The rest need not wait for that.
+            size_bytes = rule.bytes_max + 1
+            event = (*event[:3], event[3][:size_bytes], *event[4:])
+        if not queue.has_room(size_bytes, now):
+            displaced = queue.waiting.displace(caller)
+            if displaced is None:
+                self._reject_event(event)
+                return
+            self._reject_event(displaced[1])
+        queue.waiting.add(event[1], caller, (now, event), size_bytes)
 
     def _forget_cancelled(self, events: Sequence[Event]) -> None:
         """Make sure that calls cancelled just now are neither kept nor started.
@@ -235,6 +294,7 @@ class Server(pygrpc_native.aio.Server):
 
     def _begin_some(self) -> None:
         """Start this turn's share of each queue, and schedule the next turn."""
+        self._opened = 0
         if self._begun >= FETCH_AFTER:
             # While the loop is busy, the library's thread seldom runs, and new calls would wait
             # uncounted in the library.
@@ -251,7 +311,7 @@ class Server(pygrpc_native.aio.Server):
         share: list[Event] = []
         now = self._monotonic()
         for queue in self._queues:
-            if queue.waiting:
+            if len(queue.waiting):
                 share += queue.take(self._share_of(queue, now), now)
         self._in_turn = bool(share)
         if share:
@@ -310,7 +370,7 @@ class Server(pygrpc_native.aio.Server):
 
     def _reject_event(self, event: Event, error: LatchkeyError | None = None) -> None:
         call_id, path, seconds = event[1], self._table[event[2]][0], _seconds_left(event)
-        status, delay_seconds = self._reject_call(path, seconds, error)
+        status, delay_seconds = self._reject_call(path, seconds, error, peer=event[5][1])
 
         def fail() -> None:
             assert self._front is not None, "it has started"  # noqa: S101 - for the type checker

@@ -17,7 +17,7 @@ from latchkey_service.settings.exposure import Transport, transport_of
 from latchkey_service.settings.settings import Settings
 
 if TYPE_CHECKING:
-    from latchkey_service.transport.native import Reject
+    from latchkey_service.transport.native import Reject, Screen
 
 __all__ = [
     "Limits",
@@ -48,8 +48,11 @@ PING_STRIKES_MAX: Final = 2
 HANDSHAKE_SECONDS: Final = 10.0
 # How long calls may continue on a connection that has reached its maximum age.
 AGE_GRACE_SECONDS: Final = 30.0
-# Open files of a worker besides its connections: database, log, libraries.
-FILES_RESERVED: Final = 200
+# Open files of a worker besides its connections: database, log, libraries, and the next constant.
+FILES_RESERVED: Final = 300
+# Connections above the limit that grpcio accepts, so that the connection guard can end others
+# instead of the newest.
+CONNECTIONS_SPARE: Final = 100
 # With `native`, a client that watches uses three: its own, and both ends of a connection to grpcio.
 FILES_PER_CONNECTION: Final = {"native": 3, "grpcio": 1}
 # "Never" in gRPC, in milliseconds.
@@ -62,6 +65,8 @@ class Limits:
 
     connections_max: int = 10_000
     """Per listener. Each worker has one listener for each address."""
+    connections_per_address: int = 0
+    """Per listener and peer address. 0 means no limit."""
     connection_age: float = 600.0
     """0 means no limit."""
     age_grace: float = AGE_GRACE_SECONDS
@@ -79,17 +84,23 @@ def limits_of(settings: Settings) -> Limits:
     connections = settings.connections_max
     if files != resource.RLIM_INFINITY:
         connections = max(1, min(connections, (files - FILES_RESERVED) // listeners))
-    return Limits(connections, settings.connection_age_seconds)
+    return Limits(connections, settings.connections_per_address, settings.connection_age_seconds)
 
 
-def make_transport(name: Transport, limits: Limits, reject: "Reject") -> grpc.aio.Server:
-    """Create the server of a transport. `reject` rejects calls before they start."""
+def make_transport(
+    name: Transport, limits: Limits, reject: "Reject", screen: "Screen | None" = None
+) -> grpc.aio.Server:
+    """Create the server of a transport.
+
+    `reject` rejects calls before they start, and `screen` identifies the callers of calls that
+    wait; None if there is no policy.
+    """
     options = options_of(name, limits)
     if name == "native":
         # Imported here, so that grpcio works without the library.
         from latchkey_service.transport import native  # noqa: PLC0415
 
-        return native.Server(options, reject)
+        return native.Server(options, reject, screen=screen)
     return grpc.aio.server(options=options)
 
 
@@ -121,7 +132,7 @@ def options_of(name: Transport, limits: Limits) -> list[tuple[str, int]]:
     # `native` refuses to start with some of these. Its inner grpcio server does without them,
     # because its only connections come from `native`, one for each client connection.
     options |= {
-        "grpc.max_allowed_incoming_connections": limits.connections_max,
+        "grpc.max_allowed_incoming_connections": limits.connections_max + CONNECTIONS_SPARE,
         "grpc.server_handshake_timeout_ms": _ms(limits.handshake),
         "grpc.http2.min_ping_interval_without_data_ms": _ms(PING_SECONDS_MIN),
         "grpc.http2.max_ping_strikes": PING_STRIKES_MAX,

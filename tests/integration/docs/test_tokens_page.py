@@ -51,7 +51,8 @@ async def test_the_commands_work_as_printed(address: str, tmp_path: Path, latchk
     output = out.decode()
     assert process.returncode == 0, output + err.decode()
     verdicts = re.findall(
-        r"^(VALID|DISABLED|EXPIRED|ADDRESS_NOT_ALLOWED|INSUFFICIENT_PERMISSIONS)(?=:)"
+        r"^(VALID|DISABLED|EXPIRED|ADDRESS_NOT_ALLOWED|INSUFFICIENT_PERMISSIONS|RATE_LIMITED)"
+        r"(?=:)"
         r"|^(exit code \d+)$",
         output,
         re.MULTILINE,
@@ -62,6 +63,7 @@ async def test_the_commands_work_as_printed(address: str, tmp_path: Path, latchk
         *("VALID", "VALID"),
         *("EXPIRED", "exit code 5", "VALID"),
         *("VALID", "INSUFFICIENT_PERMISSIONS", "exit code 5"),
+        *("VALID", "VALID", "RATE_LIMITED", "exit code 5"),
         *("DISABLED", "exit code 5"),
     ]
     assert "line 1: ended\n" in output

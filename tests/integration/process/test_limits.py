@@ -219,7 +219,7 @@ async def test_a_flood_that_uses_all_files(
 def test_too_few_files_are_reported(monkeypatch: pytest.MonkeyPatch, asked: bool) -> None:
     """A worker that may not open enough files for its connections reports it, as a warning if the
     number of connections was set explicitly."""
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (500, 500))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (600, 600))
     given: Any = {"connections_max": 10_000} if asked else {}
     with everything_logged("json", "debug") as written:
         worker._warn_of_files(Settings(**given))

@@ -114,7 +114,10 @@ Serve = Callable[..., contextlib.AbstractAsyncContextManager[Listener]]
 
 
 def nobody_is_refused(
-    path: str, seconds: float | None, error: LatchkeyError | None = None
+    path: str,
+    seconds: float | None,
+    error: LatchkeyError | None = None,
+    peer: str = "",
 ) -> NoReturn:
     raise AssertionError(f"{path} was refused")
 

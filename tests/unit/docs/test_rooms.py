@@ -65,6 +65,7 @@ SQL_ELSEWHERE = {
     "coherence/snapshot.py": "the fragment that both the store and the verifier table embed",
     "postgres/embedded_cluster.py": "creates the role and the database of a new cluster",
     "postgres/connections.py": "the trial statement on a connection",
+    "postgres/grants.py": "the rights of the service's role",
     "postgres/preflight.py": "checks the server before the first migration",
     "postgres/sessions.py": "session settings, and the statement that finds the primary",
 }

@@ -8,81 +8,20 @@ from typing import Any
 import grpc
 import pygrpc_native.aio
 import pytest
-from latchkey_service.errors import LatchkeyError, Overloaded, StatusParts, status_of
 from latchkey_service.tokens import queue_limit
 from latchkey_service.transport import native
-from pygrpc_native import EVENT_CANCEL, STREAM_CLOSED, STREAM_FULL, STREAM_SENT
+from pygrpc_native import STREAM_CLOSED, STREAM_FULL, STREAM_SENT
 
-VERIFY = "/latchkey.v1.TokenService/Verify"
-CREATE = "/latchkey.v1.TokenService/Create"
-HEALTH = "/grpc.health.v1.Health/Check"
-BATCH = "/latchkey.v1.TokenService/BatchVerify"
-STATUS = "/latchkey.v1.StatusService/GetStatus"
-PATHS = (VERIFY, CREATE, HEALTH, BATCH, STATUS)
-CALL = 0
-
-
-class Front:
-    """Stands in for the library's Rust part."""
-
-    def __init__(self) -> None:
-        self.come: list[Any] = []
-        self.failed: list[tuple[int, int]] = []
-
-    def recv_batch_details(self, most: int, _timeout_ms: int) -> list[Any]:
-        batch, self.come = self.come[:most], self.come[most:]
-        return batch
-
-    def fail(self, call_id: int, code: int, _message: str, trailing_metadata: Any) -> None:
-        assert [key for key, _ in trailing_metadata] == ["x-request-id", "grpc-status-details-bin"]
-        self.failed.append((call_id, code))
-
-
-class Server(native.Server):
-    """The server without its transport. It records the calls that each turn starts."""
-
-    def __init__(self) -> None:
-        self.clock = 1_000.0
-        self.delay_seconds = 0.0
-        super().__init__([], self.reject_all, lambda: self.clock)
-        self.front = self._front = Front()  # type: ignore[assignment]
-        self._queue_of = [self._queue_for(path) for path in PATHS]
-        self._table = [(path, None) for path in PATHS]  # type: ignore[misc]
-        # As if other calls were arriving too.
-        self._others_at = self.clock
-        self.started: list[int] = []
-        self.cancelled: list[int] = []
-        self.rejected: list[str] = []
-
-    def reject_all(
-        self, path: str, seconds: float | None, error: LatchkeyError | None = None
-    ) -> tuple[StatusParts, float]:
-        assert seconds is None
-        self.rejected.append(path)
-        return status_of(error or Overloaded("busy"), "id"), self.delay_seconds
-
-    def come(self, path: str, ids: Sequence[int]) -> None:
-        """Let calls arrive."""
-        events = [(CALL, number, PATHS.index(path), b"", None, ((), "", None)) for number in ids]
-        self._on_events(events)
-
-    def leave(self, number: int) -> None:
-        self._on_events([(EVENT_CANCEL, number, 0, None, None, None)])
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Server:
-    def begin(server: Server, events: Sequence[Any]) -> None:
-        for event in events:
-            done = server.cancelled if event[0] == EVENT_CANCEL else server.started
-            done.append(event[1])
-
-    monkeypatch.setattr(pygrpc_native.aio.Server, "_on_events", begin)
-    return Server()
-
-
-async def turn() -> None:
-    await asyncio.sleep(0)
+from tests.unit.transport.fronts import (
+    BATCH,
+    CALL,
+    CREATE,
+    HEALTH,
+    STATUS,
+    VERIFY,
+    Server,
+    turn,
+)
 
 
 async def test_single_call_starts_at_once(server: Server) -> None:
