@@ -29,6 +29,7 @@ from latchkey.errors import (
     Unavailable,
     UnexpectedStatus,
 )
+from latchkey.filters import TokenFilter, TokenOrder, TokenState
 from latchkey.models import (
     CallerUsage,
     Change,
@@ -47,10 +48,7 @@ from latchkey.models import (
     SecretOutcome,
     Status,
     Token,
-    TokenFilter,
-    TokenOrder,
     TokenSecret,
-    TokenState,
     Unchanged,
     Verdict,
     Verification,

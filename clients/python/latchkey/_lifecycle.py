@@ -16,6 +16,7 @@ from latchkey._connection import Connection
 from latchkey._filters import filter_out
 from latchkey._rate_limit import RateLimit
 from latchkey.errors import InternalError, invalid
+from latchkey.filters import TokenFilter
 from latchkey.models import (
     UNCHANGED,
     Change,
@@ -26,7 +27,6 @@ from latchkey.models import (
     RotatedToken,
     Scope,
     SecretOutcome,
-    TokenFilter,
     Unchanged,
 )
 from latchkey.secret import Secret
