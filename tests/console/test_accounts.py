@@ -83,12 +83,12 @@ async def test_account_by_header(address: str, create: Any) -> None:
     ],
 )
 async def test_person_in_the_audit_log(
-    address: str, settings: dict[str, str], headers: dict[str, str], person: str
+    address: str, settings: dict[str, Any], headers: dict[str, str], person: str
 ) -> None:
     """The audit log has the person whom the sign-in proxy names, or else the account."""
     async with visitor(address, **PROXY, **settings) as browser:
         sent = {"x-forwarded-user": "acme"} | headers
-        encoded = {name: value.encode("latin-1") for name, value in sent.items()}
+        encoded: Any = {name: value.encode("latin-1") for name, value in sent.items()}
         assert (await browser.get("/", headers=encoded)).status_code == 200
 
     async with grpc.aio.insecure_channel(address) as channel:

@@ -22,7 +22,7 @@ from latchkey_cli.import_file import COLUMNS
 from tests.helpers.fork_server import Forked
 from tests.helpers.repository import ROOT
 from tests.helpers.servers import make_settings, serving
-from tests.helpers.tool import Run, make_run
+from tests.helpers.tool import make_run
 
 PAGE = (ROOT / "docs/import.md").read_text("utf-8")
 COMMANDS = re.findall(
@@ -58,12 +58,6 @@ async def accepting(database_url: str, pepper_file: Path) -> AsyncIterator[str]:
     settings = settings.model_copy(update={"imported_prefixes": f"{prefixes},*"})
     async with serving(settings) as address:
         yield address
-
-
-@pytest.fixture
-def run(tmp_path: Path, forked: Forked) -> Run:
-    """Run the tool in an empty folder."""
-    return make_run(tmp_path, forked)
 
 
 async def exported(database_url: str, table: str, rows: list[tuple[Any, ...]], query: str) -> str:
@@ -113,7 +107,9 @@ async def test_the_commands_work_as_printed(accepting: str, tmp_path: Path) -> N
     assert "\nVALID:" in output
 
 
-async def test_export_from_better_auth(accepting: str, database_url: str, run: Run) -> None:
+async def test_export_from_better_auth(
+    accepting: str, database_url: str, tmp_path: Path, forked: Forked
+) -> None:
     """The statement writes a file that is imported without a refused row, and the keys work."""
     live, paused = (secrets.token_urlsafe(48) for _ in range(2))
 
@@ -127,6 +123,7 @@ async def test_export_from_better_auth(accepting: str, database_url: str, run: R
         ("k2", "default", None, None, "user|1", None, stored(paused), False, ends, created),
     ]
     text = await exported(database_url, BETTER_AUTH, rows, block("better-auth"))
+    run = make_run(tmp_path, forked)
     done = await run("import", "-", target=accepting, stdin=text)
     assert (done.code, done.out.splitlines()[0]) == (0, "imported: 2"), done.err
     shown = (await run("list", "--json", target=accepting, LATCHKEY_ACCOUNT="user|1")).json
@@ -137,7 +134,9 @@ async def test_export_from_better_auth(accepting: str, database_url: str, run: R
         assert found.json["verdict"] == f"VERDICT_{verdict}"
 
 
-async def test_export_from_a_table_of_ones_own(accepting: str, database_url: str, run: Run) -> None:
+async def test_export_from_a_table_of_ones_own(
+    accepting: str, database_url: str, tmp_path: Path, forked: Forked
+) -> None:
     """The same for the last statement of the page. A revoked key stays out."""
     key = "acme_live_" + secrets.token_urlsafe(24)
     created = datetime(2026, 1, 31, 18, tzinfo=UTC)
@@ -147,6 +146,7 @@ async def test_export_from_a_table_of_ones_own(accepting: str, database_url: str
         (hashlib.sha256(b"x").hexdigest(), "acme", "old", True, None, created, "xxxx", created),
     ]
     text = await exported(database_url, OWN, rows, block("own table"))
+    run = make_run(tmp_path, forked)
     done = await run("import", "-", target=accepting, stdin=text)
     assert (done.code, done.out.splitlines()[0]) == (0, "imported: 1"), done.err
     found = await run("verify", "--scope", "write", "--json", target=accepting, stdin=key)

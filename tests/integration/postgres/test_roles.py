@@ -63,9 +63,9 @@ async def test_the_service_needs_no_other_rights(
         await eventually(lambda: is_serving(channel), "health is up")
         stub = pb_grpc.TokenServiceStub(channel)
         timely: Any = {"timeout": 10}
-        of = {"account_id": "acme"}
+        of: dict[str, Any] = {"account_id": "acme"}
         created = await stub.Create(pb.CreateRequest(**of, name="a", scope=pb.SCOPE_READ), **timely)
-        this = {**of, "id": created.token.id}
+        this: dict[str, Any] = {**of, "id": created.token.id}
         question = pb.VerifyRequest(secret=created.secret)
         assert (await stub.Verify(question, **timely)).verdict == pb.VERDICT_VALID
         await stub.Disable(pb.DisableRequest(**this), **timely)

@@ -165,7 +165,7 @@ async def test_connections_that_nobody_verified_are_refused(server: Server) -> N
     trustme.CA().cert_pem.write_to_path(other)
     passfile = server.passfile()
     passfile.write_text(passfile.read_text().replace("localhost", "*"))
-    verified: dict[str, object] = {"sslmode": "verify-full", "passfile": passfile}
+    verified: dict[str, Any] = {"sslmode": "verify-full", "passfile": passfile}
     for url, words in (
         (server.url(**verified, sslrootcert=other), "sslrootcert must contain its CA"),
         (
