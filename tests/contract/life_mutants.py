@@ -14,7 +14,7 @@ from latchkey_coherence.verdict import Verdict
 from latchkey_service.errors import FailedPrecondition
 from latchkey_service.tokens import changes, lifecycle, verifier
 from latchkey_service.tokens.bulk import Bulk, Outcome
-from latchkey_service.tokens.bulk_store import Filter
+from latchkey_service.tokens.filter_table import condition_of
 from latchkey_service.tokens.lifecycle import Lifecycle
 from latchkey_service.tokens.token_changer import TokenChanger
 
@@ -127,13 +127,11 @@ def networks_do_not_narrow(patch: Patch) -> None:
 
 def disabled_tokens_are_spared(patch: Patch) -> None:
     """DeleteAll does not delete disabled tokens."""
-    condition = Filter.condition
 
-    def spared(self: Any, first: int, now: Any) -> Any:
-        text, arguments = condition(self, first, now)
-        return f"{text} AND t.disable_time IS NULL", arguments
+    def spared(*arguments: Any) -> str:
+        return f"{condition_of(*arguments)} AND t.disable_time IS NULL"
 
-    patch.setattr(Filter, "condition", spared)
+    patch.setattr("latchkey_service.tokens.bulk_store.condition_of", spared)
 
 
 def expiry_before_disabling(patch: Patch) -> None:

@@ -38,11 +38,23 @@ INPUTS_MIN = {
     "http2-native": 8,
     "http2-grpcio": 8,
     "http2-tls": 8,
+    "seals": 200,
+    "refused-native": 8,
+    "refused-tls": 8,
 }
 # Memory growth after the warm-up, of the process under attack. libFuzzer keeps its new inputs in
 # memory, some megabytes. A server's allocator keeps the memory of the largest burst, which may come
 # at any time; With grpcio, where a connection may have any number of streams, that is a lot.
-GROWTH_MB_MAX = {"nothing": 24, "postgres": 64, "native": 64, "grpcio": 512, "tls": 512}
+GROWTH_MB_MAX = {
+    "nothing": 24,
+    "postgres": 64,
+    "native": 64,
+    "grpcio": 512,
+    "tls": 512,
+    # One connection at a time: 100 calls, of which grpcio receives no message.
+    "native-policy": 96,
+    "tls-policy": 64,
+}
 
 
 @pytest.fixture

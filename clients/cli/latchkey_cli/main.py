@@ -13,6 +13,7 @@ from latchkey_cli import (
     changes,
     console,
     importing,
+    listing,
     maintenance,
     output,
     placing,
@@ -58,7 +59,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command("create", cls=Command)(tokens.create)
-app.command("list", cls=Command)(tokens.list_tokens)
+app.command("list", cls=Command)(listing.list_tokens)
 app.command("get", cls=Command)(tokens.get)
 app.command("delete", cls=Command)(tokens.delete)
 app.command("update", cls=Command)(changes.update)

@@ -265,11 +265,13 @@ def import_result_in(message: pb.ImportResult) -> ImportResult:
     )
 
 
-def page_in(message: pb.ListResponse) -> Page:
-    """Convert a page from protobuf."""
+def page_in(message: pb.ListResponse, *, counted: bool) -> Page:
+    """Convert a page from protobuf. `counted`: whether the request asked for the total size."""
     return Page(
         tokens=tuple(token_in(token) for token in message.tokens),
         next_page_token=message.next_page_token,
+        total_size=message.total_size if counted else None,
+        total_size_capped=message.total_size_capped,
     )
 
 

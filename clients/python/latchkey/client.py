@@ -17,6 +17,7 @@ from latchkey_proto.v1.status_service_pb2_grpc import StatusServiceStub
 
 from latchkey import _audit, _convert, _rate_messages
 from latchkey._audit import AuditFilter, AuditPage
+from latchkey._filters import check_applied, filter_out, order_out
 from latchkey._lifecycle import LifecycleCalls
 from latchkey._rate_limit import RateLimit
 from latchkey.errors import InternalError, invalid
@@ -29,6 +30,8 @@ from latchkey.models import (
     Scope,
     Status,
     Token,
+    TokenFilter,
+    TokenOrder,
     Verification,
 )
 from latchkey.secret import Secret
@@ -140,27 +143,54 @@ class Client(LifecycleCalls):
     async def list_page(
         self,
         account_id: str,
+        wanted: TokenFilter = TokenFilter(),  # noqa: B008 - immutable
         *,
+        order: TokenOrder = TokenOrder.NEWEST,
+        reverse: bool = False,
+        include_total_size: bool = False,
         page_size: int = 0,
         page_token: str = "",
         timeout_seconds: float | None = None,
     ) -> Page:
-        """Return one page of the account's live tokens, newest first.
+        """Return one page of the account's live tokens that match `wanted`, in an order.
 
-        With `page_size` 0 the service chooses the size (50). The maximum is 500.
+        With `page_size` 0 the service chooses the size (50). The maximum is 500. A page can be
+        shorter, or empty, without being the last one: the service examines at most 10,000 tokens
+        for each. A `page_token` belongs to its account, filter and order. Raises FailedPrecondition
+        if the server is of a release that cannot filter, order or count.
         """
-        request = _convert.build(
-            lambda: pb.ListRequest(
-                account_id=account_id, page_size=page_size, page_token=page_token
+
+        def request() -> pb.ListRequest:
+            message = pb.ListRequest(
+                account_id=account_id,
+                page_size=page_size,
+                page_token=page_token,
+                reverse=reverse,
+                include_total_size=include_total_size,
             )
-        )
-        answer = await self._call("List", self._rpcs().List, request, timeout_seconds)
-        return _convert.page_in(answer)
+            # Absent where they are the default, for servers that do not know them.
+            if wanted != TokenFilter():
+                message.filter.CopyFrom(filter_out(wanted))
+            if order is not TokenOrder.NEWEST:
+                message.order = order_out(order)
+            return message
+
+        built = _convert.build(request)
+        answer = await self._call("List", self._rpcs().List, built, timeout_seconds)
+        check_applied(built, answer)
+        return _convert.page_in(answer, counted=include_total_size)
 
     async def list(
-        self, account_id: str, *, page_size: int = 0, timeout_seconds: float | None = None
+        self,
+        account_id: str,
+        wanted: TokenFilter = TokenFilter(),  # noqa: B008 - immutable
+        *,
+        order: TokenOrder = TokenOrder.NEWEST,
+        reverse: bool = False,
+        page_size: int = 0,
+        timeout_seconds: float | None = None,
     ) -> AsyncIterator[Token]:
-        """Iterate over all of the account's live tokens, newest first.
+        """Iterate over all of the account's live tokens that match `wanted`, in an order.
 
         Fetches the next page when the previous one is used up. `timeout_seconds` is per page.
         """
@@ -168,6 +198,9 @@ class Client(LifecycleCalls):
         while True:
             page = await self.list_page(
                 account_id,
+                wanted,
+                order=order,
+                reverse=reverse,
                 page_size=page_size,
                 page_token=position,
                 timeout_seconds=timeout_seconds,

@@ -199,6 +199,17 @@ class TokenState(enum.Enum):
     """Expired, but not disabled."""
 
 
+class TokenOrder(enum.Enum):
+    """Order of a list."""
+
+    NEWEST = "newest"
+    """The latest creation first."""
+    EXPIRY = "expiry"
+    """The earliest expiry first. Tokens that never expire come last."""
+    LAST_USE = "last-use"
+    """The earliest last use first, to within a minute. Tokens that were never used come first."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenFilter:
     """Selects live tokens that match every given field. Without fields, it selects all."""
@@ -217,6 +228,16 @@ class TokenFilter:
     """Tokens that were created before this time and have no recorded use since."""
     can_write: bool | None = None
     """True: active tokens with WRITE. False: all others."""
+    ids: tuple[str, ...] | None = None
+    """Tokens with one of these ids: 1 to 1,000."""
+    search: str = ""
+    """Tokens with this text in their name, or in the last four characters of a working secret."""
+    never_used: bool | None = None
+    """True: tokens without a recorded use. False: tokens with one."""
+    never_expires: bool | None = None
+    """True: tokens without an expire_time. False: tokens with one."""
+    secret_created_before: datetime | None = None
+    """Tokens whose newest secret was created before this time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -294,11 +315,16 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
-    """A page of an account's live tokens, newest first."""
+    """A page of an account's live tokens. It can be empty without being the last one."""
 
     tokens: tuple[Token, ...]
     next_page_token: str
     """Opaque; requests the next page. Empty on the last page."""
+    total_size: int | None = None
+    """How many tokens all pages have together, or at least so many if `total_size_capped`. None
+    unless requested."""
+    total_size_capped: bool = False
+    """Whether there may be more tokens than `total_size`: the service counts among 10,000."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

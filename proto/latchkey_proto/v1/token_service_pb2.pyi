@@ -165,6 +165,38 @@ TOKEN_STATE_EXPIRED: TokenState.ValueType  # 3
 """Expired, but not disabled."""
 Global___TokenState: _TypeAlias = TokenState  # noqa: Y015
 
+class _TokenOrder:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TokenOrderEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TokenOrder.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TOKEN_ORDER_UNSPECIFIED: _TokenOrder.ValueType  # 0
+    """TOKEN_ORDER_NEWEST."""
+    TOKEN_ORDER_NEWEST: _TokenOrder.ValueType  # 1
+    """The time of creation, the latest first."""
+    TOKEN_ORDER_EXPIRY: _TokenOrder.ValueType  # 2
+    """The expire_time, the earliest first. Tokens that never expire come last."""
+    TOKEN_ORDER_LAST_USE: _TokenOrder.ValueType  # 3
+    """The last recorded use, the earliest first. Tokens without a recorded use come
+    before all others. Uses within a minute of each other may be in any order.
+    """
+
+class TokenOrder(_TokenOrder, metaclass=_TokenOrderEnumTypeWrapper):
+    """Order of a list."""
+
+TOKEN_ORDER_UNSPECIFIED: TokenOrder.ValueType  # 0
+"""TOKEN_ORDER_NEWEST."""
+TOKEN_ORDER_NEWEST: TokenOrder.ValueType  # 1
+"""The time of creation, the latest first."""
+TOKEN_ORDER_EXPIRY: TokenOrder.ValueType  # 2
+"""The expire_time, the earliest first. Tokens that never expire come last."""
+TOKEN_ORDER_LAST_USE: TokenOrder.ValueType  # 3
+"""The last recorded use, the earliest first. Tokens without a recorded use come
+before all others. Uses within a minute of each other may be in any order.
+"""
+Global___TokenOrder: _TypeAlias = TokenOrder  # noqa: Y015
+
 class _SecretOutcome:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -583,6 +615,11 @@ class TokenFilter(_message.Message):
     EXPIRES_BEFORE_FIELD_NUMBER: _builtins.int
     UNUSED_SINCE_FIELD_NUMBER: _builtins.int
     CAN_WRITE_FIELD_NUMBER: _builtins.int
+    IDS_FIELD_NUMBER: _builtins.int
+    SEARCH_FIELD_NUMBER: _builtins.int
+    NEVER_USED_FIELD_NUMBER: _builtins.int
+    NEVER_EXPIRES_FIELD_NUMBER: _builtins.int
+    SECRET_CREATED_BEFORE_FIELD_NUMBER: _builtins.int
     scope: Global___Scope.ValueType
     """Tokens with exactly this scope."""
     name_contains: _builtins.str
@@ -593,6 +630,15 @@ class TokenFilter(_message.Message):
     """true: tokens that can write now, which are active and have SCOPE_WRITE.
     false: all others.
     """
+    search: _builtins.str
+    """Tokens whose name contains this text, as with `name_contains`, or that have a
+    working secret with this text among its last four characters: 0-64
+    characters. The text may also be the hint of a secret.
+    """
+    never_used: _builtins.bool
+    """true: tokens without a recorded use. false: tokens with one."""
+    never_expires: _builtins.bool
+    """true: tokens without an expire_time. false: tokens with one."""
     @_builtins.property
     def label(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Tokens that have all of these labels, with these values: up to 16."""
@@ -605,6 +651,17 @@ class TokenFilter(_message.Message):
     def unused_since(self) -> _timestamp_pb2.Timestamp:
         """Tokens that were created before this time and have no recorded use since."""
 
+    @_builtins.property
+    def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Tokens with one of these ids: up to 1,000. Ids of other accounts and of
+        deleted tokens match nothing. Empty: any id, so a caller that builds the list
+        must not send an empty one.
+        """
+
+    @_builtins.property
+    def secret_created_before(self) -> _timestamp_pb2.Timestamp:
+        """Tokens whose newest secret was created before this time."""
+
     def __init__(
         self,
         *,
@@ -615,14 +672,28 @@ class TokenFilter(_message.Message):
         expires_before: _timestamp_pb2.Timestamp | None = ...,
         unused_since: _timestamp_pb2.Timestamp | None = ...,
         can_write: _builtins.bool | None = ...,
+        ids: _abc.Iterable[_builtins.str] | None = ...,
+        search: _builtins.str = ...,
+        never_used: _builtins.bool | None = ...,
+        never_expires: _builtins.bool | None = ...,
+        secret_created_before: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_can_write", b"_can_write", "can_write", b"can_write", "expires_before", b"expires_before", "unused_since", b"unused_since"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_can_write", b"_can_write", "_never_expires", b"_never_expires", "_never_used", b"_never_used", "can_write", b"can_write", "expires_before", b"expires_before", "never_expires", b"never_expires", "never_used", b"never_used", "secret_created_before", b"secret_created_before", "unused_since", b"unused_since"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_can_write", b"_can_write", "can_write", b"can_write", "expires_before", b"expires_before", "label", b"label", "name_contains", b"name_contains", "scope", b"scope", "state", b"state", "unused_since", b"unused_since"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_can_write", b"_can_write", "_never_expires", b"_never_expires", "_never_used", b"_never_used", "can_write", b"can_write", "expires_before", b"expires_before", "ids", b"ids", "label", b"label", "name_contains", b"name_contains", "never_expires", b"never_expires", "never_used", b"never_used", "scope", b"scope", "search", b"search", "secret_created_before", b"secret_created_before", "state", b"state", "unused_since", b"unused_since"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__can_write: _TypeAlias = _typing.Literal["can_write"]  # noqa: Y015
     _WhichOneofArgType__can_write: _TypeAlias = _typing.Literal["_can_write", b"_can_write"]  # noqa: Y015
+    _WhichOneofReturnType__never_expires: _TypeAlias = _typing.Literal["never_expires"]  # noqa: Y015
+    _WhichOneofArgType__never_expires: _TypeAlias = _typing.Literal["_never_expires", b"_never_expires"]  # noqa: Y015
+    _WhichOneofReturnType__never_used: _TypeAlias = _typing.Literal["never_used"]  # noqa: Y015
+    _WhichOneofArgType__never_used: _TypeAlias = _typing.Literal["_never_used", b"_never_used"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__can_write) -> _WhichOneofReturnType__can_write | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__never_expires) -> _WhichOneofReturnType__never_expires | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__never_used) -> _WhichOneofReturnType__never_used | None: ...
 
 Global___TokenFilter: _TypeAlias = TokenFilter  # noqa: Y015
 
@@ -834,24 +905,42 @@ class ListRequest(_message.Message):
     ACCOUNT_ID_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    ORDER_FIELD_NUMBER: _builtins.int
+    REVERSE_FIELD_NUMBER: _builtins.int
+    INCLUDE_TOTAL_SIZE_FIELD_NUMBER: _builtins.int
     account_id: _builtins.str
     """Owner of the tokens. Required."""
     page_size: _builtins.int
     """Maximum number of tokens. 0 means 50; more than 500 means 500."""
     page_token: _builtins.str
-    """The next_page_token of the previous page of the same account. Empty:
-    returns the first page.
+    """The next_page_token of the previous page of the same account, filter and
+    order. Empty: returns the first page.
     """
+    order: Global___TokenOrder.ValueType
+    """The order of the list. Tokens with equal times are ordered by id."""
+    reverse: _builtins.bool
+    """Lists in the opposite of `order`, from its last token to its first."""
+    include_total_size: _builtins.bool
+    """Counts the tokens that match. Takes up to as long as the list itself."""
+    @_builtins.property
+    def filter(self) -> Global___TokenFilter:
+        """The tokens to list. Absent: all live tokens of the account."""
+
     def __init__(
         self,
         *,
         account_id: _builtins.str = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        filter: Global___TokenFilter | None = ...,
+        order: Global___TokenOrder.ValueType = ...,
+        reverse: _builtins.bool = ...,
+        include_total_size: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "filter", b"filter", "include_total_size", b"include_total_size", "order", b"order", "page_size", b"page_size", "page_token", b"page_token", "reverse", b"reverse"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -865,21 +954,40 @@ class ListResponse(_message.Message):
 
     TOKENS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    TOTAL_SIZE_FIELD_NUMBER: _builtins.int
+    TOTAL_SIZE_CAPPED_FIELD_NUMBER: _builtins.int
+    FILTER_APPLIED_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """The page_token of the next page. Empty: this is the last page."""
+    total_size: _builtins.int
+    """With include_total_size: number of tokens on all pages together, or a lower
+    bound of it. Otherwise 0.
+    """
+    total_size_capped: _builtins.bool
+    """Whether total_size is a lower bound, because the service counted among the
+    first 10,000 tokens and there are more. Never true for an account with up to
+    10,000 tokens.
+    """
+    filter_applied: _builtins.bool
+    """Always true. A server of a release without `filter` and `order` leaves it
+    false: it has ignored both.
+    """
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]:
-        """Live tokens, newest first. Never contains deleted tokens."""
+        """Live tokens in the requested order. Never contains deleted tokens."""
 
     def __init__(
         self,
         *,
         tokens: _abc.Iterable[Global___Token] | None = ...,
         next_page_token: _builtins.str = ...,
+        total_size: _builtins.int = ...,
+        total_size_capped: _builtins.bool = ...,
+        filter_applied: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter_applied", b"filter_applied", "next_page_token", b"next_page_token", "tokens", b"tokens", "total_size", b"total_size", "total_size_capped", b"total_size_capped"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

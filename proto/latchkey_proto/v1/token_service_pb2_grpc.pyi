@@ -83,10 +83,19 @@ class TokenServiceStub:
     this id, also if the token belongs to another account; UNAVAILABLE.
     """
     List: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.ListRequest, _token_service_pb2.ListResponse]
-    """Lists the live tokens of an account, newest first. Has no side effects and
-    is safe to retry. A page of more than 200 tokens may exceed gRPC's default
-    message limit of 4 MiB.
-    Errors: INVALID_ARGUMENT; UNAVAILABLE.
+    """Lists the live tokens of an account, or those that match a filter, the newest
+    first or in another order. Has no side effects and is safe to retry. A page
+    of more than 200 tokens may exceed gRPC's default message limit of 4 MiB.
+
+    One call examines at most 10,000 tokens, so that it takes the same time
+    however many tokens the account has. A page may therefore have fewer tokens
+    than requested, or none, and still have a `next_page_token` (AIP-158).
+    Some filters skip the tokens that do not match, so that the limit does not
+    matter: `expires_before`, `never_expires` and TOKEN_STATE_EXPIRED with
+    TOKEN_ORDER_EXPIRY, `unused_since` and `never_used` with
+    TOKEN_ORDER_LAST_USE, and `ids` with any order.
+    Errors: INVALID_ARGUMENT, also for a condition that this server does not
+    know; UNAVAILABLE.
     """
     Delete: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.DeleteRequest, _token_service_pb2.DeleteResponse]
     """Deletes a token permanently. After this returns OK, no verify that starts
@@ -296,10 +305,19 @@ class TokenServiceAsyncStub(TokenServiceStub):
     this id, also if the token belongs to another account; UNAVAILABLE.
     """
     List: _aio.UnaryUnaryMultiCallable[_token_service_pb2.ListRequest, _token_service_pb2.ListResponse]  # type: ignore[assignment]
-    """Lists the live tokens of an account, newest first. Has no side effects and
-    is safe to retry. A page of more than 200 tokens may exceed gRPC's default
-    message limit of 4 MiB.
-    Errors: INVALID_ARGUMENT; UNAVAILABLE.
+    """Lists the live tokens of an account, or those that match a filter, the newest
+    first or in another order. Has no side effects and is safe to retry. A page
+    of more than 200 tokens may exceed gRPC's default message limit of 4 MiB.
+
+    One call examines at most 10,000 tokens, so that it takes the same time
+    however many tokens the account has. A page may therefore have fewer tokens
+    than requested, or none, and still have a `next_page_token` (AIP-158).
+    Some filters skip the tokens that do not match, so that the limit does not
+    matter: `expires_before`, `never_expires` and TOKEN_STATE_EXPIRED with
+    TOKEN_ORDER_EXPIRY, `unused_since` and `never_used` with
+    TOKEN_ORDER_LAST_USE, and `ids` with any order.
+    Errors: INVALID_ARGUMENT, also for a condition that this server does not
+    know; UNAVAILABLE.
     """
     Delete: _aio.UnaryUnaryMultiCallable[_token_service_pb2.DeleteRequest, _token_service_pb2.DeleteResponse]  # type: ignore[assignment]
     """Deletes a token permanently. After this returns OK, no verify that starts
@@ -524,10 +542,19 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _token_service_pb2.ListRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_token_service_pb2.ListResponse, _abc.Awaitable[_token_service_pb2.ListResponse]]:
-        """Lists the live tokens of an account, newest first. Has no side effects and
-        is safe to retry. A page of more than 200 tokens may exceed gRPC's default
-        message limit of 4 MiB.
-        Errors: INVALID_ARGUMENT; UNAVAILABLE.
+        """Lists the live tokens of an account, or those that match a filter, the newest
+        first or in another order. Has no side effects and is safe to retry. A page
+        of more than 200 tokens may exceed gRPC's default message limit of 4 MiB.
+
+        One call examines at most 10,000 tokens, so that it takes the same time
+        however many tokens the account has. A page may therefore have fewer tokens
+        than requested, or none, and still have a `next_page_token` (AIP-158).
+        Some filters skip the tokens that do not match, so that the limit does not
+        matter: `expires_before`, `never_expires` and TOKEN_STATE_EXPIRED with
+        TOKEN_ORDER_EXPIRY, `unused_since` and `never_used` with
+        TOKEN_ORDER_LAST_USE, and `ids` with any order.
+        Errors: INVALID_ARGUMENT, also for a condition that this server does not
+        know; UNAVAILABLE.
         """
 
     @_abc_1.abstractmethod

@@ -136,7 +136,8 @@ class VerifyCalls:
         return call
 
     async def _verify(self, data: bytes, context: CallContext, caller: Caller) -> bytes:
-        self._spend(caller, 1)
+        if caller.rates is not None:
+            self._spend(caller, 1)
         if len(data) > _VERIFY_BYTES_MAX:
             # The contract promises a verdict for every secret, however long. No secret, address and
             # permissions within their limits need as many bytes.
@@ -211,7 +212,7 @@ class VerifyCalls:
             answer = _restricted(answer, caller)
         verdict, record = answer.verdict, answer.record
         if verdict is _VALID and record is not None:
-            now = self._unix_time()
+            now = answer.decided_at or self._unix_time()
             use = record.use
             # Here and not in PendingUses, so that a warm Verify makes no further call.
             if use is not None and use.caller == caller.name:

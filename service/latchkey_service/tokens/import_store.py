@@ -3,6 +3,7 @@
 Decides nothing (`importing.py`).
 """
 
+import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -24,7 +25,10 @@ from latchkey_service.tokens.seal import TokenSeal
 from latchkey_service.tokens.token_table import rate_columns
 from latchkey_service.tokens.verdict import SecretRecord, TokenRecord
 
-__all__ = ["ImportStore", "Inserted", "NewRow", "Present"]
+__all__ = ["ROWS_AT_ONCE", "ImportStore", "Inserted", "NewRow", "Present"]
+
+ROWS_AT_ONCE = 25
+"""Rows to convert, check or seal before others get the event loop: a millisecond or two."""
 
 
 class NewRow(NamedTuple):
@@ -105,10 +109,14 @@ class ImportStore:
         Leaves out tokens whose names live tokens have. Takes names from expired tokens first.
         Returns None, and changes nothing, if the database has one of the secrets.
 
+        An Update that takes one of the names at the same moment waits for this statement, and this
+        one for it. Postgres then ends one of them after its `deadlock_timeout`, a second, and it is
+        repeated. Locking `head` first would do the same to each Delete of a token with such a name.
+
         The revision names one of the tokens. No cache has a verdict on any of them, so there is
         nothing to drop, but servers forget which imported secrets are absent (`imported.py`).
         """
-        document = json.dumps([_fields(row) for row in rows])
+        document = await _document(rows)
         try:
             async with self._pool.session() as session:
                 with require_durable_commit(session):
@@ -180,6 +188,16 @@ audited AS (
       FROM stamped s, inserted i)
 SELECT s.revision, s.mark, i.id FROM stamped s, inserted i
 """  # noqa: S608 - constants only
+
+
+async def _document(rows: Sequence[NewRow]) -> str:
+    """Return the rows as a JSON list. Lets others run meanwhile."""
+    parts = []
+    for number, row in enumerate(rows):
+        if number % ROWS_AT_ONCE == 0:
+            await asyncio.sleep(0)
+        parts.append(json.dumps(_fields(row)))
+    return f"[{','.join(parts)}]"
 
 
 def _names(rows: Sequence[NewRow]) -> tuple[list[str], list[str]]:

@@ -17,7 +17,7 @@ from latchkey_service.lifetime import Lifetime
 from latchkey_service.secret_format import Keyring
 from latchkey_service.tokens.changes import require_new_rules
 from latchkey_service.tokens.confirmation import Call, Confirmations
-from latchkey_service.tokens.import_store import ImportStore, NewRow, Present
+from latchkey_service.tokens.import_store import ROWS_AT_ONCE, ImportStore, NewRow, Present
 from latchkey_service.tokens.lifecycle_store import LifecycleStore
 from latchkey_service.tokens.management import new_id
 from latchkey_service.tokens.names import name_key
@@ -43,8 +43,6 @@ IMPORTED_MAX = 1_000
 HINT_LENGTH_MAX = 16
 """As long as the longest hint of other secrets, and as short as the shortest imported secret."""
 HASH_BYTES = 32
-# Rows to check or seal before others get the event loop: some milliseconds.
-ROWS_AT_ONCE = 100
 # A hint that shows nothing.
 NO_HINT = "…"
 # Older systems than this have no keys.

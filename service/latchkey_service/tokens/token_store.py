@@ -1,8 +1,9 @@
 """The SQL of tokens, secrets, peppers and deletions: one method per statement.
 
-`TokenStore` serves management calls from a pool. The columns are in `token_table.py`, and changes
-of existing tokens other than Delete in `lifecycle_store.py`. Does not own the SQL of verifiers
-(`coherence/verifier_table.py`) or the reading of audit entries (`audit/audit_table.py`).
+`TokenStore` serves management calls from a pool. The columns are in `token_table.py`, List in
+`list_store.py`, and changes of existing tokens other than Delete in `lifecycle_store.py`. Does not
+own the SQL of verifiers (`coherence/verifier_table.py`) or the reading of audit entries
+(`audit/audit_table.py`).
 """
 
 import json
@@ -43,7 +44,7 @@ from latchkey_service.tokens.verdict import TokenRecord
 if TYPE_CHECKING:
     import asyncpg
 
-__all__ = ["PageStart", "Request", "TokenStore", "deletion_of"]
+__all__ = ["Request", "TokenStore", "deletion_of"]
 
 # The peppers, oldest first, each with whether live tokens and registered verifiers use it.
 _KNOWN_PEPPERS = """
@@ -61,14 +62,6 @@ _PEPPER_LOCK_SECONDS = 10
 
 _CREATED = "SELECT $6, account_id, id, $3, $7, $12 FROM token"
 _DELETED = "SELECT moment, $1, id, name, expire_time, $3 FROM stamped JOIN token USING (id)"
-
-
-@dataclass(frozen=True, slots=True)
-class PageStart:
-    """A position in an account's list: after the token with this creation time and id."""
-
-    create_time: datetime
-    id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,35 +237,6 @@ class TokenStore:
             )
         row = rows[0]
         return (None if row[3] is None else detailed_record_of(row)), snapshot_of(row)
-
-    @retry_on_conflict
-    async def list_tokens(
-        self, account_id: str, after: PageStart | None, limit: int
-    ) -> tuple[list[TokenRecord], Snapshot]:
-        """Return up to `limit` live tokens, newest first, and the snapshot of the read.
-
-        The tokens are those after the position `after` in the list, or the first ones.
-        """
-        # Two statements, because `$2 IS NULL OR ...` would keep the planner from starting the index
-        # scan at the position.
-        start = "AND (t.create_time, t.id) < ($3, $4)" if after else ""
-        arguments = [account_id, limit] + ([after.create_time, after.id] if after else [])
-        async with self._pool.session() as session:
-            rows = await session.fetch(
-                f"""
-                SELECT h.revision, h.mark, h.timeline, page.*
-                  FROM {SNAPSHOT}
-                  LEFT JOIN (
-                       SELECT {COLUMNS}, {DETAILS}
-                         FROM token t
-                        WHERE t.account_id = $1 AND t.delete_time IS NULL {start}
-                        ORDER BY t.create_time DESC, t.id DESC
-                        LIMIT $2) page ON true
-                 ORDER BY page.create_time DESC, page.id DESC
-                """,  # noqa: S608 - constants only
-                *arguments,
-            )
-        return [detailed_record_of(row) for row in rows if row[3] is not None], snapshot_of(rows[0])
 
     @retry_on_conflict
     async def delete_token(

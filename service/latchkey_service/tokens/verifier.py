@@ -52,6 +52,8 @@ class Answer(NamedTuple):
     record: CachedToken | None = None
     retry_seconds: float = 0.0
     """With RATE_LIMITED: when to try again."""
+    decided_at: float = 0.0
+    """Unix time, if the answer came from the cache without a look at a rate limit. 0: not known."""
 
 
 class Question(NamedTuple):
@@ -74,6 +76,7 @@ ABSENT_DIGEST = bytes(32)
 
 MALFORMED: Final = Answer(Verdict.MALFORMED)
 UNKNOWN: Final = Answer(Verdict.UNKNOWN)
+_new_tuple: Final = tuple.__new__
 
 
 class Verifier:
@@ -134,12 +137,12 @@ class Verifier:
             question = Question(presented, required_scope, client_address, required_permissions)
             return self._limited_from_cache(record, record.share, question, now)
         # No applied invalidation names it, or it would not be in the cache.
-        return Answer(
-            decide(record, required_scope, self._unix_time(), client_address, required_permissions),
-            record.token,
-            record.account_id,
-            self._cache.position,
-            record,
+        unix_time = self._unix_time()
+        verdict = decide(record, required_scope, unix_time, client_address, required_permissions)
+        position = self._cache.position
+        # `Answer(...)` takes as long as the decision; this, a third of that.
+        return _new_tuple(
+            Answer, (verdict, record.token, record.account_id, position, record, 0.0, unix_time)
         )
 
     async def verify(

@@ -267,3 +267,15 @@ async def test_revoke_prompts_for_a_hidden_secret(start: Open, stub: Any, create
     assert secret not in terminal.screen
     answer = await stub.Verify(pb.VerifyRequest(secret=secret))
     assert answer.verdict == pb.VERDICT_EXPIRED
+
+
+async def test_import_shows_its_progress(start: Open, tmp_path: Path) -> None:
+    """On a terminal, the import of a long file shows how far it is, and removes that at the end."""
+    rows = (f"{number:064x},n{number},read\n" for number in range(1, 1_002))
+    (tmp_path / "keys.csv").write_text("hash,name,scope\n" + "".join(rows))
+    terminal = await start("import", "keys.csv")
+    await terminal.until("1,002 lines read, 1,000 tokens there")
+    assert await terminal.end() == 0
+    last = terminal.screen.rpartition("\x1b[K")[2]
+    assert last.startswith("imported: 1,001")
+    assert "lines read" not in last

@@ -239,6 +239,7 @@ async def test_a_delete_never_waits_for_uses(
         async with other.transaction():
             await other.execute("SELECT FROM token_usage FOR UPDATE")
             await other.execute("SELECT FROM token_usage_day FOR UPDATE")
+            await other.execute("SELECT FROM token_last_use FOR UPDATE")
             await verify()
             await eventually(blocked, "the writer to wait for the locks")
             await verify()

@@ -175,14 +175,53 @@ async def test_waits_are_bounded(database: Database, monkeypatch: pytest.MonkeyP
         await draws.draw([Want("t1", 1, 0)], database.now)
     waiting = asyncio.ensure_future(draws.draw([Want("t2", 1, 0)], DEADLINE))
     await asyncio.sleep(0)
-    with pytest.raises(Overloaded):
-        await draws.draw([Want("t3", 1, 0)], DEADLINE)
+    for want in (Want("t3", 1, 0), Want("t3", 0, 1)):
+        with pytest.raises(Overloaded):
+            await draws.draw([want], DEADLINE)
     await draws.close()
     for stopped in (under_way, waiting):
         with pytest.raises(StoreUnavailable):
             await stopped
     with pytest.raises(StoreUnavailable):
         await draws.draw([Want("t1", 1, 0)], DEADLINE)
+
+
+async def test_clients_leave_room_for_verifies(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Questions of clients fill half of the queue at most, so verifies can still draw."""
+    monkeypatch.setattr(rate_draws, "WAITING_MAX", 4)
+    draws = database.draws()
+    database.calls = {"t1": 9}
+    wants = [Want("t1", 0, 1), Want("t2", 0, 1)]
+    for_client = asyncio.ensure_future(draws.draw(wants, DEADLINE))
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded):
+        await draws.draw([Want("t3", 0, 1)], DEADLINE)
+    assert (await draws.draw([Want("t1", 1, 0)], DEADLINE))[0].calls == 1
+    await for_client
+    await draws.close()
+
+
+async def test_calls_of_a_paused_process_are_not_accepted(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that was paused after a draw does not accept calls that have ended."""
+    rates = TokenRates(database.draws(), lambda: database.now)
+    share = rates.share_of("t1", LIMIT)
+    assert share is not None
+    database.calls = {"t1": 9}
+    draw = rates.draws.draw
+
+    async def paused(wants: Sequence[Want], deadline: float) -> Any:
+        drawn = await draw(wants, deadline)
+        database.now += 1.0
+        return drawn
+
+    monkeypatch.setattr(rates.draws, "draw", paused)
+    (seconds,) = await rates.admit([share], DEADLINE)
+    assert seconds > 0
+    await rates.draws.close()
 
 
 async def test_empty_bucket_is_not_asked_again_at_once(database: Database) -> None:
