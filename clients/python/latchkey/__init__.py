@@ -9,6 +9,7 @@ here, so only their users need their dependencies.
 
 from latchkey._audit import AuditEntry, AuditFilter, AuditPage, Outcome
 from latchkey._connection import current_person
+from latchkey._imported import ImportedToken, ImportOutcome, ImportResult
 from latchkey._rate_limit import RateLimit
 from latchkey._version import __version__
 from latchkey.access import Access
@@ -35,9 +36,6 @@ from latchkey.models import (
     Change,
     CreatedToken,
     Deletions,
-    ImportedToken,
-    ImportOutcome,
-    ImportResult,
     Limits,
     Notifications,
     Page,

@@ -250,7 +250,7 @@ class Server(pygrpc_native.aio.Server):
             return
         caller, rule = "", self._rule_of[event[2]]
         # Without load, the handler refuses anonymous calls, because it also audits their accounts.
-        loaded = self._in_turn or len(queue.waiting)
+        loaded = self._in_turn or queue.waiting.caller_of
         if loaded and self._screen is not None and rule.role is not None:
             try:
                 caller = self._screen(event[5][0])
@@ -311,7 +311,7 @@ class Server(pygrpc_native.aio.Server):
         share: list[Event] = []
         now = self._monotonic()
         for queue in self._queues:
-            if len(queue.waiting):
+            if queue.waiting.caller_of:
                 share += queue.take(self._share_of(queue, now), now)
         self._in_turn = bool(share)
         if share:
