@@ -22,12 +22,14 @@ class FairQueue(Generic[Call]):
     def __init__(self, bytes_max: int) -> None:
         self._bytes_max: Final = bytes_max
         self._bytes = 0
+        self.size = 0
+        """How many calls wait. The same as `len`, which takes longer."""
         self._caller_of: dict[int, str] = {}
         # In the order of their next turns.
         self._callers: OrderedDict[str, OrderedDict[int, tuple[Call, int]]] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._caller_of)
+        return self.size
 
     def __contains__(self, call_id: int) -> bool:
         return call_id in self._caller_of
@@ -45,6 +47,7 @@ class FairQueue(Generic[Call]):
         """Append a call."""
         self._caller_of[call_id] = caller
         self._bytes += size_bytes
+        self.size += 1
         its = self._callers.get(caller)
         if its is None:
             its = self._callers[caller] = OrderedDict()
@@ -96,3 +99,4 @@ class FairQueue(Generic[Call]):
     def _removed(self, call_id: int, size_bytes: int) -> None:
         del self._caller_of[call_id]
         self._bytes -= size_bytes
+        self.size -= 1

@@ -311,7 +311,7 @@ class Server(pygrpc_native.aio.Server):
         share: list[Event] = []
         now = self._monotonic()
         for queue in self._queues:
-            if len(queue.waiting):
+            if queue.waiting.size:
                 share += queue.take(self._share_of(queue, now), now)
         self._in_turn = bool(share)
         if share:
