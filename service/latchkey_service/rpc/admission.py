@@ -188,7 +188,7 @@ class ConcurrencyLimiter:
 
     def _pass_on(self) -> None:
         while self.queued:
-            future = (self._removals if len(self._removals) else self._queue).take()
+            (future,) = (self._removals if self._removals.size else self._queue).take(1)
             if not future.done():
                 future.set_result(None)
                 return
