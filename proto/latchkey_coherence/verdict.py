@@ -41,6 +41,7 @@ class Verdict(enum.IntEnum):
     DISABLED = 7
     ADDRESS_NOT_ALLOWED = 8
     INSUFFICIENT_PERMISSIONS = 9
+    RATE_LIMITED = 10
 
 
 # In Python 3.11, reading a member from its class takes as long as the rest of a decision.

@@ -28,8 +28,10 @@ The expected outcomes of a verify are values (`verdict.py`), never exceptions. C
 messages, so a message never contains a secret, a digest, SQL or an address.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from types import MappingProxyType
+from typing import ClassVar, Literal
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -58,6 +60,7 @@ __all__ = [
     "TimeoutMalformed",
     "Unauthenticated",
     "Unavailable",
+    "ViolationReason",
     "WatchRefused",
     "WatchTimedOut",
     "code_of",
@@ -76,12 +79,19 @@ NO_ANSWER = "The database does not respond; try again shortly."
 CHANGING_OVER = "The database is failing over; try again shortly."
 
 
+ViolationReason = Literal["EXPIRY_REQUIRED", "EXPIRY_TOO_LATE"]
+
+
 @dataclass(frozen=True, slots=True)
 class FieldViolation:
     """A field of the request (as a path, such as `labels["team"]`) and its problem."""
 
     field: str
     description: str
+    reason: ViolationReason | None = None
+    """The reason of the error, if a program needs to distinguish this problem from others."""
+    metadata: tuple[tuple[str, str], ...] = ()
+    """Keys and values of the description, for programs."""
 
 
 class LatchkeyError(Exception):
@@ -91,6 +101,8 @@ class LatchkeyError(Exception):
     reason = "INTERNAL"
     retry_seconds = RETRY_DELAY_SECONDS
     """Delay before a retry, for retryable errors."""
+    metadata: Mapping[str, str] = MappingProxyType({})
+    """What `reason` leaves open, for programs."""
 
 
 class InvalidArgument(LatchkeyError):
@@ -101,6 +113,9 @@ class InvalidArgument(LatchkeyError):
 
     def __init__(self, *violations: FieldViolation, reason: str | None = None) -> None:
         self.violations = violations
+        for violation in violations:
+            if violation.reason is not None:
+                self.reason, self.metadata = violation.reason, dict(violation.metadata)
         if reason is not None:
             self.reason = reason
         # A violation without a field concerns the whole request.
@@ -312,7 +327,7 @@ def status_of(error: BaseException, request_id: str, randomness: float = 0.0) ->
         | error_details_pb2.BadRequest
         | error_details_pb2.RetryInfo
     ] = [
-        error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN),
+        error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata),
         error_details_pb2.RequestInfo(request_id=request_id),
     ]
     if isinstance(error, InvalidArgument):

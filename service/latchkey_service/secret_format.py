@@ -9,6 +9,13 @@
              with our pepper, without a look-up
 - checksum = CRC-32 of everything before it: detects a typing error without a key
 
+Secrets that another system made can be imported by their SHA-256 hashes. Their digest is
+
+    HMAC-SHA-256(pepper, "latchkey imported secret", NUL, SHA-256(secret))
+
+So the database never contains the hash itself: a dump confirms no guessed secret, and a hash that
+somebody writes into the database is nobody's digest. Such secrets have neither tag nor checksum.
+
 Does not own the file of the peppers (`tokens/pepper_file.py`), and does not know whether a digest
 belongs to a live token (`tokens/verifier.py`). The caller passes the keys in.
 """
@@ -25,6 +32,8 @@ __all__ = [
     "CREDENTIAL_LENGTH",
     "CREDENTIAL_PREFIX",
     "CREDENTIAL_SHAPE",
+    "IMPORTED_LENGTH_MAX",
+    "IMPORTED_PREFIX",
     "SECRET_LENGTH_MAX",
     "Digest",
     "Keyring",
@@ -51,6 +60,17 @@ SECRET_LENGTH_MAX = 11 + BODY_DIGITS + TAG_DIGITS + CHECKSUM_DIGITS
 # not invalidate live tokens. [0-9A-Za-z], not \w, which also matches letters of other scripts.
 _SHAPE = re.compile(r"[a-z]{2,10}_[0-9A-Za-z]{57}")
 _is_shaped = _SHAPE.fullmatch
+# The characters of a bearer token (RFC 6750 §2.1). A shorter secret could be guessed. A longer one
+# would not fit into a batch of 1,000 (`access/methods.py`).
+IMPORTED_LENGTH_MIN, IMPORTED_LENGTH_MAX = 16, 128
+_is_bearer = re.compile(
+    rf"[0-9A-Za-z._~+/=-]{{{IMPORTED_LENGTH_MIN},{IMPORTED_LENGTH_MAX}}}"
+).fullmatch
+# With a longer prefix, there would be no room for the random part.
+IMPORTED_PREFIX = re.compile(r"[0-9A-Za-z._~+/=-]{1,32}")
+# No body of a secret contains a NUL.
+_IMPORTED_USE = b"latchkey imported secret\0"
+_HINT_PREFIX = re.compile(r"[a-z]{2,10}_")
 # Callers' credentials (`access/credentials.py`) have no tag.
 CREDENTIAL_PREFIX = "lkc"
 CREDENTIAL_SHAPE = rf"{CREDENTIAL_PREFIX}_[0-9A-Za-z]{{{BODY_DIGITS + CHECKSUM_DIGITS}}}"
@@ -118,12 +138,16 @@ class Minted:
 
 
 class Keyring:
-    """The peppers, newest first. New secrets use the first; all of them verify."""
+    """The peppers, newest first. New secrets use the first; all of them verify.
 
-    def __init__(self, peppers: Sequence[Pepper]) -> None:
+    `imported_prefixes` are those of imported secrets; an empty one accepts any.
+    """
+
+    def __init__(self, peppers: Sequence[Pepper], imported_prefixes: Sequence[str] = ()) -> None:
         if not peppers:
             raise ValueError("a keyring needs at least one pepper")
         self.peppers = tuple(peppers)
+        self.imported_prefixes = tuple(imported_prefixes)
         # HMACs that have processed their key: copying one takes half the time of a new HMAC.
         self._keyed = [hmac.new(pepper.key, digestmod=sha256) for pepper in peppers]
 
@@ -159,10 +183,33 @@ class Keyring:
                 return digest
         return None
 
+    def imported_digests_of(self, presented: str) -> tuple[bytes, ...] | None:
+        """Return the possible digests of a presented secret that was imported, one per pepper.
+
+        None means that it is not one: it has no accepted prefix, or another character or length.
+        """
+        if not presented.startswith(self.imported_prefixes) or not _is_bearer(presented):
+            return None
+        return self.imported_digests(sha256(presented.encode()).digest())
+
+    def imported_digests(self, secret_sha256: bytes) -> tuple[bytes, ...]:
+        """Return the digests of an imported secret with this SHA-256 hash, newest pepper first."""
+        digests = []
+        for keyed in self._keyed:
+            mac = keyed.copy()
+            mac.update(_IMPORTED_USE + secret_sha256)
+            digests.append(mac.digest())
+        return tuple(digests)
+
 
 def hint_of(secret: str) -> str:
-    """Return the prefix and the last four characters of a secret, so that people recognise it."""
-    return f"{secret[: secret.find('_')]}_…{secret[-HINT_CHARACTERS:]}"
+    """Return the prefix and the last four characters of a secret, so that people recognise it.
+
+    The prefix is the part before the first underscore, if it looks like one of ours: an imported
+    secret may have none, and its first characters may be secret.
+    """
+    prefix = _HINT_PREFIX.match(secret)
+    return f"{prefix[0] if prefix else ''}…{secret[-HINT_CHARACTERS:]}"
 
 
 def contains_secret(text: str) -> bool:

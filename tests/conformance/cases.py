@@ -44,6 +44,7 @@ Verdict = Literal[
     "ADDRESS_NOT_ALLOWED",
     "INSUFFICIENT_SCOPE",
     "INSUFFICIENT_PERMISSIONS",
+    "RATE_LIMITED",
     "DELETED",
     "DISABLED",
     "EXPIRED",
@@ -82,6 +83,9 @@ class Grant(_Form):
     number: Number | None = Field(description="The request that the grant answers. null: number 0.")
     offset: int = Field(0, description="Added to the number, to make an unrequested grant.")
     seconds: float
+    imported_prefixes: list[str] = Field(
+        [], description="The prefixes of imported secrets. Absent: the server accepts none."
+    )
 
 
 class Reset(_Form):
@@ -97,13 +101,35 @@ class Closing(_Form):
     kind: Literal["closing"]
 
 
+class RateLimit(_Form):
+    """A token's rate_limit."""
+
+    count: int
+    period_seconds: int
+    burst: int
+
+
+class Shares(_Form):
+    """WatchResponse.rate_shares, in answer to the client's last question on the stream."""
+
+    kind: Literal["shares"]
+    calls: dict[TokenId, int] = Field(description="The calls of each token.")
+    rate_limit: RateLimit = Field(description="The limit under which they were issued.")
+    seconds: float
+    offset: int = Field(
+        0, description="Added to the number of the question, to make an answer to no question."
+    )
+
+
 class Unknown(_Form):
     """A WatchResponse whose `event` is not part of this version of the contract."""
 
     kind: Literal["unknown"]
 
 
-Event = Annotated[Invalidation | Grant | Reset | Closing | Unknown, Field(discriminator="kind")]
+Event = Annotated[
+    Invalidation | Grant | Reset | Closing | Shares | Unknown, Field(discriminator="kind")
+]
 
 
 class Reported(_Form):
@@ -137,6 +163,11 @@ class Expect(_Form):
         description="All uses that the client has reported, to a millisecond. A client may split "
         "them into any number of reports.",
     )
+    asks_at_most: dict[TokenId, int] | None = Field(
+        None,
+        description="The calls of each token in all questions for shares so far: at most these, "
+        "and at least one of each.",
+    )
 
 
 class _Step(_Form):
@@ -145,7 +176,7 @@ class _Step(_Form):
         [],
         description="Everything that the client sends in this step, in order on each stream. A "
         "client may split a message that confirms and asks in two, with the confirmation first. "
-        "Messages with a report of uses are not listed.",
+        "Messages with a report of uses or a question for shares are not listed.",
     )
     expect: Expect = Expect()
 
@@ -198,6 +229,8 @@ class Answer(_Question):
     token_scope: Scope = "READ"
     token_networks: list[str] = Field([], description="The token's allowed_networks.")
     token_permissions: list[str] = Field([], description="The token's permissions.")
+    token_rate_limit: RateLimit | None = Field(None, description="The token's rate_limit.")
+    retry_after: float | None = Field(None, description="Seconds. Present with RATE_LIMITED.")
     position: PositionText
     keeps: bool = Field(description="Whether the client may keep the verdict, and this one does.")
 
@@ -208,6 +241,17 @@ class Verify(_Question):
     do: Literal["verify"]
     token_id: TokenId
     from_memory: Verdict | None = Field(description="null: the client must ask the service.")
+
+
+class Present(_Step):
+    """A holder presents a string that is not in the cache."""
+
+    do: Literal["present"]
+    text: str
+    refuses: bool = Field(
+        description="true: the client may answer MALFORMED by itself, and this one does. false: it "
+        "must ask the service."
+    )
 
 
 class Wait(_Step):
@@ -225,7 +269,8 @@ class Release(_Step):
 
 
 Step = Annotated[
-    Open | Receive | Break | Mute | Answer | Verify | Wait | Release, Field(discriminator="do")
+    Open | Receive | Break | Mute | Answer | Verify | Present | Wait | Release,
+    Field(discriminator="do"),
 ]
 
 
@@ -233,13 +278,14 @@ class Case(_Form):
     """One scenario. The client begins with an empty cache and no known history."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
-    rules: list[Annotated[int, Field(ge=1, le=12)]] = Field(
+    rules: list[Annotated[int, Field(ge=1, le=13)]] = Field(
         min_length=1, description="The rules of docs/protocol.md that the case is about."
     )
-    level: Literal["must", "should", "reporting"] = Field(
-        description="must: a client that fails may answer VALID for a deleted token, or make "
-        "Deletes wait. should: a client that fails is safe, but answers from its cache less often. "
-        "reporting: for clients that report uses.",
+    level: Literal["must", "should", "reporting", "sharing"] = Field(
+        description="must: a client that fails may answer VALID for a deleted token, make Deletes "
+        "wait, or refuse a valid secret. should: a client that fails is safe, but answers from its "
+        "cache less often. reporting: for clients that report uses. sharing: for clients that "
+        "spend shares; one that fails may accept more verifies than a rate limit permits.",
     )
     story: str
     cache_entries: int = Field(100, ge=0, description="How many verdicts the client may keep.")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import random
-from datetime import UTC, datetime
+from collections import Counter
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from unittest import mock
 
@@ -16,8 +17,10 @@ import latchkey
 import pytest
 from latchkey import Scope, Verdict, Verification, _subscription, verifier
 from latchkey._shape import checksum
+from latchkey._shares import SharesReceived
 from latchkey._subscription import Event, Request, Stream, Subscription, UsesReceived
 from latchkey._uses import UseReport
+from latchkey_coherence import rate
 
 from tests.conformance import cases
 from tests.conformance.cases import Case, position_of
@@ -42,6 +45,9 @@ class Player:
         # Count, first and last use by token.
         self.reported: dict[str, tuple[int, float, float]] = {}
         self.muted: set[Stream] = set()
+        # The last question for shares on each stream, and the calls in all questions.
+        self.questions: dict[Stream, int] = {}
+        self.wanted: Counter[str] = Counter()
         self.verifier = latchkey.Verifier(
             "nowhere:1", cache_entries=case.cache_entries, cache_seconds=case.cache_seconds
         )
@@ -67,7 +73,8 @@ class Player:
                 assert step.stream not in self.streams, f"stream {step.stream} is open"
                 self.streams[step.stream] = self.subscription.open(self.now)
             case cases.Receive():
-                self.streams[step.stream].receive(self.event_of(step.event), self.now)
+                stream = self.streams[step.stream]
+                stream.receive(self.event_of(step.event, stream), self.now)
             case cases.Break():
                 self.streams.pop(step.stream).ended(cleanly=False, now=self.now)
             case cases.Mute():
@@ -83,12 +90,17 @@ class Player:
                 )
                 found = None if answer is None else answer.verdict.name
                 assert found == step.from_memory, f"answered {found}, not {step.from_memory}"
+            case cases.Present():
+                answer = self.verifier.verify_nowait(step.text)
+                found = None if answer is None else answer.verdict.name
+                expected = "MALFORMED" if step.refuses else None
+                assert found == expected, f"answered {found}, not {expected}"
             case cases.Release():
                 self.subscription.release()
             case cases.Wait():
                 pass
 
-    def event_of(self, event: cases.Event) -> Event | None:
+    def event_of(self, event: cases.Event, stream: Stream) -> Event | None:
         match event:
             case cases.Invalidation():
                 return _subscription.Invalidation(
@@ -97,12 +109,23 @@ class Player:
             case cases.Grant():
                 number = 0 if event.number is None else self.numbers[event.number]
                 return _subscription.Grant(
-                    position_of(event.position), number + event.offset, event.seconds
+                    position_of(event.position),
+                    number + event.offset,
+                    event.seconds,
+                    tuple(event.imported_prefixes),
                 )
             case cases.Reset():
                 return _subscription.Reset(position_of(event.position))
             case cases.Closing():
                 return _subscription.Closing()
+            case cases.Shares():
+                number = self.questions.get(stream, 0)
+                limit = rate.RateLimit(*event.rate_limit.model_dump().values())
+                return SharesReceived(
+                    number + event.offset,
+                    tuple((token_id, calls, limit) for token_id, calls in event.calls.items()),
+                    event.seconds,
+                )
             case cases.Unknown():
                 return None
 
@@ -118,12 +141,14 @@ class Player:
                 create_time=datetime(2026, 1, 1, tzinfo=UTC),
                 allowed_networks=tuple(step.token_networks),
                 permissions=tuple(step.token_permissions),
+                rate_limit=limit_of(step.token_rate_limit),
             )
         answer = Verification(
             verdict=Verdict[step.verdict],
             token=token,
             revision=position.revision,
             mark=position.mark,
+            retry_after=None if step.retry_after is None else timedelta(seconds=step.retry_after),
         )
         cache = self.subscription.cache
         before = set(map(id, cache.entries.values()))
@@ -154,7 +179,10 @@ class Player:
     def taken(self, stream: Stream) -> list[Request]:
         requests: list[Request] = []
         while (request := stream.take(self.now)) is not None:
-            if request.report is None:
+            if request.shares is not None:
+                self.questions[stream] = request.shares.number
+                self.wanted.update(dict(request.shares.wanted))
+            elif request.report is None:
                 requests.append(request)
             else:
                 assert not any(earlier.released for earlier in requests), "reports after a release"
@@ -201,6 +229,10 @@ class Player:
                 found = self.reported[token_id]
                 assert found[0] == uses.count, f"reported {found[0]} uses"
                 assert found[1:] == pytest.approx((uses.first, uses.last), abs=1e-3, rel=0)
+        if expect.asks_at_most is not None:
+            assert self.wanted.keys() == expect.asks_at_most.keys(), f"asked for {self.wanted}"
+            for token_id, calls in expect.asks_at_most.items():
+                assert 1 <= self.wanted[token_id] <= calls, f"asked for {self.wanted[token_id]}"
         for name, at in (expect.give_up_at or {}).items():
             late_at = self.streams[name].late_at
             same = late_at == at or (
@@ -233,6 +265,12 @@ def _drawn(share: float, low: float, high: float) -> float:
 def secret_of(token_id: str) -> str:
     body = "lk" + "_" + token_id.rjust(51, "0")
     return body + checksum(body)
+
+
+def limit_of(limit: cases.RateLimit | None) -> latchkey.RateLimit | None:
+    if limit is None:
+        return None
+    return latchkey.RateLimit(limit.count, timedelta(seconds=limit.period_seconds), limit.burst)
 
 
 def scope_of(name: str | None) -> Scope | None:

@@ -19,7 +19,7 @@ CASES = load()
 # Replacements for the client's random numbers: both extremes and a value between them.
 SHARES = (0.0, 0.5, 1.0)
 # The rules of docs/protocol.md that concern clients. The others concern only servers.
-CLIENT_RULES = {4, 5, 6, 7, 12}
+CLIENT_RULES = {4, 5, 6, 7, 12, 13}
 
 
 @pytest.mark.parametrize("share", SHARES)
@@ -73,7 +73,7 @@ def test_the_schema_is_current() -> None:
     "change",
     [
         lambda case: case.update(steps=[]),
-        lambda case: case.update(rules=[13]),
+        lambda case: case.update(rules=[14]),
         lambda case: case["steps"][0].update(do="dance"),
         lambda case: case["steps"][0].update(streem="a"),
         lambda case: case["steps"][0].update(at="100"),
@@ -94,6 +94,6 @@ def test_the_protocol_document_matches_the_cases() -> None:
     """docs/protocol.md contains the rules that the cases name, and lists the case files."""
     text = (DIRECTORY.parents[1] / "docs" / "protocol.md").read_text("utf-8")
     rules = {int(number) for number in re.findall(r"^### Rule (\d+)", text, re.MULTILINE)}
-    assert rules == set(range(1, 13))
+    assert rules == set(range(1, 14))
     for path in (DIRECTORY / "cases").glob("*.json"):
         assert path.name in text

@@ -142,7 +142,7 @@ def test_invalid_account_claim_is_refused(
     _, url, _ = signed
     browser.reset(url, None)
     browser.open()
-    sign_in(browser, "me@example.com")
+    sign_in(browser, "Jane Doe")
     assert "Invalid account ID" in browser.text("main")
 
 

@@ -1,5 +1,6 @@
 """A request for each method that succeeds for every caller that may make it."""
 
+import os
 from collections.abc import Callable
 from itertools import count
 from typing import Any
@@ -35,6 +36,7 @@ def allowed_request(listener: Listener, path: str, account: str) -> Any:
         TOKENS + "GetUsage": lambda: pb.GetUsageRequest(
             account_id=account, id=listener.ids[account]
         ),
+        TOKENS + "GetLimits": lambda: pb.GetLimitsRequest(account_id=account),
         TOKENS + "List": lambda: pb.ListRequest(account_id=account),
         TOKENS + "Delete": lambda: pb.DeleteRequest(
             account_id=account, id=listener.ids[f"{account} doomed"], no_wait=True
@@ -57,6 +59,17 @@ def allowed_request(listener: Listener, path: str, account: str) -> Any:
         ),
         TOKENS + "DeleteAll": lambda: pb.DeleteAllRequest(account_id=account, dry_run=True),
         TOKENS + "RevokeSecret": lambda: pb.RevokeSecretRequest(secrets=["nonsense"]),
+        TOKENS + "ReportSecret": lambda: pb.ReportSecretRequest(secrets=["nonsense"]),
+        TOKENS + "Import": lambda: pb.ImportRequest(
+            tokens=[
+                pb.ImportedToken(
+                    account_id=account,
+                    name=f"n{next(_names)}",
+                    scope=pb.SCOPE_READ,
+                    secret_sha256=os.urandom(32),
+                )
+            ]
+        ),
         STATUS: status_pb.GetStatusRequest,
         INVALIDATE_ALL: maintenance_pb.InvalidateAllRequest,
         AUDIT: lambda: audit_pb.AuditServiceListRequest(account_id=account),

@@ -17,6 +17,7 @@ GOOD = {
     "Create": pb.CreateRequest(account_id="acme", name="ok", scope=pb.SCOPE_READ),
     "Get": pb.GetRequest(account_id="acme", id="tok_never"),
     "GetUsage": pb.GetUsageRequest(account_id="acme", id="tok_never"),
+    "GetLimits": pb.GetLimitsRequest(account_id="acme"),
     "List": pb.ListRequest(account_id="acme"),
     "Delete": pb.DeleteRequest(account_id="acme", id="tok_never"),
     "Update": pb.UpdateRequest(
@@ -31,6 +32,8 @@ GOOD = {
     "RetireSecrets": pb.RetireSecretsRequest(account_id="acme", id="tok_never"),
     "DeleteAll": pb.DeleteAllRequest(account_id="acme"),
     "RevokeSecret": pb.RevokeSecretRequest(secrets=["lk_nonsense"]),
+    "ReportSecret": pb.ReportSecretRequest(secrets=["lk_nonsense"]),
+    "Import": pb.ImportRequest(tokens=[pb.ImportedToken(account_id="acme")]),
     "Verify": pb.VerifyRequest(secret="lk_nonsense", required_scope=pb.SCOPE_READ),
     "BatchVerify": pb.BatchVerifyRequest(requests=[pb.VerifyRequest(secret="lk_nonsense")]),
 }
@@ -60,7 +63,12 @@ ALLOWED = {
     ("Create", "description", "empty"),
     ("Create", "description", "another script's digits"),
     ("Create", "request_id", "empty"),
-    *(("RevokeSecret", "secrets", kind) for kind in BAD_TEXT if kind not in UNREADABLE),
+    *(
+        (method, "secrets", kind)
+        for method in ("RevokeSecret", "ReportSecret")
+        for kind in BAD_TEXT
+        if kind not in UNREADABLE
+    ),
 }
 LISTS = ("allowed_networks", "permissions")
 NOT_FOUND = {
@@ -141,6 +149,7 @@ async def test_missing_fields(channel):
         "Create": ["account_id", "name", "scope"],
         "Get": ["account_id", "id"],
         "GetUsage": ["account_id", "id"],
+        "GetLimits": ["account_id"],
         "List": ["account_id"],
         "Delete": ["account_id", "id"],
         "Update": ["account_id", "id", "update_mask"],
@@ -150,6 +159,8 @@ async def test_missing_fields(channel):
         "RetireSecrets": ["account_id", "id"],
         "DeleteAll": ["account_id"],
         "RevokeSecret": ["secrets"],
+        "ReportSecret": ["secrets"],
+        "Import": ["tokens"],
         "BatchVerify": ["requests"],
     }
     for method, fields in required.items():

@@ -55,11 +55,12 @@ MAY = {
     "manager": {
         TOKENS + name
         for name in (
-            *("Create", "Get", "GetUsage", "List", "Delete", "DeleteAll"),
+            *("Create", "Get", "GetLimits", "GetUsage", "List", "Delete", "DeleteAll"),
             *("Update", "Disable", "Enable", "Rotate", "RetireSecrets"),
         )
     },
-    "revoker": {TOKENS + "RevokeSecret"},
+    "revoker": {TOKENS + "RevokeSecret", TOKENS + "ReportSecret"},
+    "importer": {TOKENS + "Import"},
     "operator": {STATUS, AUDIT, INVALIDATE_ALL},
 }
 OURS = sorted(set().union(*MAY.values()))
@@ -130,7 +131,7 @@ async def statuses(
         async with listener.channel(identity) as channel:
             found = {path: await call(listener, channel, path, metadata, account) for path in OURS}
         gone = found[TOKENS + "Delete"] is OK
-        made = found[TOKENS + "Create"] is OK
+        made = sum(found[TOKENS + name] is OK for name in ("Create", "Import"))
         # Rejected calls must have had no effect.
         assert await alive(connection) == before + made - gone
         await connection.execute("DELETE FROM token WHERE id = $1", doomed)
@@ -148,7 +149,11 @@ def expected(name: str, account: str = ACCOUNT) -> dict[str, grpc.StatusCode]:
     found = {path: OK if path in MAY[role] else DENIED for path in OURS}
     if accounts is not None:
         # They affect all accounts.
-        found[INVALIDATE_ALL] = found[TOKENS + "RevokeSecret"] = DENIED
+        for path in (
+            INVALIDATE_ALL,
+            *(TOKENS + m for m in ("RevokeSecret", "ReportSecret", "Import")),
+        ):
+            found[path] = DENIED
         if role == "verifier":
             found[TOKENS + "Watch"] = WATCH_REFUSED
         elif account != ACCOUNT:

@@ -69,6 +69,13 @@ async def test_the_secret_never_leaks(logs, channel, stub, create, database_url,
         yield "Get", pb.GetRequest(account_id="acme", id=created.token.id)
         yield "GetUsage", pb.GetUsageRequest(account_id=value, id=value)
         yield "GetUsage", pb.GetUsageRequest(account_id="acme", id=created.token.id)
+        yield "GetLimits", pb.GetLimitsRequest(account_id=value)
+        row = pb.ImportedToken(account_id="acme", name="row", scope=pb.SCOPE_READ, hint=value[:16])
+        for field in ("account_id", "name", "description", "hint"):
+            wrong = pb.ImportedToken()
+            wrong.CopyFrom(row)
+            setattr(wrong, field, value)
+            yield "Import", pb.ImportRequest(tokens=[wrong])
         yield "List", pb.ListRequest(account_id=value)
         yield "List", pb.ListRequest(account_id="acme", page_token=value)
         yield "List", pb.ListRequest(account_id="acme")
@@ -128,12 +135,14 @@ async def test_the_secret_never_leaks(logs, channel, stub, create, database_url,
         )
         yield "Verify", required
         yield "RevokeSecret", pb.RevokeSecretRequest(secrets=[value, value + "x"])
+        yield "ReportSecret", pb.ReportSecretRequest(secrets=[value, value + "x"])
 
     for method, message in messages(secret):
         await attempt(method, message.SerializeToString(), metadata=(("x-request-id", secret),))
     for method in (
         *("Create", "Get", "GetUsage", "List", "Delete", "DeleteAll", "Verify", "BatchVerify"),
-        *("Update", "Disable", "Enable", "Rotate", "RetireSecrets", "RevokeSecret"),
+        *("GetLimits", "Import", "Update", "Disable", "Enable", "Rotate", "RetireSecrets"),
+        *("RevokeSecret", "ReportSecret"),
     ):
         await attempt(method, b"\xff" + secret.encode())
         await attempt(method, b"\x0a\x3f\xff" + secret.encode())

@@ -7,6 +7,8 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf import duration_pb2, field_mask_pb2, timestamp_pb2
+from latchkey_proto.v1 import audit_service_pb2 as audit_pb
+from latchkey_proto.v1 import audit_service_pb2_grpc as audit_grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 
 from tests.helpers.rich_status import refusal
@@ -371,6 +373,28 @@ async def test_an_expired_token_does_not_hold_its_name(stub, create):
     assert [token.id for token in listed] == [new.token.id, old.token.id]
     # It can still be changed in other ways.
     await stub.Disable(pb.DisableRequest(account_id="acme", id=old.token.id))
+
+
+async def test_taking_a_name_is_audited(address, stub, create):
+    """The expired token has an entry of the call that took its name, by Create or by Update."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        audit = audit_grpc.AuditServiceStub(channel)
+        for method in ("Create", "Update"):
+            old = await create(name="ci", ttl=duration_pb2.Duration(nanos=100_000_000))
+            await becomes("EXPIRED", stub, old.secret)
+            if method == "Create":
+                new = await create(name="CI")
+            else:
+                new = await create(name="other")
+                await stub.Update(update(new.token.id, ["name"], name="CI"))
+            request = audit_pb.AuditServiceListRequest(
+                token_id=old.token.id, outcome=audit_pb.OUTCOME_OK
+            )
+            (taken, made) = (await audit.List(request)).entries
+            assert (taken.method.rpartition("/")[2], taken.reason) == (method, "NAME_FREED")
+            assert taken.account_id == "acme"
+            assert made.reason == ""
+            await stub.Delete(pb.DeleteRequest(account_id="acme", id=new.token.id))
 
 
 async def test_concurrent_changes_all_count(stub, create):

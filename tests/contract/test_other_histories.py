@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import pytest
 from latchkey_coherence.verdict_cache import Position
+from latchkey_proto.v1 import audit_service_pb2 as audit_pb
+from latchkey_proto.v1 import audit_service_pb2_grpc as audit_grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from structlog.testing import capture_logs
@@ -50,6 +52,11 @@ async def client(channel: grpc.aio.Channel) -> AsyncIterator[WatchClient]:
     await client.say()
     yield client
     client.call.cancel()
+
+
+@pytest.fixture
+def audit(channel: grpc.aio.Channel) -> Any:
+    return audit_grpc.AuditServiceStub(channel)
 
 
 async def delete(stub: Any, token: pb.Token) -> pb.Receipt:
@@ -118,9 +125,12 @@ async def test_a_rewritten_log_makes_a_server_start_over(
     assert Position(grant.revision, grant.mark) == head
 
 
-async def test_without_a_lease_nothing_is_denied(database_url: str, stub: Any, create: Any) -> None:
+async def test_without_a_lease_nothing_is_denied(
+    database_url: str, stub: Any, create: Any, audit: Any
+) -> None:
     """A server that cannot renew its lease may be connected to a deposed primary. It does not claim
-    that a token does not exist; it does not list, show, create or delete tokens."""
+    that a token does not exist; it does not list, show, create or delete tokens, and does not show
+    the audit log."""
     created = await create()
     by_id = {"account_id": "acme", "id": created.token.id}
     nobody = {"account_id": "acme", "id": "tok_" + "0" * 26}
@@ -132,6 +142,7 @@ async def test_without_a_lease_nothing_is_denied(database_url: str, stub: Any, c
         lambda: stub.Delete(pb.DeleteRequest(account_id="acme", id=nobody["id"]), timeout=5),
         lambda: stub.Delete(pb.DeleteRequest(account_id="acme", id=by_id["id"]), timeout=5),
         lambda: stub.Create(new, timeout=5),
+        lambda: audit.List(audit_pb.AuditServiceListRequest(), timeout=5),
     ]
     async with session(database_url) as connection, connection.transaction():
         await connection.execute("SELECT FROM verifier FOR UPDATE")
@@ -152,6 +163,27 @@ async def test_without_a_lease_nothing_is_denied(database_url: str, stub: Any, c
     assert [token.id for token in listed.tokens] == [created.token.id]
     assert (await outcome(calls[1]())).code is grpc.StatusCode.NOT_FOUND
     assert (await outcome(calls[3]())).code is grpc.StatusCode.NOT_FOUND
+
+
+async def test_another_history_s_audit_log_is_not_shown(
+    database_url: str, stub: Any, create: Any, audit: Any
+) -> None:
+    """A server whose reads reach another history, and which has not noticed yet, does not show that
+    history's audit log as the current one."""
+    await delete(stub, (await create()).token)
+    request = audit_pb.AuditServiceListRequest()
+    assert len((await audit.List(request, timeout=5)).entries) == 2
+    async with session(database_url) as connection, connection.transaction():
+        # The server keeps its lease, and cannot find out at a renewal.
+        await connection.execute("SELECT FROM verifier FOR UPDATE")
+        async with session(database_url) as other:
+            await other.execute("UPDATE invalidation SET mark = 5; UPDATE head SET mark = 5")
+        assert (await outcome(audit.List(request, timeout=5))).code is grpc.StatusCode.UNAVAILABLE
+
+    async def back() -> bool:
+        return (await outcome(audit.List(request, timeout=5))).ok
+
+    await eventually(back, "the server has started over")
 
 
 async def test_an_old_deletion_gets_its_receipt_after_its_log_entry_is_gone(

@@ -1,5 +1,5 @@
 """The secrets of a token as any client sees them, over each transport: Rotate, RetireSecrets,
-RevokeSecret, and requests with an id."""
+RevokeSecret, ReportSecret, and requests with an id."""
 
 import asyncio
 import uuid
@@ -8,6 +8,8 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf import duration_pb2
+from latchkey_proto.v1 import audit_service_pb2 as audit_pb
+from latchkey_proto.v1 import audit_service_pb2_grpc as audit_pb_grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 
 from tests.contract.test_changes import becomes, check_receipt, get, update, verdict
@@ -135,6 +137,30 @@ async def test_retire_on_first_use(stub, create):
     await eventually(ended, "the older secret ends")
     assert await verdict(stub, rotated.secret) == "VALID"
     assert len((await get(stub, created.token.id)).secrets) == 1
+
+
+async def test_a_refused_verify_is_not_the_first_use(stub, create):
+    """A verify of the new secret that is not answered VALID leaves the old one as it is, and does
+    not hide the first use that follows."""
+    created = await create(scope=pb.SCOPE_READ)
+    rotated = await stub.Rotate(rotate(created.token.id, retire_on_first_use=True))
+
+    def retiring() -> bool:
+        # The server runs in this process.
+        return any(task.get_name() == "retire older secrets" for task in asyncio.all_tasks())
+
+    for _ in range(3):
+        refused = pb.VerifyRequest(secret=rotated.secret, required_scope=pb.SCOPE_WRITE)
+        answer = await stub.Verify(refused)
+        assert not retiring()
+        assert answer.verdict == pb.VERDICT_INSUFFICIENT_SCOPE
+        assert answer.token.id == created.token.id
+        assert (answer.revision, answer.mark) == (0, 0)
+    assert await verdict(stub, created.secret) == "VALID"
+    assert len((await get(stub, created.token.id)).secrets) == 2
+    assert await verdict(stub, rotated.secret) == "VALID"
+    await becomes("EXPIRED", stub, created.secret)
+    assert await verdict(stub, rotated.secret) == "VALID"
 
 
 async def test_delete_ends_all_secrets(stub, create):
@@ -308,6 +334,49 @@ async def test_revoke_secrets(stub, create):
     assert await verdict(stub, fresh.secret) == "VALID"
 
 
+async def test_report_secrets(stub, create, address):
+    """ReportSecret marks exactly the working secrets it is given, ends none, and keeps the first
+    time. Each token gets one audit entry, under its own account."""
+    one, two = await create(account_id="acme"), await create(account_id="other")
+    rotated = await stub.Rotate(rotate(one.token.id, grace=HOUR))
+    dead = await create()
+    await stub.Delete(pb.DeleteRequest(account_id="acme", id=dead.token.id))
+    given = [one.secret, "nonsense", two.secret, dead.secret, one.secret, ""]
+    answer = await stub.ReportSecret(pb.ReportSecretRequest(secrets=given))
+    assert outcomes(answer) == [
+        *("REPORTED", "MALFORMED", "REPORTED", "ENDED_BEFORE", "REPORTED", "MALFORMED")
+    ]
+    for secret in (one.secret, two.secret, rotated.secret):
+        assert await verdict(stub, secret) == "VALID"
+    get = pb.GetRequest(account_id="acme", id=one.token.id)
+    shown = (await stub.Get(get)).token.secrets
+    assert [secret.HasField("leak_report_time") for secret in shown] == [False, True]
+    await stub.ReportSecret(pb.ReportSecretRequest(secrets=given))
+    again = (await stub.Get(get)).token.secrets
+    assert again[1].leak_report_time == shown[1].leak_report_time
+    async with grpc.aio.insecure_channel(address) as channel:
+        page = await audit_pb_grpc.AuditServiceStub(channel).List(
+            audit_pb.AuditServiceListRequest(method="/latchkey.v1.TokenService/ReportSecret")
+        )
+    ours = {one.token.id, two.token.id}
+    entries = [(e.account_id, e.token_id) for e in page.entries if e.token_id in ours]
+    assert sorted(entries) == [("acme", one.token.id), ("other", two.token.id)]
+    # The mark goes with the secret that leaked.
+    retired = await stub.RetireSecrets(pb.RetireSecretsRequest(account_id="acme", id=one.token.id))
+    assert not any(secret.HasField("leak_report_time") for secret in retired.token.secrets)
+
+
+async def test_a_revoked_secret_is_marked_as_leaked(stub, create):
+    """RevokeSecret sets the mark too, until a rotation replaces the secret."""
+    created = await create()
+    await stub.RevokeSecret(pb.RevokeSecretRequest(secrets=[created.secret]))
+    get = pb.GetRequest(account_id="acme", id=created.token.id)
+    assert (await stub.Get(get)).token.secrets[0].HasField("leak_report_time")
+    fresh = await stub.Rotate(rotate(created.token.id))
+    assert not any(secret.HasField("leak_report_time") for secret in fresh.token.secrets)
+    assert len((await stub.Get(get)).token.secrets) == 1
+
+
 async def test_revoking_unknown_secrets(stub, create):
     """A secret of a token that is not in the database is UNKNOWN, without a receipt."""
     created = await create()
@@ -329,9 +398,10 @@ async def test_revoke_many(stub, create):
 
 @pytest.mark.parametrize("number", [0, 1001])
 async def test_wrong_number_of_secrets(stub, number):
-    """RevokeSecret takes 1 to 1,000 secrets."""
-    request = pb.RevokeSecretRequest(secrets=["x"] * number)
-    assert (await refusal(stub.RevokeSecret(request))).fields == ["secrets"]
+    """RevokeSecret and ReportSecret take 1 to 1,000 secrets."""
+    for method in ("RevokeSecret", "ReportSecret"):
+        request = getattr(pb, f"{method}Request")(secrets=["x"] * number)
+        assert (await refusal(getattr(stub, method)(request))).fields == ["secrets"]
 
 
 async def test_revocation_against_update(stub, create):

@@ -16,7 +16,6 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.access.methods import MANAGER
 from latchkey_service.postgres.connections import POOL_SIZE_MAX
-from latchkey_service.process import server as server_module
 from latchkey_service.process.wiring import running
 from latchkey_service.rpc.managed_calls import CONCURRENCY_LIMITS
 from latchkey_service.tokens import pepper_file
@@ -41,6 +40,7 @@ pytestmark = [
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 # Measurement error on a busy machine.
 SLACK_SECONDS = 0.6
+DRAIN_SECONDS = 0.3
 
 
 @contextlib.asynccontextmanager
@@ -196,11 +196,10 @@ class Worker:
 
 @pytest.fixture
 async def worker(
-    settings: "Settings", database_url: str, monkeypatch: pytest.MonkeyPatch
+    settings: "Settings", database_url: str
 ) -> AsyncIterator[Callable[[float], Awaitable[Worker]]]:
     """Start a server with a grace period of so many seconds; it is stopped when the test ends, if
     not before."""
-    monkeypatch.setattr(server_module, "DRAIN_SECONDS", 0.3)
     store = await TokenStore.open(database_url)
     for pepper in pepper_file.load_or_create(settings.pepper_path, create=False).peppers:
         await store.register_pepper(pepper.id)
@@ -208,7 +207,8 @@ async def worker(
     started: list[Worker] = []
 
     async def start(grace_seconds: float) -> Worker:
-        worker = Worker(settings.model_copy(update={"grace_seconds": grace_seconds}))
+        stopping = {"drain_seconds": DRAIN_SECONDS, "grace_seconds": grace_seconds}
+        worker = Worker(settings.model_copy(update=stopping))
         started.append(worker)
         await worker.start()
         return worker
@@ -272,7 +272,7 @@ async def test_a_stop_ends_within_its_grace(
         async with locked(database_url, token.id):
             deleted = delete(stub, token, None)
             await eventually(lambda: waiting(database_url), "the delete waits")
-            assert await it.stop() < 0.3 + 0.4 + SLACK_SECONDS
+            assert await it.stop() < DRAIN_SECONDS + 0.4 + SLACK_SECONDS
             end = await deleted
             assert end.code is UNAVAILABLE, end
 
@@ -306,6 +306,6 @@ async def test_a_stop_does_not_wait_for_a_frozen_postgres(
             ends = [asyncio.create_task(outcome(call)) for call in calls]
             await asyncio.sleep(0.1)
             # The drain, the grace period, and the time that closing the pool may take.
-            assert await it.stop() < 0.3 + 0.4 + 2.0 + SLACK_SECONDS
+            assert await it.stop() < DRAIN_SECONDS + 0.4 + 2.0 + SLACK_SECONDS
             for end in await asyncio.gather(*ends):
                 assert end.code is UNAVAILABLE, end

@@ -13,6 +13,7 @@ import struct
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hpack
 import psutil
@@ -121,7 +122,7 @@ class RefusedCalls(Target):
             for frame in frames:
                 path = streams.get(frame.stream, "")
                 if frame.kind == http2.HEADERS:
-                    fields = dict(decoder.decode(frame.payload))
+                    fields: dict[Any, Any] = dict(decoder.decode(frame.payload))
                     status = fields.get("grpc-status", "16")
                     if path in NEED_IDENTITY and status not in REFUSALS:
                         raise Finding(f"{path}: status {status} for a call without identity")

@@ -23,10 +23,12 @@ CALLERS: dict[str, tuple[str, list[str] | None]] = {
     "manager": ("manager", None),
     "operator": ("operator", None),
     "revoker": ("revoker", None),
+    "importer": ("importer", None),
     "acmes-verifier": ("verifier", [ACCOUNT]),
     "acmes-manager": ("manager", ["ac*"]),
     "acmes-operator": ("operator", [ACCOUNT]),
     "acmes-revoker": ("revoker", [ACCOUNT]),
+    "acmes-importer": ("importer", [ACCOUNT]),
 }
 
 

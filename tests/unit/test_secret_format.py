@@ -1,12 +1,15 @@
 """The secret format, for any key and any randomness."""
 
+import hmac
 import pickle
 import re
 import zlib
+from hashlib import sha256
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from latchkey._uses import hint_of as client_hint_of
 from latchkey_service.access import credentials
 from latchkey_service.secret_format import (
     ALPHABET,
@@ -15,6 +18,7 @@ from latchkey_service.secret_format import (
     Pepper,
     Secret,
     contains_secret,
+    hint_of,
     redact_secrets,
 )
 
@@ -150,3 +154,37 @@ def test_what_a_dump_confirms(entropy, other):
     assert int.from_bytes(digests[0][:8]) % 62**8 == tag
     guessed = Keyring([Pepper(b"guess" * 6 + b"ed")])
     assert mint(entropy, keyring=guessed).digest.value not in digests
+
+
+def test_imported_digest_depends_on_pepper_and_secret():
+    """The digest of an imported secret is neither its hash nor that of a secret of ours, and each
+    pepper has another one."""
+    secret = "acme_live_" + "x" * 30
+    hashed = sha256(secret.encode()).digest()
+    newer = Pepper(b"n" * 32)
+    keyring = Keyring([newer, PEPPER], ("acme_live_",))
+    digests = keyring.imported_digests_of(secret)
+    assert digests == keyring.imported_digests(hashed)
+    assert digests is not None
+    assert len({*digests, hashed, hmac.digest(PEPPER.key, secret.encode(), "sha256")}) == 4
+    assert digests[1:] == Keyring([PEPPER]).imported_digests(hashed)
+    assert KEYRING.imported_digests_of(secret) is None
+    assert Keyring([PEPPER], ("",)).imported_digests_of("x" * 16) is not None
+
+
+@pytest.mark.parametrize(
+    ("secret", "hint"),
+    [
+        ("lk_" + "x" * 53 + "abcd", "lk_…abcd"),
+        ("acme_live_" + "x" * 30 + "abcd", "acme_…abcd"),
+        # What precedes an underscore may be secret.
+        ("4fD8xkQ9_Zp2mWv7YsTnLabcd", "…abcd"),
+        ("4fD8xkQ9Zp2mWv7YsTnLabcd", "…abcd"),
+        ("verylongprefix_" + "x" * 30 + "abcd", "…abcd"),
+        ("SK_" + "x" * 30 + "abcd", "…abcd"),
+    ],
+)
+def test_hint_shows_little(secret, hint):
+    """A hint has the last four characters, and a prefix only if it looks like one of ours. Service
+    and client library agree, so that the uses of a secret count together."""
+    assert hint_of(secret) == client_hint_of(secret) == hint

@@ -21,7 +21,14 @@ from latchkey_cli.options import (
     YesOption,
     labels_of,
 )
-from latchkey_cli.restrictions import DescriptionOption, NetworkOption, PermissionOption
+from latchkey_cli.restrictions import (
+    BurstOption,
+    DescriptionOption,
+    NetworkOption,
+    PermissionOption,
+    RateOption,
+    rate_limit_of,
+)
 from latchkey_cli.times import parse_duration
 
 if TYPE_CHECKING:
@@ -67,6 +74,9 @@ def update(
     no_permissions: Annotated[
         bool, typer.Option("--no-permissions", help="Remove all permissions.")
     ] = False,
+    rate: RateOption = None,
+    burst: BurstOption = None,
+    no_rate: Annotated[bool, typer.Option("--no-rate", help="Remove the rate limit.")] = False,
     no_wait: NoWaitOption = False,
     target: TargetOption = TARGET,
     timeout: TimeoutOption = None,
@@ -85,6 +95,7 @@ def update(
         (label, no_labels, "--label and --no-labels"),
         (network, any_network, "--network and --any-network"),
         (permission, no_permissions, "--permission and --no-permissions"),
+        (rate, no_rate, "--rate and --no-rate"),
     ):
         if values and none:
             raise _usage(f"{options} exclude each other", "give one of them", "update")
@@ -104,6 +115,9 @@ def update(
         changes["allowed_networks"] = network or []
     if permission or no_permissions:
         changes["permissions"] = permission or []
+    limit = rate_limit_of(rate, burst)
+    if limit is not None or no_rate:
+        changes["rate_limit"] = limit
     if not changes and scope is None:
         raise _usage("nothing to change", "give at least one option, such as --name", "update")
     # Imported here: shell completion must not wait for gRPC to load.

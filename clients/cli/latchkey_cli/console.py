@@ -43,7 +43,20 @@ def console(
     ] = None,
     account_header: Annotated[
         str | None,
-        _option("ACCOUNT_HEADER", "NAME", "Header in which a sign-in proxy sends the account."),
+        _option(
+            "ACCOUNT_HEADER",
+            "NAME",
+            "Header in which a sign-in proxy sends the account ID, such as jane@example.com.",
+        ),
+    ] = None,
+    person_header: Annotated[
+        str | None,
+        _option(
+            "PERSON_HEADER",
+            "NAME",
+            "Header in which the proxy sends the person's own name, for the audit log.",
+            default="--account-header",
+        ),
     ] = None,
     trusted_proxy: Annotated[
         list[str] | None,
@@ -69,7 +82,13 @@ def console(
         ),
     ] = None,
     oidc_claim: Annotated[
-        str, _option("OIDC_CLAIM", "NAME", "Claim that holds the account ID.", default=True)
+        str,
+        _option(
+            "OIDC_CLAIM",
+            "NAME",
+            "Claim that holds the account ID: at most 128 characters of A-Za-z0-9._:@|+=/~-",
+            default=True,
+        ),
     ] = "sub",
     listen: Annotated[
         str, _option("LISTEN", "HOST:PORT", "Address on which the page listens.", default=True)
@@ -117,6 +136,7 @@ def console(
                 target=target,
                 account=account,
                 account_header=account_header,
+                person_header=person_header,
                 trusted_proxies=tuple(trusted_proxy or ()),
                 oidc_issuer=oidc_issuer,
                 oidc_client_id=oidc_client_id,

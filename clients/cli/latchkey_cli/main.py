@@ -12,10 +12,13 @@ from latchkey_cli import (
     bulk,
     changes,
     console,
+    importing,
+    listing,
     maintenance,
     output,
     placing,
     proto,
+    receiver,
     secrets,
     service,
     status,
@@ -56,7 +59,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command("create", cls=Command)(tokens.create)
-app.command("list", cls=Command)(tokens.list_tokens)
+app.command("list", cls=Command)(listing.list_tokens)
 app.command("get", cls=Command)(tokens.get)
 app.command("delete", cls=Command)(tokens.delete)
 app.command("update", cls=Command)(changes.update)
@@ -67,14 +70,17 @@ app.command("retire-secrets", cls=Command)(changes.retire_secrets)
 app.command("usage", cls=Command)(usage.usage)
 app.command("revoke", cls=Command, context_settings={"allow_extra_args": True})(bulk.revoke)
 app.command("delete-all", cls=Command)(bulk.delete_all)
+app.command("import", cls=Command)(importing.import_tokens)
 app.command("verify", cls=Command, context_settings={"allow_extra_args": True})(verify.verify)
 app.command("status", cls=Command)(status.status)
 app.command("invalidate-all", cls=Command)(maintenance.invalidate_all)
 app.command("audit", cls=Command)(audit.audit)
 app.command("console", cls=Command)(console.console)
+app.command("receiver", cls=Command)(receiver.receiver)
 app.command("serve", cls=Command)(service.serve)
 app.command("policy", cls=Command)(service.policy)
 app.command("dev-ca", cls=Command)(service.dev_ca)
+app.command("migrate", cls=Command)(service.migrate)
 app.command("proto", cls=Command)(proto.proto)
 app.command("config", cls=Command)(service.config)
 
@@ -145,7 +151,7 @@ def _run(arguments: list[str]) -> int:
     # Checked before parsing, because the parser's error messages quote the argument.
     if (position := secrets.find_secret(arguments)) is not None:
         raise verify.refusal(f"argument {position}, which looks like a secret")
-    if (meant := placing.long_option_with_one_dash(arguments, _long_options())) is not None:
+    if (meant := placing.long_option_with_one_dash(arguments, _long_options)) is not None:
         raise Failure(
             f"'{meant[1:]}' has one dash, and long options have two",
             f"write {meant}; see '{NAME} --help'",

@@ -103,7 +103,9 @@ NoWaitOption = Annotated[
     bool,
     typer.Option("--no-wait", help="Do not wait until verifiers everywhere know the change."),
 ]
-_EXPIRES_HELP: Final = "90m, 12h, 30d, a date (at 0:00 local time), 2030-01-31T18:00:00Z, or never."
+_EXPIRES_HELP: Final = (
+    "90m, 12h, 30d, a date (its end, local time), 2030-01-31T18:00:00Z, or never."
+)
 ExpiresOption = Annotated[
     Expiry | None,
     typer.Option(

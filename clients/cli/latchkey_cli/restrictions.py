@@ -1,7 +1,8 @@
 """Options that restrict tokens, and those that select tokens by a filter."""
 
 import enum
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, datetime, time
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
@@ -11,10 +12,11 @@ from latchkey_cli.times import parse_expiry
 
 if TYPE_CHECKING:
     # Types only: shell completion must not wait for gRPC to load.
-    from latchkey import TokenFilter
+    from latchkey import RateLimit, TokenFilter
 
 __all__ = [
     "PAST",
+    "BurstOption",
     "CanWriteOption",
     "DescriptionOption",
     "ExpiresBeforeOption",
@@ -22,12 +24,18 @@ __all__ = [
     "FilterScopeOption",
     "NameContainsOption",
     "NetworkOption",
+    "NeverExpiresOption",
+    "NeverUsedOption",
     "PermissionOption",
+    "RateOption",
+    "SearchOption",
+    "SecretCreatedBeforeOption",
     "StateName",
     "StateOption",
     "UnusedSinceOption",
     "YesNo",
     "past",
+    "rate_limit_of",
     "token_filter",
 ]
 
@@ -59,10 +67,11 @@ def _future(text: str) -> datetime:
 
 
 def _moment(text: str, direction: int) -> datetime:
-    """Parse a moment. A duration counts from now: 1 for later, -1 for earlier."""
+    """Parse a moment. A duration counts from now: 1 for later, -1 for earlier. A date means the
+    first moment of that day."""
     wrong = "give a duration (30m, 12h, 7d), a date, or a time with its zone (2030-01-31T18:00:00Z)"
     try:
-        said = parse_expiry(text)
+        said = parse_expiry(text, time())
         moment = said.expire_time
         if said.ttl is not None:
             moment = datetime.now(UTC) + direction * said.ttl
@@ -95,6 +104,24 @@ PermissionOption = Annotated[
         metavar="RESOURCE:ACTION",
         show_default=False,
         help="What the token may do, such as orders:read or orders:*; may be repeated.",
+    ),
+]
+RateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--rate",
+        metavar="N/PERIOD",
+        show_default=False,
+        help="How often the token may be used: 5/second, 100/minute or 1000/hour.",
+    ),
+]
+BurstOption = Annotated[
+    int | None,
+    typer.Option(
+        "--burst",
+        metavar="N",
+        show_default=False,
+        help="How many uses --rate permits at once. Default: those of a whole period.",
     ),
 ]
 FilterScopeOption = Annotated[
@@ -162,6 +189,63 @@ CanWriteOption = Annotated[
 ]
 
 
+SearchOption = Annotated[
+    str | None,
+    typer.Option(
+        "--search",
+        metavar="TEXT",
+        show_default=False,
+        help="Tokens with this text in the name or at the end of a secret.",
+    ),
+]
+NeverUsedOption = Annotated[
+    YesNo | None,
+    typer.Option(
+        "--never-used",
+        case_sensitive=False,
+        show_default=False,
+        help="Yes: tokens without a recorded use. No: all others.",
+    ),
+]
+NeverExpiresOption = Annotated[
+    YesNo | None,
+    typer.Option(
+        "--never-expires",
+        case_sensitive=False,
+        show_default=False,
+        help="Yes: tokens without an expiry. No: all others.",
+    ),
+]
+SecretCreatedBeforeOption = Annotated[
+    datetime | None,
+    typer.Option(
+        "--secret-before",
+        parser=past,
+        metavar="WHEN",
+        show_default=False,
+        help="Tokens without a newer secret than: 180d (ago), a date, or a time.",
+    ),
+]
+
+
+def rate_limit_of(rate: str | None, burst: int | None) -> "RateLimit | None":
+    """Return the rate limit for these options, or None without one. Raises typer.BadParameter."""
+    if rate is None:
+        if burst is not None:
+            raise typer.BadParameter("give --rate too", param_hint="--burst")
+        return None
+    # Imported here: shell completion must not wait for gRPC to load.
+    from latchkey import RateLimit
+
+    try:
+        limit = RateLimit.parse(rate)
+    except ValueError:
+        limit = None
+    if limit is None or limit.burst:
+        raise typer.BadParameter("give a rate such as 100/minute", param_hint="--rate")
+    return limit if burst is None else replace(limit, burst=burst)
+
+
 def token_filter(
     scope: ScopeName | None,
     name_contains: str | None,
@@ -170,12 +254,17 @@ def token_filter(
     expires_before: datetime | None,
     unused_since: datetime | None,
     can_write: YesNo | None,
+    search: str | None,
+    never_used: YesNo | None,
+    never_expires: YesNo | None,
+    secret_created_before: datetime | None,
 ) -> "TokenFilter":
     """Return the filter for these options. Raises typer.BadParameter."""
     labels = labels_of(label or [])
-    if name_contains is not None and not name_contains.strip():
-        # Such as from an unset variable: without a text, every name would match.
-        raise typer.BadParameter("give a text", param_hint="--name-contains")
+    for text, option in ((name_contains, "--name-contains"), (search, "--search")):
+        if text is not None and not text.strip():
+            # Such as from an unset variable: without a text, every name would match.
+            raise typer.BadParameter("give a text", param_hint=option)
     # Imported here: shell completion must not wait for gRPC to load.
     from latchkey import Scope, TokenFilter, TokenState
 
@@ -186,5 +275,13 @@ def token_filter(
         state=None if state is None else TokenState[state.name],
         expires_before=expires_before,
         unused_since=unused_since,
-        can_write=None if can_write is None else can_write is YesNo.YES,
+        can_write=_truth(can_write),
+        search=search or "",
+        never_used=_truth(never_used),
+        never_expires=_truth(never_expires),
+        secret_created_before=secret_created_before,
     )
+
+
+def _truth(answer: YesNo | None) -> bool | None:
+    return None if answer is None else answer is YesNo.YES

@@ -21,8 +21,8 @@ __all__ = [
 
 # A secret has 60 characters. Longer input is some other file, so we stop reading here.
 INPUT_BYTES_MAX: Final = 64 * 1024
-# A secret with the longest prefix has 68 characters. The start of a longer line is not one either.
-_LINE_BYTES_MAX: Final = 100
+# An imported secret has at most 128 characters. The start of a longer line is not one either.
+_LINE_BYTES_MAX: Final = 160
 # The prefix and 43 random characters. The last 14 characters of a secret, a tag and a checksum, are
 # not required: a copy without them still counts as leaked. The group repeats because in two secrets
 # without a separator, the second prefix reads like the end of the first secret.

@@ -157,7 +157,11 @@ def _words(  # noqa: PLR0911 - a table with one row for each error
                 f"{v.field}: {v.description}".removeprefix(": ").rstrip(". ")
                 for v in error.field_violations
             ]
-            return "; ".join(wrong) or str(error), "correct this and try again", Exit.USAGE
+            to_do = "correct this and try again"
+            if error.reason in ("EXPIRY_REQUIRED", "EXPIRY_TOO_LATE"):
+                option = "--grace" if wrong[0].startswith("grace:") else "--expires"
+                to_do = f"give {option}, such as {option} {_longest(error)}"
+            return "; ".join(wrong) or str(error), to_do, Exit.USAGE
         case latchkey.NotFound():
             to_do = "check --account and the ID; 'latchkey list -a ACCOUNT' lists the tokens"
             return "the account has no such token", to_do, Exit.NOT_FOUND
@@ -194,6 +198,16 @@ def _words(  # noqa: PLR0911 - a table with one row for each error
             # The error's text is the best description, and it ends with advice.
             to_do = f"check that '{target}' is Latchkey, and read its log"
             return str(error).rstrip(". "), to_do, Exit.UNEXPECTED
+
+
+def _longest(error: latchkey.InvalidArgument) -> str:
+    """Return the longest lifetime that a refusal states, as a value of `--expires`."""
+    seconds = error.metadata.get("max_ttl_seconds", "")
+    if not seconds.isdigit():
+        return "90d"
+    units = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
+    unit = next(unit for unit, length in units.items() if not int(seconds) % length)
+    return f"{int(seconds) // units[unit]}{unit}"
 
 
 def _denied(error: latchkey.LatchkeyError) -> tuple[str, str]:

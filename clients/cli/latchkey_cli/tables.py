@@ -57,6 +57,7 @@ _VERDICTS: Final = {
     "ADDRESS_NOT_ALLOWED": "the token may not be used from this address; see --client-address",
     "INSUFFICIENT_SCOPE": "the token is live but does not include the scope {asked}",
     "INSUFFICIENT_PERMISSIONS": "the token is live but lacks one of the permissions {permissions}",
+    "RATE_LIMITED": "the token is used too often{retry}",
 }
 
 
@@ -141,6 +142,8 @@ def describe_token(output: Console, token: "Token") -> None:
         grid.add_row("Permissions", Text("\n".join(map(visible, token.permissions))))
     if token.allowed_networks:
         grid.add_row("Networks", Text("\n".join(map(visible, token.allowed_networks))))
+    if token.rate_limit is not None:
+        grid.add_row("Rate limit", Text(visible(str(token.rate_limit))))
     if token.disable_time is not None:
         disabled = local(token.disable_time, seconds=True)
         when = f"{disabled} ({relative(token.disable_time, now)})"
@@ -154,6 +157,10 @@ def describe_token(output: Console, token: "Token") -> None:
         used = local(token.last_used_time, seconds=True)
         by = f" by {visible(token.last_used_by)}" if token.last_used_by else ""
         grid.add_row("Last used", Text(f"{used} ({relative(token.last_used_time, now)}{by})"))
+    if token.leak_report_time is not None:
+        reported = local(token.leak_report_time, seconds=True)
+        when = f"reported {reported} ({relative(token.leak_report_time, now)})"
+        grid.add_row("Leak", Text(when, style="bold red"))
     if len(token.secrets) > 1:
         secrets = (_secret(secret, now) for secret in token.secrets)
         grid.add_row("Secrets", Text("\n").join(secrets))
@@ -175,6 +182,8 @@ def _secret(secret: "TokenSecret", now: datetime) -> Text:
         text += f", last used {relative(secret.last_used_time, now)}"
     if secret.retire_on_first_use:
         text += ", its first use ends the older ones"
+    if secret.leak_report_time is not None:
+        text += f", reported as leaked {relative(secret.leak_report_time, now)}"
     return Text(text)
 
 
@@ -239,11 +248,18 @@ def print_verification(
         scope=f" that includes the scope {asked_scope}" if asked_scope else "",
         asked=asked_scope,
         permissions=", ".join(map(visible, asked_permissions)),
+        retry=_retry(answer),
     )
     style = "bold green" if answer.allowed else "bold red"
     output.print(Text.assemble((name, style), f": {meaning}"))
     if answer.token is not None:
         describe_token(output, answer.token)
+
+
+def _retry(answer: "Verification") -> str:
+    if answer.retry_after is None:
+        return ""
+    return f"; try again in {answer.retry_after.total_seconds():.1f} s"
 
 
 def print_status(output: Console, status: "Status") -> None:

@@ -12,6 +12,7 @@ __all__ = ["NEVER", "Expiry", "local", "parse_duration", "parse_expiry", "relati
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 _DURATION: Final = re.compile(r"([0-9]{1,9})([smhdw])")
 _DATE: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+_LAST_SECOND: Final = time(23, 59, 59)
 # RFC 3339 §5.6. datetime.fromisoformat accepts more formats, also times without a zone.
 _RFC3339: Final = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]+)?"
@@ -30,11 +31,12 @@ class Expiry:
 NEVER: Final = Expiry()
 
 
-def parse_expiry(text: str) -> Expiry:
+def parse_expiry(text: str, day: time = _LAST_SECOND) -> Expiry:
     """Parse the value of `--expires`. Raises ValueError, whose text lists the accepted formats.
 
-    A duration stays a duration: it starts on the service's clock. A date means the first moment of
-    that day in local time, because in doubt a token should expire sooner.
+    A duration stays a duration: it starts on the service's clock. A date means the time `day` of
+    that day in local time: for an expiry the last second, as on the page, because a token "until
+    Friday" works on Friday, and lists show it with that date.
     """
     if text.lower() == "never":
         return NEVER
@@ -45,8 +47,8 @@ def parse_expiry(text: str) -> Expiry:
                 raise ValueError("a duration must be longer than 0")
             return Expiry(ttl=ttl)
         if _DATE.fullmatch(text):
-            midnight = datetime.combine(date.fromisoformat(text), time())
-            return Expiry(expire_time=midnight.astimezone())
+            moment = datetime.combine(date.fromisoformat(text), day)
+            return Expiry(expire_time=moment.astimezone())
         if _RFC3339.fullmatch(text):
             return Expiry(expire_time=datetime.fromisoformat(text.upper()))
     except OverflowError:

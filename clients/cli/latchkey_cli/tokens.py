@@ -1,4 +1,4 @@
-"""The commands that manage tokens: `create`, `list`, `get` and `delete`."""
+"""The commands that manage tokens: `create`, `get` and `delete`."""
 
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +20,14 @@ from latchkey_cli.options import (
     YesOption,
     labels_of,
 )
-from latchkey_cli.restrictions import DescriptionOption, NetworkOption, PermissionOption
+from latchkey_cli.restrictions import (
+    BurstOption,
+    DescriptionOption,
+    NetworkOption,
+    PermissionOption,
+    RateOption,
+    rate_limit_of,
+)
 from latchkey_cli.text import visible
 from latchkey_cli.times import NEVER
 
@@ -29,11 +36,9 @@ if TYPE_CHECKING:
 
     from latchkey_cli.session import Session
 
-__all__ = ["create", "delete", "get", "list_tokens"]
+__all__ = ["create", "delete", "get"]
 
 TARGET = "127.0.0.1:50051"
-# The service's maximum, for the fewest round trips.
-PAGE_SIZE = 500
 # Words that people pass as the value of a flag. `delete --yes false ID` must not delete.
 _NO_IDS = frozenset({"true", "false", "yes", "no", "on", "off", "1", "0"})
 
@@ -54,6 +59,8 @@ def create(
     description: DescriptionOption = None,
     network: NetworkOption = None,
     permission: PermissionOption = None,
+    rate: RateOption = None,
+    burst: BurstOption = None,
     target: TargetOption = TARGET,
     timeout: TimeoutOption = None,
     as_json: JsonOption = False,
@@ -67,6 +74,7 @@ def create(
     With --json, standard output receives one object with token and secret.
     """
     labels = labels_of(label or [])
+    rate_limit = rate_limit_of(rate, burst)
     expiry = expires or NEVER
     # Imported here: shell completion must not wait for gRPC to load.
     from latchkey import Scope
@@ -74,8 +82,8 @@ def create(
     from latchkey_cli.session import Doing, Session
 
     if_lost = (
-        f"the token may exist: look for '{name}' in 'latchkey list -a {account}' and delete it "
-        "before you try again"
+        f"the token may exist: look for '{name}' in 'latchkey list -a {account}' and rotate it "
+        "to get a secret"
     )
     with Session(target, timeout) as session:
         call = session.client.create(
@@ -88,65 +96,16 @@ def create(
             description=description or "",
             allowed_networks=network or (),
             permissions=permission or (),
+            rate_limit=rate_limit,
         )
         created = session.run(call, Doing(f"create token '{name}'", if_lost))
-    deletion = f"'latchkey delete {created.token.id} -a {account}'"
+    again = f"'latchkey rotate {created.token.id} -a {account}'"
     hand_over(
         created,
         as_json=as_json,
-        lost="delete the token and create another",
-        if_not_written=f"delete it ({deletion}) and create another",
+        lost=f"get another one with {again}",
+        if_not_written=f"get another secret with {again}",
     )
-
-
-def list_tokens(
-    account: AccountOption,
-    limit: Annotated[
-        int | None,
-        typer.Option("--limit", min=1, metavar="N", show_default=False, help="At most N tokens."),
-    ] = None,
-    target: TargetOption = TARGET,
-    timeout: TimeoutOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """List all live tokens of the account, newest first.
-
-    With --json, the output is one array. If the closing bracket is missing,
-    the list is incomplete and the exit code says why.
-    """
-    from latchkey_cli.session import Doing, Session
-
-    doing = Doing(f"list the tokens of account '{account}'")
-    table = tables.TokenTable(output.console(sys.stdout))
-    left, page_token, printed = limit, "", 0
-    with Session(target, timeout) as session:
-        while True:
-            page = session.run(
-                session.client.list_page(
-                    account,
-                    page_size=PAGE_SIZE if left is None else min(left, PAGE_SIZE),
-                    page_token=page_token,
-                ),
-                doing,
-            )
-            tokens = page.tokens if left is None else page.tokens[:left]
-            if as_json:
-                for number, token in enumerate(tokens, start=printed):
-                    start = ",\n" if number else "[\n"
-                    line = output.to_json(documents.document(token), indent=None)
-                    output.write(sys.stdout, start + line)
-            else:
-                table.print_page(tokens)
-            printed += len(tokens)
-            left = None if left is None else left - len(tokens)
-            # A repeated page token would loop forever. An empty page need not be the last one.
-            if left == 0 or page.next_page_token in ("", page_token):
-                break
-            page_token = page.next_page_token
-    if as_json:
-        output.write(sys.stdout, "\n]\n" if printed else "[]\n")
-    elif not printed:
-        output.write(sys.stderr, f"Account '{visible(account)}' has no tokens.\n")
 
 
 def get(

@@ -6,7 +6,7 @@ do not count as requests: half-sent requests never keep others from being served
 
 import asyncio
 import logging
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -41,6 +41,7 @@ class Protocol(H11Protocol):
     time is closed. So a new client is always served.
     """
 
+    connections_max: ClassVar[int] = CONNECTIONS_MAX
     receiving_until: float | None = None
     """When the connection is closed unless it has sent a request by then. None: it has."""
     _timer: asyncio.TimerHandle | None = None
@@ -49,7 +50,7 @@ class Protocol(H11Protocol):
         """Start the time for the first request."""
         super().connection_made(transport)
         self._receive()
-        if len(self.connections) > CONNECTIONS_MAX:
+        if len(self.connections) > self.connections_max:
             waiting = [
                 (other.receiving_until, number, other)
                 for number, other in enumerate(self.connections)
@@ -104,11 +105,14 @@ class RequestLimit:
     """Middleware that bounds the number of running requests and the time of each.
 
     A request counts once it is complete. Requests for `open_paths` do not count, because they are
-    answered at once.
+    answered at once. The application refuses bodies of more than `body_bytes_max`.
     """
 
-    def __init__(self, app: ASGIApp, open_paths: frozenset[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, open_paths: frozenset[str], body_bytes_max: int = BODY_BYTES_MAX
+    ) -> None:
         self._app = app
+        self._body_bytes_max = body_bytes_max
         self._open_paths = open_paths
         self._running = 0
 
@@ -117,7 +121,7 @@ class RequestLimit:
         if scope["type"] != "http" or scope["path"] in self._open_paths:
             await self._app(scope, receive, send)
             return
-        received = await _complete(receive)
+        received = await _complete(receive, self._body_bytes_max)
         if received is None:
             return
         if self._running >= REQUESTS_MAX:
@@ -140,7 +144,7 @@ class RequestLimit:
             self._running -= 1
 
 
-async def _complete(receive: Receive) -> list[Message] | None:
+async def _complete(receive: Receive, bytes_max: int) -> list[Message] | None:
     """Return the messages of a request's body, or None if the client leaves before its end.
 
     A body that is too large is returned in part; the application refuses it.
@@ -153,5 +157,5 @@ async def _complete(receive: Receive) -> list[Message] | None:
             return None
         messages.append(message)
         size += len(message.get("body", b""))
-        if size > BODY_BYTES_MAX or not message.get("more_body", False):
+        if size > bytes_max or not message.get("more_body", False):
             return messages

@@ -10,18 +10,22 @@ from datetime import datetime, timedelta
 from ipaddress import ip_network
 from typing import Any, Final
 
-from latchkey import FieldViolation, Token
+from latchkey import FieldViolation, Limits, RateLimit, Token
 
-from latchkey_console.forms import EXPIRY_DAYS, SCOPES, last_second, name_mistake
+from latchkey_console.forms import (
+    SCOPES,
+    duration_of,
+    durations,
+    last_second,
+    name_mistake,
+)
 
-__all__ = ["ENDS", "EditForm", "End", "ReplaceForm", "Replacement"]
+__all__ = ["ENDS", "EditForm", "End", "ReplaceForm", "Replacement", "ends_within"]
 
 DESCRIPTION_LENGTH_MAX: Final = 256
 NETWORKS_MAX: Final = 32
 _KEEP: Final = "keep"
-_EDIT_EXPIRIES: Final = (_KEEP, *EXPIRY_DAYS, "never", "date")
-_REPLACE_EXPIRIES: Final = (_KEEP, *EXPIRY_DAYS)
-_NAMES: Final = ("name", "scope", "description", "networks")
+_NAMES: Final = ("name", "scope", "description", "networks", "rate")
 # Tokens that end within this time get a later expiry together with a new secret, by default.
 _SOON: Final = timedelta(days=14)
 _HIDDEN: Final = frozenset({"Cc", "Cs"})
@@ -32,6 +36,9 @@ _SERVICE_FIELDS: Final[Mapping[str, tuple[str, str]]] = {
     "expire_time": ("expiry", "The expiry"),
     "description": ("description", "The description"),
     "allowed_networks": ("networks", "An allowed network"),
+    "rate_limit.count": ("rate", "The number of uses"),
+    "rate_limit.period": ("rate", "The period of the rate limit"),
+    "rate_limit.burst": ("rate", "The burst of the rate limit"),
 }
 
 
@@ -47,6 +54,7 @@ class EditForm:
     scope: str
     description: str
     networks: str
+    rate: str
     before: Mapping[str, str]
     expiry: str = _KEEP
     date: str = ""
@@ -62,6 +70,7 @@ class EditForm:
                 "scope": token.scope.value,
                 "description": token.description,
                 "networks": "\n".join(token.allowed_networks),
+                "rate": "" if token.rate_limit is None else str(token.rate_limit),
             }
         )
 
@@ -75,6 +84,7 @@ class EditForm:
             scope=fields.get("scope", ""),
             description=fields.get("description", ""),
             networks=fields.get("networks", ""),
+            rate=fields.get("rate", ""),
             expiry=fields.get("expiry", ""),
             date=fields.get("date", ""),
             date_end=fields.get("date_end", ""),
@@ -82,8 +92,8 @@ class EditForm:
 
     @classmethod
     def _with(cls, before: Mapping[str, str]) -> "EditForm":
-        name, scope, description, networks = (before[name] for name in _NAMES)
-        return cls(name, scope, description, networks, before)
+        name, scope, description, networks, rate = (before[name] for name in _NAMES)
+        return cls(name, scope, description, networks, rate, before)
 
     def with_errors(self, errors: Mapping[str, str]) -> "EditForm":
         """Return the form with these errors."""
@@ -124,6 +134,13 @@ class EditForm:
             errors["networks"] = mistake
         elif networks != self.before["networks"].split():
             changes["allowed_networks"] = networks
+        try:
+            rate = RateLimit.parse(self.rate) if self.rate.strip() else None
+        except ValueError:
+            errors["rate"] = "Write it as 100/minute, or 100/minute, burst 20."
+        else:
+            if self.rate.strip() != self.before["rate"]:
+                changes["rate_limit"] = rate
         return self.with_errors(errors) if errors else changes
 
     def refused(self, violations: Iterable[FieldViolation]) -> "EditForm":
@@ -138,13 +155,14 @@ class EditForm:
     def _expiry(self, now: datetime) -> dict[str, datetime | None]:
         if self.expiry == _KEEP:
             return {}
-        if self.expiry not in _EDIT_EXPIRIES:
-            raise ValueError("Choose when the token expires.")
         if self.expiry == "never":
             return {"expire_time": None}
         if self.expiry == "date":
             return {"expire_time": last_second(self.date, self.date_end, now)}
-        return {"expire_time": now + timedelta(days=EXPIRY_DAYS[self.expiry])}
+        duration = duration_of(self.expiry)
+        if duration is None:
+            raise ValueError("Choose when the token expires.")
+        return {"expire_time": now + duration}
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,11 +194,11 @@ ENDS: Final[Mapping[str, End]] = {
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """A secret to replace. `expiry_days` moves the token's expiry, or is None to keep it."""
+    """A secret to replace. `ttl` moves the token's expiry, or is None to keep it."""
 
     token_id: str
     ends: str
-    expiry_days: int | None
+    ttl: timedelta | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,10 +209,13 @@ class ReplaceForm:
     expiry: str = _KEEP
 
     @classmethod
-    def of(cls, token: Token, now: datetime) -> "ReplaceForm":
-        """Return the form with the choices that suit the token."""
+    def of(cls, token: Token, now: datetime, limits: Limits = Limits()) -> "ReplaceForm":  # noqa: B008 - immutable
+        """Return the form with the choices that suit the token, within the limits."""
         soon = token.expire_time is not None and token.expire_time - now <= _SOON
-        return cls(expiry="90" if soon else _KEEP)
+        offered = [value for value, _ in durations(limits)]
+        later = "90" if "90" in offered else offered[-1]
+        ends = list(ends_within(limits))
+        return cls("day" if "day" in ends else ends[0], later if soon else _KEEP)
 
     @classmethod
     def read(cls, fields: Mapping[str, str]) -> "ReplaceForm":
@@ -203,9 +224,19 @@ class ReplaceForm:
 
     def checked(self, token_id: str) -> Replacement | None:
         """Return what to replace, or None if a choice is missing."""
-        if self.ends not in ENDS or self.expiry not in _REPLACE_EXPIRIES:
+        ttl = duration_of(self.expiry)
+        if self.ends not in ENDS or (ttl is None and self.expiry != _KEEP):
             return None
-        return Replacement(token_id, self.ends, EXPIRY_DAYS.get(self.expiry))
+        return Replacement(token_id, self.ends, ttl)
+
+
+def ends_within(limits: Limits) -> dict[str, End]:
+    """Return the ends of an old secret to offer."""
+    return {
+        value: end
+        for value, end in ENDS.items()
+        if limits.max_ttl is None or end.grace is None or end.grace <= limits.max_ttl
+    }
 
 
 def _text(text: str) -> str:

@@ -10,6 +10,7 @@ __all__ = ["INSTALL", "LIBRARIES", "is_installed"]
 
 LIBRARIES: Final = (
     "authlib",
+    "cryptography",
     "httpx2",
     "itsdangerous",
     "jinja2",

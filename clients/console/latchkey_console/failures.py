@@ -3,9 +3,12 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Final
 
 import latchkey
+
+from latchkey_console.times import span
 
 __all__ = ["Trouble", "is_refusal", "trouble"]
 
@@ -94,10 +97,21 @@ def _words(error: latchkey.LatchkeyError) -> _Words:
         case latchkey.FailedPrecondition(reason=reason) if reason in _NOT_NOW:
             return _NOT_NOW[reason]
         case latchkey.InvalidArgument():
-            return 400, "Invalid request", "Latchkey did not accept this request."
+            return _invalid(error)
         case _:
             return (
                 502,
                 "Latchkey failed unexpectedly",
                 "Try again. If the error persists, contact your administrator.",
             )
+
+
+def _invalid(error: latchkey.InvalidArgument) -> _Words:
+    if error.reason not in ("EXPIRY_REQUIRED", "EXPIRY_TOO_LATE"):
+        return 400, "Invalid request", "Latchkey did not accept this request."
+    seconds = error.metadata.get("max_ttl_seconds", "")
+    if not seconds.isdigit():
+        return 400, "Every token needs an expiry here", "Choose when the token expires."
+    longest = span(timedelta(seconds=int(seconds)))
+    text = f"Tokens may live for at most {longest} here. Choose an earlier time."
+    return 400, "This is longer than allowed", text

@@ -12,15 +12,23 @@ from datetime import UTC, date, datetime, time, timedelta
 from typing import Final
 from urllib.parse import parse_qsl
 
-from latchkey import FieldViolation, Scope
+from latchkey import FieldViolation, Limits, Scope
+
+from latchkey_console.times import span
 
 __all__ = [
     "BODY_BYTES_MAX",
     "EXPIRY_DAYS",
     "NAME_LENGTH_MAX",
     "SCOPES",
+    "SELECTED_MAX",
+    "SELECTION_BYTES_MAX",
     "NewToken",
     "TokenForm",
+    "duration_of",
+    "durations",
+    "expiries",
+    "last_day",
     "last_second",
     "name_mistake",
     "parse_body",
@@ -31,10 +39,17 @@ NAME_LENGTH_MAX: Final = 64
 # fields of a long filter.
 BODY_BYTES_MAX: Final = 16_384
 _FIELDS_MAX: Final = 32
+# Tokens that can be selected at once: one page of the service, so that one call names them all.
+SELECTED_MAX: Final = 500
+# With 500 ids of 30 characters, each with the name of its field.
+SELECTION_BYTES_MAX: Final = 32_768
 EXPIRY_DAYS: Final[Mapping[str, int]] = {"30": 30, "90": 90, "365": 365}
-_EXPIRIES: Final = (*EXPIRY_DAYS, "never", "date")
+# The longest lifetime that the service allows, in seconds, if the page offers that as a choice.
+_LONGEST: Final = re.compile(r"([1-9][0-9]{0,9})s")
 SCOPES: Final[Mapping[str, Scope]] = {"read": Scope.READ, "write": Scope.WRITE}
 _DATE: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+# With a shorter limit, there may be no day at whose end a token may expire.
+_DATE_MIN: Final = timedelta(days=2)
 # No zone is further from UTC, so no local day ends further from the end of the UTC day.
 _ZONE_MAX: Final = timedelta(hours=14)
 _CONTROL: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
@@ -80,6 +95,12 @@ class TokenForm:
             date_end=fields.get("date_end", ""),
         )
 
+    @classmethod
+    def within(cls, limits: Limits) -> "TokenForm":
+        """Return an empty form whose expiry is within the limits."""
+        offered = [value for value, _ in durations(limits)]
+        return cls(expiry="90" if "90" in offered else offered[-1])
+
     def with_errors(self, errors: Mapping[str, str]) -> "TokenForm":
         """Return the form with these errors."""
         return TokenForm(self.name, self.scope, self.expiry, self.date, self.date_end, errors)
@@ -99,11 +120,11 @@ class TokenForm:
                 expire_time = last_second(self.date, self.date_end, now)
             except ValueError as error:
                 errors["expiry"] = str(error)
-        elif self.expiry not in _EXPIRIES:
-            errors["expiry"] = "Choose when the token expires."
         elif self.expiry != "never":
             # A duration, which starts on the service's clock.
-            ttl = timedelta(days=EXPIRY_DAYS[self.expiry])
+            ttl = duration_of(self.expiry)
+            if ttl is None:
+                errors["expiry"] = "Choose when the token expires."
         if errors or scope is None:
             return self.with_errors(errors)
         return NewToken(name, scope, expire_time, ttl)
@@ -115,6 +136,50 @@ class TokenForm:
             place, subject = _SERVICE_FIELDS.get(violation.field, ("", violation.field))
             errors.setdefault(place, f"{subject} {violation.description.rstrip('. ')}.")
         return self.with_errors(errors or {"": "Latchkey did not accept this."})
+
+
+def durations(limits: Limits) -> list[tuple[str, str]]:
+    """Return the durations to offer, shortest first: form values and texts.
+
+    The longest that the service allows is one of them, unless that is more than a year.
+    """
+    longest = limits.max_ttl
+    allowed = [
+        (value, f"{days} days")
+        for value, days in EXPIRY_DAYS.items()
+        if longest is None or timedelta(days=days) <= longest
+    ]
+    if longest is not None and longest <= timedelta(days=max(EXPIRY_DAYS.values())):
+        known = [timedelta(days=EXPIRY_DAYS[value]) for value, _ in allowed]
+        if longest not in known:
+            allowed.append((f"{longest // timedelta(seconds=1)}s", span(longest)))
+    return allowed
+
+
+def expiries(limits: Limits) -> list[tuple[str, str]]:
+    """Return all expiries to offer for a token: form values and texts."""
+    offered = durations(limits)
+    if not limits.require_expiry:
+        offered.append(("never", "Never"))
+    if limits.max_ttl is None or limits.max_ttl >= _DATE_MIN:
+        offered.append(("date", "Date"))
+    return offered
+
+
+def last_day(limits: Limits, now: datetime) -> str:
+    """Return the last date to offer, as a form value, or an empty string for any."""
+    if limits.max_ttl is None:
+        return ""
+    # A token for a date lives until the end of that day.
+    return (now.astimezone(UTC) + limits.max_ttl - timedelta(days=1)).date().isoformat()
+
+
+def duration_of(value: str) -> timedelta | None:
+    """Return the duration of a form value, or None if it is not one."""
+    if value in EXPIRY_DAYS:
+        return timedelta(days=EXPIRY_DAYS[value])
+    match = _LONGEST.fullmatch(value)
+    return timedelta(seconds=int(match[1])) if match else None
 
 
 def name_mistake(name: str) -> str | None:
@@ -154,19 +219,22 @@ def last_second(day: str, end: str, now: datetime) -> datetime:
     return chosen
 
 
-def parse_body(body: bytes) -> dict[str, str]:
+def parse_body(body: bytes, repeated: str = "") -> dict[str, str]:
     """Return the fields of an application/x-www-form-urlencoded body. Raises ValueError.
 
-    Rejects duplicate fields: a check might read one value and the code after it the other.
+    Rejects duplicate fields: a check might read one value and the code after it the other. The
+    values of the field `repeated`, which has no spaces in them, are joined with spaces.
     """
     pairs = parse_qsl(
         body.decode("ascii"),
         keep_blank_values=True,
-        max_num_fields=_FIELDS_MAX,
+        max_num_fields=_FIELDS_MAX + (SELECTED_MAX if repeated else 0),
         encoding="utf-8",
         errors="strict",
     )
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
+    values = [value for name, value in pairs if name == repeated]
+    others = [pair for pair in pairs if pair[0] != repeated]
+    fields = dict(others)
+    if len(fields) != len(others):
         raise ValueError("duplicate form field")
-    return fields
+    return fields | ({repeated: " ".join(values)} if repeated else {})

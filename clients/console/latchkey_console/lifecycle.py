@@ -9,8 +9,9 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from latchkey_console.editing import ENDS, EditForm, ReplaceForm
+from latchkey_console.editing import EditForm, ReplaceForm, ends_within
 from latchkey_console.failures import is_refusal, trouble
+from latchkey_console.forms import durations, expiries, last_day
 from latchkey_console.frame import Frame, Notice, Visit, read_fields, unchanged
 from latchkey_console.replacing import Changed, NotReplaced, Replaced, Replacements
 from latchkey_console.showing import Displays
@@ -71,9 +72,7 @@ class Lifecycle:
         visit, token = await self._asked(request)
         if isinstance(token, Response):
             return token
-        return await self._replace_form(
-            request, visit, token, ReplaceForm.of(token, self._frame.now())
-        )
+        return await self._replace_form(request, visit, token, None)
 
     async def replace(self, request: Request) -> Response:
         """Replace a secret once, or show the form again with its error."""
@@ -248,15 +247,18 @@ class Lifecycle:
         request: Request,
         visit: Visit,
         token: latchkey.Token,
-        form: ReplaceForm,
+        form: ReplaceForm | None,
         error: str | None = None,
         status: int = 200,
         mark: str | None = None,
     ) -> Response:
+        limits = await self._frame.limits(visit)
         values: dict[str, Any] = {
             "token": token,
-            "form": form,
-            "ends": ENDS,
+            "form": form or ReplaceForm.of(token, self._frame.now(), limits),
+            "ends": ends_within(limits),
+            "expiries": durations(limits),
+            "limits": limits,
             "error": error,
             "mark": mark or self._frame.new_mark(visit),
         }
@@ -278,7 +280,14 @@ class Lifecycle:
         form: EditForm,
         status: int = 200,
     ) -> Response:
-        values = {"token": token, "form": form}
+        limits = await self._frame.limits(visit)
+        values = {
+            "token": token,
+            "form": form,
+            "limits": limits,
+            "expiries": expiries(limits),
+            "last_day": last_day(limits, self._frame.now()),
+        }
         return await self._frame.dialog(request, visit, "edit.html", values, status)
 
 

@@ -7,6 +7,7 @@ Nothing else differs.
 
 import logging
 import secrets
+from dataclasses import replace
 from datetime import datetime
 from typing import Final
 
@@ -18,7 +19,7 @@ from latchkey_console import listing
 from latchkey_console.creation import Creations, Different, Lost, Made, NotMade
 from latchkey_console.expiring import Expiring
 from latchkey_console.failures import Trouble, is_refusal, trouble
-from latchkey_console.forms import NewToken, TokenForm
+from latchkey_console.forms import NewToken, TokenForm, expiries, last_day
 from latchkey_console.frame import Frame, Notice, Visit, read_fields, rows_context, unchanged
 from latchkey_console.identity import NotSignedIn
 from latchkey_console.showing import Displays
@@ -30,6 +31,8 @@ _log = logging.getLogger("latchkey.console")
 # Signing in takes a while if the visitor must reset a password.
 DRAFT_SECONDS: Final = 900.0
 DRAFTS_MAX: Final = 1_000
+# Where the script finds the address of the rows after those that it received.
+NEXT_HEADER: Final = "x-latchkey-next"
 
 _STALE: Final = (
     "This form has expired or belongs to another session. Nothing was created. "
@@ -45,7 +48,7 @@ class Pages:
         self._client = frame.client
         self._renderer = frame.renderer
         self._displays = displays
-        self._creations = Creations(frame.client, displays, frame.now, frame.monotonic)
+        self._creations = Creations(frame.client, displays, frame.monotonic)
         self._drafts: Expiring[TokenForm] = Expiring(DRAFT_SECONDS, DRAFTS_MAX, frame.monotonic)
 
     async def index(self, request: Request) -> Response:
@@ -55,21 +58,26 @@ class Pages:
     async def rows(self, request: Request) -> Response:
         """Send the script the rows that follow its last one."""
         visit = self._frame.visit(request, request.query_params)
+        wanted = replace(visit.filter, rows=listing.ROWS_STEP)
         try:
-            inventory = await self._frame.inventory(visit)
+            listed = await listing.more_rows(
+                self._client, visit.account_id, wanted, self._frame.now()
+            )
         except latchkey.LatchkeyError as error:
             return self._frame.message(request, visit, unchanged(error))
-        matching = inventory.matching(visit.filter)
-        after = request.query_params.get("after", "")
-        rows = listing.rows_after(matching, after, listing.ROWS_STEP)
-        context = {**rows_context(inventory, visit.filter), "rows": rows}
-        return self._renderer.fragment("rows.html", context)
+        # The links of these rows lead back to the whole list.
+        context = rows_context(listed, visit.filter.first_rows())
+        response = self._renderer.fragment("rows.html", context)
+        if listed.following:
+            following = wanted.after(listed.following, wanted.at or listed.now)
+            response.headers[NEXT_HEADER] = f"/rows{following.query}"
+        return response
 
     async def new(self, request: Request) -> Response:
         """Show the form for a new token."""
         visit = self._frame.visit(request, request.query_params)
         draft = self._drafts.pop(str(request.session.pop("draft", "")))
-        return await self._form(request, visit, draft or TokenForm())
+        return await self._form(request, visit, draft)
 
     async def create(self, request: Request) -> Response:
         """Create the form's token once, or show the form again with its errors."""
@@ -168,9 +176,16 @@ class Pages:
         self._drafts.put(draft, form)
 
     async def _form(
-        self, request: Request, visit: Visit, form: TokenForm, status: int = 200
+        self, request: Request, visit: Visit, form: TokenForm | None, status: int = 200
     ) -> Response:
-        values = {"form": form, "mark": self._frame.new_mark(visit)}
+        limits = await self._frame.limits(visit)
+        values = {
+            "form": form or TokenForm.within(limits),
+            "mark": self._frame.new_mark(visit),
+            "limits": limits,
+            "expiries": expiries(limits),
+            "last_day": last_day(limits, self._frame.now()),
+        }
         return await self._frame.dialog(request, visit, "new.html", values, status)
 
     async def _not_made(

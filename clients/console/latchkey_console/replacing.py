@@ -10,7 +10,7 @@ import logging
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Final
 
 from latchkey import Client, LatchkeyError
@@ -107,10 +107,10 @@ class Replacements:
         end = ENDS[wanted.ends]
         moved = False
         try:
-            if wanted.expiry_days is not None:
+            if wanted.ttl is not None:
                 # First, because a failure leaves nothing behind that somebody could miss. A new
                 # secret that nobody sees would be worse.
-                expire_time = self._now() + timedelta(days=wanted.expiry_days)
+                expire_time = self._now() + wanted.ttl
                 await self._client.update(account_id, wanted.token_id, expire_time=expire_time)
                 moved = True
             rotated = await self._client.rotate(

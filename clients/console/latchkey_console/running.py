@@ -11,12 +11,13 @@ from types import FrameType
 from typing import Final
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from latchkey_console.app import HEALTH, make_app
 from latchkey_console.connections import Protocol, RequestLimit
 from latchkey_console.settings import Settings, SettingsError
 
-__all__ = ["run", "stopping_signals"]
+__all__ = ["bound", "run", "serve", "stopping_signals"]
 
 # A Delete that waits for a silent verifier takes several seconds.
 GRACE_SECONDS: Final = 10
@@ -27,35 +28,45 @@ BACKLOG: Final = 512
 
 def run(settings: Settings) -> None:
     """Serve the console on the main thread. Raises SettingsError if its address is unavailable."""
-    with _bound(settings) as listener:
+    with bound(settings.host, settings.port) as listener:
         settings = _with_port(settings, listener.getsockname()[1])
-        _log_to_stderr()
-        # One process, because it keeps forms and new secrets in memory.
-        config = uvicorn.Config(
-            RequestLimit(make_app(settings), frozenset({HEALTH})),
-            workers=1,
-            http=Protocol,
-            # Keep the peer's real address: `identity` trusts it and ignores forwarding headers.
-            proxy_headers=False,
-            server_header=False,
-            # The access log would contain queries. The console logs its own actions.
-            access_log=False,
-            log_config=None,
-            ws="none",
-            # It would count connections as requests. `RequestLimit` counts requests.
-            limit_concurrency=None,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=GRACE_SECONDS,
-        )
-        server = _Server(config)
-        # Installed before we print the URL: uvicorn handles signals only once its loop runs.
-        for number in stopping_signals():
-            signal.signal(number, server.handle_exit)
-        sys.stdout.write(
-            f"API Tokens: {settings.public_url} ({_whose(settings)}). Ctrl-C stops it.\n"
-        )
-        sys.stdout.flush()
-        server.run(sockets=[listener])
+        app = RequestLimit(make_app(settings), frozenset({HEALTH}))
+        greeting = f"API Tokens: {settings.public_url} ({_whose(settings)}). Ctrl-C stops it."
+        serve(app, Protocol, listener, "latchkey.console", greeting)
+
+
+def serve(
+    app: ASGIApp, protocol: type[Protocol], listener: socket.socket, name: str, greeting: str
+) -> None:
+    """Serve an application on the main thread until a signal. Logs to standard error.
+
+    `name` is that of the logger whose information is shown too, not only its warnings.
+    """
+    _log_to_stderr(name)
+    # One process, because the console keeps forms and new secrets in memory.
+    config = uvicorn.Config(
+        app,
+        workers=1,
+        http=protocol,
+        # Keep the peer's real address: `identity` trusts it and ignores forwarding headers.
+        proxy_headers=False,
+        server_header=False,
+        # The access log would contain queries. The console logs its own actions.
+        access_log=False,
+        log_config=None,
+        ws="none",
+        # It would count connections as requests. `RequestLimit` counts requests.
+        limit_concurrency=None,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+    )
+    server = _Server(config)
+    # Installed before we print the URL: uvicorn handles signals only once its loop runs.
+    for number in stopping_signals():
+        signal.signal(number, server.handle_exit)
+    sys.stdout.write(greeting + "\n")
+    sys.stdout.flush()
+    server.run(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
@@ -85,14 +96,15 @@ def stopping_signals() -> list[signal.Signals]:
     return [signal.SIGINT, signal.SIGTERM, *([] if kept else [signal.SIGHUP])]
 
 
-def _bound(settings: Settings) -> socket.socket:
+def bound(host: str, port: int) -> socket.socket:
+    """Return a socket that listens on an address. Raises SettingsError."""
     try:
         family, _, _, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         return socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except (OSError, UnicodeError) as error:  # UnicodeError: not encodable as a host name
-        where = f"{settings.host}:{settings.port}"
+        where = f"{host}:{port}"
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise SettingsError(
             f"--listen: cannot listen on {where}: {reason}; choose another address"
@@ -117,14 +129,14 @@ def _whose(settings: Settings) -> str:
     return "sign-in with OpenID Connect"
 
 
-def _log_to_stderr() -> None:
+def _log_to_stderr(name: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.addFilter(_is_news)
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(logging.WARNING)
-    logging.getLogger("latchkey.console").setLevel(logging.INFO)
+    logging.getLogger(name).setLevel(logging.INFO)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -12,14 +12,23 @@ from urllib.parse import SplitResult, urlsplit
 
 from latchkey import Secret
 
-__all__ = ["OpenIdSettings", "ProxySettings", "Settings", "SettingsError", "is_account_id", "make"]
+__all__ = [
+    "OpenIdSettings",
+    "ProxySettings",
+    "Settings",
+    "SettingsError",
+    "https_or_loopback",
+    "is_account_id",
+    "listening_address",
+    "make",
+]
 
 LISTEN: Final = "127.0.0.1:50080"
 TARGET: Final = "127.0.0.1:50051"
 CLAIM: Final = "sub"
 
 # As the contract defines it (`account_id` in token_service.proto).
-_ACCOUNT_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+_ACCOUNT_ID: Final = re.compile(r"[A-Za-z0-9._:@|+=/~-]{1,128}")
 _HOST_NAME: Final = re.compile(r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*\.?")
 _HEADER_NAME: Final = re.compile(r"[A-Za-z0-9-]{1,64}")
 _LISTEN: Final = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})")
@@ -33,10 +42,14 @@ class SettingsError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ProxySettings:
-    """A sign-in proxy: the header that holds the account, and the networks that may send it."""
+    """A sign-in proxy: the header that holds the account, and the networks that may send it.
+
+    If accounts belong to several people, `person_header` holds the visitor's own name.
+    """
 
     header: str
     trusted: tuple[Network, ...]
+    person_header: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +109,7 @@ def make(
     target: str = TARGET,
     account: str | None = None,
     account_header: str | None = None,
+    person_header: str | None = None,
     trusted_proxies: tuple[str, ...] = (),
     oidc_issuer: str | None = None,
     oidc_client_id: str | None = None,
@@ -103,7 +117,7 @@ def make(
     oidc_claim: str = CLAIM,
 ) -> Settings:
     """Return the settings. Raises SettingsError."""
-    host, port = _listen(listen)
+    host, port = listening_address(listen, LISTEN)
     chosen = [
         name
         for name, value in (
@@ -125,7 +139,7 @@ def make(
         )
     if account is not None:
         if not is_account_id(account):
-            raise SettingsError("--account: give 1-64 characters of A-Za-z0-9._:-")
+            raise SettingsError("--account: give 1-128 characters of A-Za-z0-9._:@|+=/~-")
         if not _is_loopback(host):
             raise SettingsError(
                 f"--account lets in everyone who can reach {listen}, so it works on loopback only, "
@@ -133,13 +147,19 @@ def make(
             )
     if trusted_proxies and account_header is None:
         raise SettingsError("--trusted-proxy requires --account-header")
+    if person_header is not None and account_header is None:
+        raise SettingsError("--person-header requires --account-header")
     return Settings(
         host=host,
         port=port,
         public_url=_public_url(public_url, host, port, alone=account is not None),
         target=target,
         account=account,
-        proxy=None if account_header is None else _proxy(account_header, trusted_proxies),
+        proxy=(
+            None
+            if account_header is None
+            else _proxy(account_header, person_header, trusted_proxies)
+        ),
         openid=(
             None
             if oidc_issuer is None
@@ -153,10 +173,19 @@ def is_account_id(text: str) -> bool:
     return _ACCOUNT_ID.fullmatch(text) is not None
 
 
-def _listen(value: str) -> tuple[str, int]:
+def https_or_loopback(url: str) -> bool:
+    """Return whether `url` is a URL with https, or with http on loopback."""
+    parts = _split(url)
+    if parts is None or not parts.hostname or "@" in parts.netloc:
+        return False
+    return parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(parts.hostname))
+
+
+def listening_address(value: str, example: str) -> tuple[str, int]:
+    """Return host and port of `--listen`. Raises SettingsError."""
     match = _LISTEN.fullmatch(value)
     if match is None or int(match[3]) > 65_535:
-        raise SettingsError(f"--listen: give HOST:PORT, such as {LISTEN}")
+        raise SettingsError(f"--listen: give HOST:PORT, such as {example}")
     return match[1] or match[2], int(match[3])
 
 
@@ -231,9 +260,11 @@ def _split(url: str) -> SplitResult | None:
     return parts
 
 
-def _proxy(header: str, trusted: tuple[str, ...]) -> ProxySettings:
+def _proxy(header: str, person_header: str | None, trusted: tuple[str, ...]) -> ProxySettings:
     if not _HEADER_NAME.fullmatch(header):
         raise SettingsError("--account-header: give a header name, such as X-Forwarded-User")
+    if person_header is not None and not _HEADER_NAME.fullmatch(person_header):
+        raise SettingsError("--person-header: give a header name, such as X-Forwarded-Email")
     if not trusted:
         raise SettingsError(
             "--trusted-proxy: give the addresses that may send the header, such as 127.0.0.1; "
@@ -251,7 +282,11 @@ def _proxy(header: str, trusted: tuple[str, ...]) -> ProxySettings:
         if network.prefixlen == 0:
             raise SettingsError(f"--trusted-proxy {text}: this would trust everyone")
         networks.append(network)
-    return ProxySettings(header.lower(), tuple(networks))
+    return ProxySettings(
+        header.lower(),
+        tuple(networks),
+        None if person_header is None else person_header.lower(),
+    )
 
 
 def _openid(issuer: str, client_id: str | None, secret: str | None, claim: str) -> OpenIdSettings:

@@ -1,10 +1,11 @@
 """Makes untrusted text safe to read. The templates escape HTML. Pure."""
 
-import re
 import unicodedata
 from typing import Final
 
-__all__ = ["folded", "name_key", "visible", "visible_lines"]
+from latchkey_coherence.names import name_key
+
+__all__ = ["searchable", "visible", "visible_lines"]
 
 # These two invisible characters join emoji and the letters of many scripts.
 _JOINERS: Final = frozenset({"\u200c", "\u200d"})
@@ -13,12 +14,8 @@ _JOINERS: Final = frozenset({"\u200c", "\u200d"})
 # matters more than regional flags.
 _SHOWN_AS_CODE: Final = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 
-# Default_Ignorable_Code_Point of Unicode 16, as in the service (tokens/names.py).
-_IGNORABLE: Final = re.compile(
-    "[\u00ad\u034f\u061c\u115f-\u1160\u17b4-\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
-    "\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3"
-    "\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
-)
+# Rejected in names and searches.
+_REJECTED: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
 
 
 def visible(text: str) -> str:
@@ -33,19 +30,10 @@ def visible_lines(text: str) -> str:
     return "\n".join(map(visible, text.split("\n")))
 
 
-def folded(text: str) -> str:
-    """Return the form of `text` for searching, which ignores case and Unicode composition."""
-    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-
-
-def name_key(name: str) -> str:
-    """Return the form of `name` that the service compares (TokenService).
-
-    It ignores case, white space, compatible forms and characters that leave no mark.
-    """
-    for _ in range(2):
-        name = unicodedata.normalize("NFKC", _IGNORABLE.sub("", name)).casefold()
-    return " ".join(unicodedata.normalize("NFKC", name).split())
+def searchable(text: str) -> str:
+    """Return `text` without characters that the service rejects in searches, or an empty text."""
+    clean = "".join(c for c in text if unicodedata.category(c) not in _REJECTED)
+    return clean if name_key(clean) else ""
 
 
 def _visible_character(character: str) -> str:

@@ -8,6 +8,9 @@ here, so only their users need their dependencies.
 """
 
 from latchkey._audit import AuditEntry, AuditFilter, AuditPage, Outcome
+from latchkey._connection import current_person
+from latchkey._imported import ImportedToken, ImportOutcome, ImportResult
+from latchkey._rate_limit import RateLimit
 from latchkey._version import __version__
 from latchkey.access import Access
 from latchkey.client import Client
@@ -27,11 +30,13 @@ from latchkey.errors import (
     Unavailable,
     UnexpectedStatus,
 )
+from latchkey.filters import TokenFilter, TokenOrder, TokenState
 from latchkey.models import (
     CallerUsage,
     Change,
     CreatedToken,
     Deletions,
+    Limits,
     Notifications,
     Page,
     Receipt,
@@ -41,9 +46,7 @@ from latchkey.models import (
     SecretOutcome,
     Status,
     Token,
-    TokenFilter,
     TokenSecret,
-    TokenState,
     Unchanged,
     Verdict,
     Verification,
@@ -68,14 +71,19 @@ __all__ = [
     "Deletions",
     "FailedPrecondition",
     "FieldViolation",
+    "ImportOutcome",
+    "ImportResult",
+    "ImportedToken",
     "InternalError",
     "InvalidArgument",
     "LatchkeyError",
+    "Limits",
     "NotFound",
     "Notifications",
     "Outcome",
     "Page",
     "PermissionDenied",
+    "RateLimit",
     "Receipt",
     "ResourceExhausted",
     "Revocation",
@@ -86,6 +94,7 @@ __all__ = [
     "Status",
     "Token",
     "TokenFilter",
+    "TokenOrder",
     "TokenSecret",
     "TokenState",
     "Unauthenticated",
@@ -98,4 +107,5 @@ __all__ = [
     "VerifierStats",
     "VerifierStatus",
     "__version__",
+    "current_person",
 ]

@@ -6,8 +6,8 @@ errors.
 
 import asyncio
 import copy
+import itertools
 from dataclasses import dataclass
-from itertools import islice
 from typing import Final
 
 from latchkey.client import Client
@@ -20,8 +20,8 @@ from latchkey.errors import (
 )
 from latchkey.models import Scope, Verification
 
-# With the largest labels, networks and permissions, about this many answers fit into 4 MiB, which
-# is the usual message limit of a channel that the application made. Larger batches are not faster.
+# With the largest labels, networks and permissions, this many complete answers fit into the 4 MiB
+# that a response may have. Larger batches are not faster.
 BATCH_MAX: Final = 150
 # A waiter whose deadline is at most this much earlier than the batch's waits for the whole batch.
 # Misses of one event loop turn with the same timeout then need no timer each.
@@ -49,17 +49,24 @@ class Batcher:
         self.batches = 0
         self._client = client
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._unsent: dict[Question, list[_Waiter]] = {}
+        # By question. Questions that share no answer have different numbers.
+        self._unsent: dict[tuple[Question, int], list[_Waiter]] = {}
+        self._numbers = itertools.count(1)
         self._under_way: set[asyncio.Task[None]] = set()
         self._refused_until = 0.0
 
-    async def ask(self, question: Question, end: float) -> Verification | None:
+    async def ask(
+        self, question: Question, end: float, *, alone: bool = False
+    ) -> Verification | None:
         """Return the service's answer, or None if the caller has to verify by itself.
 
         `end` is the deadline, by the event loop's clock. None means that there is no other question
-        to share a call with, or that batches were refused, which may have taken most of the time.
-        A caller without others can cancel its own call without affecting them. If the shared call
-        fails, each caller gets a copy of its error.
+        to share a call with, that the answer lacks details of the token, or that batches were
+        refused, which may have taken most of the time. A caller without others can cancel its own
+        call without affecting them. If the shared call fails, each caller gets a copy of its error.
+
+        Equal questions share an answer, except those that are `alone`: for a token with a rate
+        limit, each VALID answer stands for one call of it.
         """
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
@@ -72,7 +79,8 @@ class Batcher:
         waiter = _Waiter(loop.create_future(), end)
         # Only join questions that are not sent yet. The answer to a sent question may have been
         # read before a change that precedes this verify (coherence rule 4).
-        self._unsent.setdefault(question, []).append(waiter)
+        key = (question, next(self._numbers) if alone else 0)
+        self._unsent.setdefault(key, []).append(waiter)
         return await waiter.future
 
     def _send(self) -> None:
@@ -83,13 +91,13 @@ class Batcher:
                 _answer(waiters, None)
                 return
         questions = iter(unsent.items())
-        while batch := dict(islice(questions, BATCH_MAX)):
+        while batch := dict(itertools.islice(questions, BATCH_MAX)):
             self.batches += 1
             task = asyncio.create_task(self._ask_together(batch), name="latchkey batch")
             self._under_way.add(task)
             task.add_done_callback(self._under_way.discard)
 
-    async def _ask_together(self, batch: dict[Question, list[_Waiter]]) -> None:
+    async def _ask_together(self, batch: dict[tuple[Question, int], list[_Waiter]]) -> None:
         loop = asyncio.get_running_loop()
         everybody = [waiter for waiters in batch.values() for waiter in waiters]
         end = max(waiter.end for waiter in everybody)
@@ -102,10 +110,18 @@ class Batcher:
         failure: LatchkeyError = InternalError("BatchVerify failed because of a library bug.")
         try:
             answers = await self._client.batch_verify(
-                batch, timeout_seconds=max(end - loop.time(), 0.001)
+                [question for question, _ in batch], timeout_seconds=max(end - loop.time(), 0.001)
             )
             for waiters, answer in zip(batch.values(), answers, strict=True):
-                _answer(waiters, answer)
+                if answer.details_omitted:
+                    # The application gets the whole token, so the question is asked again.
+                    _answer(waiters, None)
+                elif answer.allowed and answer.token is not None and answer.token.rate_limit:
+                    # It stands for one call, so the others have to ask for theirs.
+                    _answer(waiters[1:], None)
+                    _answer(waiters[:1], answer)
+                else:
+                    _answer(waiters, answer)
         except LatchkeyError as error:
             failure = error
             if _is_refusal(error):

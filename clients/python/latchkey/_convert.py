@@ -15,6 +15,14 @@ from latchkey_coherence.verdict_cache import Position
 from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
 
+from latchkey._imported import ImportedToken, ImportOutcome, ImportResult
+from latchkey._rate_messages import (
+    duration_in,
+    rate_limit_in,
+    rate_limit_out,
+    shares_in,
+    shares_out,
+)
 from latchkey._subscription import (
     Closing,
     Event,
@@ -25,9 +33,10 @@ from latchkey._subscription import (
     UsesReceived,
 )
 from latchkey._uses import UseReport
-from latchkey.errors import InternalError, InvalidArgument, invalid
+from latchkey.errors import FieldViolation, InternalError, InvalidArgument, invalid
 from latchkey.models import (
     CallerUsage,
+    Limits,
     Notifications,
     Page,
     Receipt,
@@ -70,8 +79,16 @@ _VERDICTS: Final[Mapping[int, Verdict]] = {
     pb.VERDICT_DISABLED: Verdict.DISABLED,
     pb.VERDICT_ADDRESS_NOT_ALLOWED: Verdict.ADDRESS_NOT_ALLOWED,
     pb.VERDICT_INSUFFICIENT_PERMISSIONS: Verdict.INSUFFICIENT_PERMISSIONS,
+    pb.VERDICT_RATE_LIMITED: Verdict.RATE_LIMITED,
 }
 
+_IMPORT_OUTCOMES: Final[Mapping[int, ImportOutcome]] = {
+    pb.IMPORT_OUTCOME_IMPORTED: ImportOutcome.IMPORTED,
+    pb.IMPORT_OUTCOME_EXISTS: ImportOutcome.EXISTS,
+    pb.IMPORT_OUTCOME_OTHER_ACCOUNT: ImportOutcome.OTHER_ACCOUNT,
+    pb.IMPORT_OUTCOME_NAME_TAKEN: ImportOutcome.NAME_TAKEN,
+    pb.IMPORT_OUTCOME_INVALID: ImportOutcome.INVALID,
+}
 _NOTIFICATIONS: Final[Mapping[int, Notifications]] = {
     status_pb.NOTIFICATIONS_ARRIVE: Notifications.ARRIVE,
     status_pb.NOTIFICATIONS_SILENT: Notifications.SILENT,
@@ -169,6 +186,7 @@ def token_in(message: pb.Token) -> Token:
         permissions=tuple(message.permissions),
         description=message.description,
         secrets=tuple(_token_secret_in(secret) for secret in message.secrets),
+        rate_limit=rate_limit_in(message.rate_limit) if message.HasField("rate_limit") else None,
     )
 
 
@@ -181,6 +199,9 @@ def _token_secret_in(message: pb.TokenSecret) -> TokenSecret:
             time_in(message.last_used_time) if message.HasField("last_used_time") else None
         ),
         retire_on_first_use=message.retire_on_first_use,
+        leak_report_time=(
+            time_in(message.leak_report_time) if message.HasField("leak_report_time") else None
+        ),
     )
 
 
@@ -197,11 +218,58 @@ def usage_in(message: pb.GetUsageResponse) -> tuple[CallerUsage, ...]:
     )
 
 
-def page_in(message: pb.ListResponse) -> Page:
-    """Convert a page from protobuf."""
+def limits_in(message: pb.GetLimitsResponse) -> Limits:
+    """Convert limits from protobuf."""
+    return Limits(
+        max_ttl=duration_in(message.max_ttl) if message.HasField("max_ttl") else None,
+        require_expiry=message.require_expiry,
+    )
+
+
+def imported_out(token: ImportedToken) -> pb.ImportedToken:
+    """Return a token to import as a message. Raises InvalidArgument for values that do not fit."""
+    return build(
+        lambda: pb.ImportedToken(
+            account_id=token.account_id,
+            name=token.name,
+            scope=scope_out(token.scope, "scope"),
+            expire_time=(
+                None if token.expire_time is None else time_out(token.expire_time, "expire_time")
+            ),
+            labels=token.labels,
+            description=token.description,
+            allowed_networks=several(token.allowed_networks, "allowed_networks"),
+            permissions=several(token.permissions, "permissions"),
+            secret_sha256=token.secret_sha256,
+            hint=token.hint,
+            create_time=(
+                None if token.create_time is None else time_out(token.create_time, "create_time")
+            ),
+            disabled=token.disabled,
+            rate_limit=None if token.rate_limit is None else rate_limit_out(token.rate_limit),
+        )
+    )
+
+
+def import_result_in(message: pb.ImportResult) -> ImportResult:
+    """Convert what Import did with a row from protobuf."""
+    return ImportResult(
+        outcome=_IMPORT_OUTCOMES.get(message.outcome, ImportOutcome.UNSPECIFIED),
+        token_id=message.id,
+        field_violations=tuple(
+            FieldViolation(violation.field, violation.description)
+            for violation in message.field_violations
+        ),
+    )
+
+
+def page_in(message: pb.ListResponse, *, counted: bool) -> Page:
+    """Convert a page from protobuf. `counted`: whether the request asked for the total size."""
     return Page(
         tokens=tuple(token_in(token) for token in message.tokens),
         next_page_token=message.next_page_token,
+        total_size=message.total_size if counted else None,
+        total_size_capped=message.total_size_capped,
     )
 
 
@@ -234,7 +302,14 @@ def verification_in(message: pb.VerifyResponse) -> Verification:
         # The contract sets the token for every known secret. A VALID answer without one would let a
         # caller in anonymously.
         raise InternalError("The service answered VALID without a token.")
-    return Verification(verdict=verdict, token=token, revision=message.revision, mark=message.mark)
+    return Verification(
+        verdict=verdict,
+        token=token,
+        revision=message.revision,
+        mark=message.mark,
+        details_omitted=message.details_omitted,
+        retry_after=(duration_in(message.retry_after) if message.HasField("retry_after") else None),
+    )
 
 
 def watch_request_out(request: Request) -> pb.WatchRequest:
@@ -245,6 +320,7 @@ def watch_request_out(request: Request) -> pb.WatchRequest:
         number=request.number,
         released=request.released,
         use_report=None if request.report is None else _use_report_out(request.report),
+        rate_shares_request=None if request.shares is None else shares_out(request.shares),
     )
 
 
@@ -283,13 +359,16 @@ def watch_event_in(message: object) -> Event | None:
         case "grant":
             grant = message.grant
             seconds = grant.lease_duration.seconds + grant.lease_duration.nanos / 1e9
-            return Grant(_position_in(grant), grant.number, seconds)
+            prefixes = tuple(grant.imported_prefixes)
+            return Grant(_position_in(grant), grant.number, seconds, prefixes)
         case "reset":
             return Reset(_position_in(message.reset))
         case "closing":
             return Closing()
         case "use_report_received":
             return UsesReceived(message.use_report_received.number)
+        case "rate_shares":
+            return shares_in(message.rate_shares)
         case _:
             return None
 
@@ -317,8 +396,8 @@ def _verifier_in(message: status_pb.VerifierStatus) -> VerifierStatus:
         start_time=time_in(message.start_time),
         acknowledged_revision=message.acknowledged_revision,
         lag=message.lag,
-        lease_duration=_duration_in(message.lease_duration),
-        lease_remaining=_duration_in(message.lease_remaining),
+        lease_duration=duration_in(message.lease_duration),
+        lease_remaining=duration_in(message.lease_remaining),
         clients=message.clients,
         notifications=_NOTIFICATIONS.get(message.notifications, Notifications.UNSPECIFIED),
         answering=message.answering,
@@ -328,13 +407,6 @@ def _verifier_in(message: status_pb.VerifierStatus) -> VerifierStatus:
         system_identifier=message.system_identifier,
         timeline=message.timeline,
     )
-
-
-def _duration_in(message: Duration) -> timedelta:
-    try:
-        return message.ToTimedelta()
-    except (ValueError, OverflowError) as error:
-        raise InternalError("The service sent an invalid duration.") from error
 
 
 def time_in(message: Timestamp) -> datetime:

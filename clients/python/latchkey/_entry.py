@@ -4,15 +4,17 @@ This module decides which answers are worth caching. It also derives the answers
 the service was not asked, with the code by which the service decides.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import datetime
 from types import MappingProxyType
 from typing import Final
 
 from latchkey_coherence import verdict as rules
+from latchkey_coherence.rate import RateLimit, Share
 from latchkey_coherence.verdict import Networks, decide_live
 from latchkey_coherence.verdict_cache import Entry
 
+from latchkey._shares import core_limit
 from latchkey.models import Scope, Verdict, Verification
 
 # Not UNKNOWN and MALFORMED. They name no token, so no invalidation would ever end such an entry.
@@ -33,7 +35,7 @@ _LEVELS: Final[Mapping[Scope | None, int]] = MappingProxyType(
 
 
 class CacheEntry(Entry):
-    """The answers for one secret. Most are ready to return, so that a verify builds nothing."""
+    """The answers for one secret. Those that are VALID are ready: a verify builds nothing."""
 
     __slots__ = (
         "deleted",
@@ -46,25 +48,30 @@ class CacheEntry(Entry):
         "networks",
         "permissions",
         "read",
+        "ready_read",
+        "ready_write",
         "reported",
         "scope",
+        "share",
         "uses",
-        "write",
     )
 
     def __init__(
         self,
         token_id: str,
         read: Verification,
-        write: Verification,
         expires_at: float | None,
         keep_until: float,
     ) -> None:
         super().__init__(token_id, keep_until)
         self.read = read
-        """The answer if READ or no scope is required. Every token has at least READ."""
-        self.write = write
-        """The answer if WRITE is required. The same object as `read` if the answer is the same."""
+        """The answer if READ or no scope is required, and nothing else decides. Every token has at
+        least READ."""
+        self.ready_read: Verification | None = read
+        """The answer that counts as a use if READ or no scope, and no permission, is required.
+        None: more than that decides, or the answer is not VALID."""
+        self.ready_write: Verification | None = read
+        """The same if WRITE is required."""
         self.expires_at = expires_at
         """POSIX seconds from which the service is asked again. None: never.
 
@@ -85,6 +92,8 @@ class CacheEntry(Entry):
         self.scope = 0
         self.networks: Networks | None = None
         self.permissions: frozenset[str] | None = None
+        self.share: Share | None = None
+        """The calls that this client may accept. None: the token has no rate limit."""
 
     @property
     def final(self) -> bool:
@@ -94,7 +103,10 @@ class CacheEntry(Entry):
     def answer(
         self, scope: Scope | None, client_address: str, permissions: Collection[str]
     ) -> Verification:
-        """Return the answer to any question. `expires_at` is for the caller to check."""
+        """Return the answer to any question, apart from the rate limit.
+
+        `expires_at` is for the caller to check.
+        """
         if not self.live:
             return self.read
         verdict = _LIVE[decide_live(self, _LEVELS[scope], client_address, permissions)]
@@ -107,21 +119,28 @@ def cache_entry(
     keep_until: float,
     client_address: str = "",
     permissions: Collection[str] = (),
+    share_of: Callable[[str, RateLimit], Share] = Share,
 ) -> CacheEntry | None:
     """Return the entry for the service's `answer` to a question, or None if it is not cacheable.
 
-    The entry is valid until `keep_until`, in seconds of `boottime`.
+    The entry is valid until `keep_until`, in seconds of `boottime`. `share_of` returns the share of
+    a token under a limit.
     """
     token = answer.token
-    if token is None:
+    if token is None or answer.details_omitted:
+        # Without the networks, the verdict would apply to every address.
         return None
     if answer.verdict in _FINAL:
         # Without an expiry: after EXPIRED, this machine's clock must not make it VALID again.
-        return CacheEntry(token.id, answer, answer, None, keep_until)
+        return CacheEntry(token.id, answer, None, keep_until)
     level = _LEVELS.get(token.scope)
-    if answer.verdict not in _LIVE.values() or not level:
+    decided = answer.verdict
+    if decided is Verdict.RATE_LIMITED and token.rate_limit is not None:
+        # The limit comes last, so everything else permits the token.
+        decided = Verdict.VALID
+    if decided not in _LIVE.values() or not level:
         return None
-    entry = CacheEntry(token.id, answer, answer, _posix(token.expire_time), keep_until)
+    entry = CacheEntry(token.id, answer, _posix(token.expire_time), keep_until)
     entry.live = True
     entry.scope = level
     try:
@@ -130,14 +149,19 @@ def cache_entry(
         # A notation that this version does not know. Ask the service each time.
         return None
     entry.permissions = frozenset(token.permissions) if token.permissions else None
-    if entry.answer(scope, client_address, permissions).verdict is not answer.verdict:
+    if token.rate_limit is not None:
+        limit = core_limit(token.rate_limit)
+        if limit is None:
+            # A limit that this version does not know. Ask the service each time.
+            return None
+        entry.share = share_of(token.id, limit)
+    if entry.answer(scope, client_address, permissions).verdict is not decided:
         # This version and the service disagree about the rules. Ask the service each time.
         return None
-    entry.read, entry.write = (
-        entry.answer(required, "", ()) for required in (Scope.READ, Scope.WRITE)
-    )
-    if entry.write.verdict is entry.read.verdict:
-        entry.write = entry.read
+    entry.read = entry.answer(Scope.READ, "", ())
+    is_ready = entry.networks is None and entry.share is None
+    entry.ready_read = entry.read if is_ready else None
+    entry.ready_write = entry.read if is_ready and token.scope is Scope.WRITE else None
     return entry
 
 

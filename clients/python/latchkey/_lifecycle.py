@@ -11,9 +11,13 @@ from uuid import UUID, uuid4
 from google.protobuf.field_mask_pb2 import FieldMask
 from latchkey_proto.v1 import token_service_pb2 as pb
 
-from latchkey import _convert
+from latchkey import _convert, _rate_messages
 from latchkey._connection import Connection
+from latchkey._filters import filter_out
+from latchkey._imported import ImportedToken, ImportResult
+from latchkey._rate_limit import RateLimit
 from latchkey.errors import InternalError, invalid
+from latchkey.filters import TokenFilter
 from latchkey.models import (
     UNCHANGED,
     Change,
@@ -22,8 +26,6 @@ from latchkey.models import (
     RotatedToken,
     Scope,
     SecretOutcome,
-    TokenFilter,
-    TokenState,
     Unchanged,
 )
 from latchkey.secret import Secret
@@ -33,11 +35,7 @@ _OUTCOMES: Final[Mapping[int, SecretOutcome]] = {
     pb.SECRET_OUTCOME_ENDED_BEFORE: SecretOutcome.ENDED_BEFORE,
     pb.SECRET_OUTCOME_UNKNOWN: SecretOutcome.UNKNOWN,
     pb.SECRET_OUTCOME_MALFORMED: SecretOutcome.MALFORMED,
-}
-_STATES_OUT: Final[Mapping[TokenState, pb.TokenState.ValueType]] = {
-    TokenState.ACTIVE: pb.TOKEN_STATE_ACTIVE,
-    TokenState.DISABLED: pb.TOKEN_STATE_DISABLED,
-    TokenState.EXPIRED: pb.TOKEN_STATE_EXPIRED,
+    pb.SECRET_OUTCOME_REPORTED: SecretOutcome.REPORTED,
 }
 
 
@@ -63,14 +61,16 @@ class LifecycleCalls(Connection):
         description: str | Unchanged = UNCHANGED,
         allowed_networks: Iterable[str] | Unchanged = UNCHANGED,
         permissions: Iterable[str] | Unchanged = UNCHANGED,
+        rate_limit: RateLimit | Unchanged | None = UNCHANGED,
         no_wait: bool = False,
         timeout_seconds: float | None = None,
     ) -> Change:
         """Change the given fields of a token. Labels, networks and permissions are replaced whole.
 
         `expire_time=None` makes the token valid for ever. An empty `allowed_networks` permits any
-        address, and empty `permissions` take all permissions away. The result has a receipt if the
-        change takes something away. Raises NotFound, and AlreadyExists if the name is taken.
+        address, and empty `permissions` take all permissions away. `rate_limit=None` removes the
+        limit. The result has a receipt if the change takes something away. Raises NotFound, and
+        AlreadyExists if the name is taken.
         """
 
         def request() -> pb.UpdateRequest:
@@ -101,6 +101,10 @@ class LifecycleCalls(Connection):
             if not isinstance(permissions, Unchanged):
                 paths.append("permissions")
                 token.permissions.extend(_convert.several(permissions, "permissions"))
+            if not isinstance(rate_limit, Unchanged):
+                paths.append("rate_limit")
+                if rate_limit is not None:
+                    token.rate_limit.CopyFrom(_rate_messages.rate_limit_out(rate_limit))
             if not paths:
                 raise invalid("update_mask", "give at least one field to change")
             return pb.UpdateRequest(
@@ -217,16 +221,47 @@ class LifecycleCalls(Connection):
         answer = await self._call(
             "RevokeSecret", self._rpcs().RevokeSecret, request, timeout_seconds
         )
-        if len(answer.results) != len(texts):
-            # If results cannot be matched to secrets, none of them can be used.
-            raise InternalError("The service did not answer for every secret of a batch.")
         return Revocation(
-            outcomes=tuple(
-                _OUTCOMES.get(result.outcome, SecretOutcome.UNSPECIFIED)
-                for result in answer.results
-            ),
-            receipt=_convert.receipt_of(answer),
+            outcomes=_outcomes_in(answer, len(texts)), receipt=_convert.receipt_of(answer)
         )
+
+    async def report_secrets(
+        self, secrets: Iterable[str | Secret], *, timeout_seconds: float | None = None
+    ) -> tuple[SecretOutcome, ...]:
+        """Mark 1 to 1,000 secrets as leaked, in one call, without ending them.
+
+        Their tokens then have a `leak_report_time`. Any strings are allowed. The outcomes come in
+        the order of the secrets. Needs the role `revoker` if the service has a policy.
+        """
+        texts = [_convert.secret_out(secret) for secret in _convert.several(secrets, "secrets")]
+        answer = await self._call(
+            "ReportSecret",
+            self._rpcs().ReportSecret,
+            pb.ReportSecretRequest(secrets=texts),
+            timeout_seconds,
+        )
+        return _outcomes_in(answer, len(texts))
+
+    async def import_tokens(
+        self,
+        tokens: Iterable[ImportedToken],
+        *,
+        validate_only: bool = False,
+        timeout_seconds: float | None = None,
+    ) -> tuple[ImportResult, ...]:
+        """Create 1 to 1,000 tokens whose secrets exist already, from the hashes of these secrets.
+
+        The results come in the order of the tokens. A secret that a token has already, or had, is
+        not imported again, so this is safe to repeat. With `validate_only`, it imports nothing.
+        Needs the role `importer` for all accounts if the service has a policy.
+        """
+        rows = [_convert.imported_out(token) for token in tokens]
+        request = pb.ImportRequest(tokens=rows, validate_only=validate_only)
+        answer = await self._call("Import", self._rpcs().Import, request, timeout_seconds)
+        if len(answer.results) != len(rows):
+            # If results cannot be matched to tokens, none of them can be used.
+            raise InternalError("The service did not answer for every token of a batch.")
+        return tuple(_convert.import_result_in(result) for result in answer.results)
 
     async def delete_all(
         self,
@@ -246,7 +281,7 @@ class LifecycleCalls(Connection):
         request = _convert.build(
             lambda: pb.DeleteAllRequest(
                 account_id=account_id,
-                filter=_filter_out(wanted),
+                filter=filter_out(wanted),
                 dry_run=dry_run,
                 no_wait=no_wait,
             )
@@ -266,17 +301,12 @@ def _change_in(
     return Change(token=_convert.token_in(answer.token), receipt=_convert.receipt_of(answer))
 
 
-def _filter_out(wanted: TokenFilter) -> pb.TokenFilter:
-    message = pb.TokenFilter(name_contains=wanted.name_contains, label=wanted.labels)
-    if wanted.scope is not None:
-        message.scope = _convert.scope_out(wanted.scope, "filter.scope")
-    if wanted.state is not None:
-        message.state = _STATES_OUT[wanted.state]
-    if wanted.expires_before is not None:
-        time = _convert.time_out(wanted.expires_before, "filter.expires_before")
-        message.expires_before.CopyFrom(time)
-    if wanted.unused_since is not None:
-        message.unused_since.CopyFrom(_convert.time_out(wanted.unused_since, "filter.unused_since"))
-    if wanted.can_write is not None:
-        message.can_write = wanted.can_write
-    return message
+def _outcomes_in(
+    answer: pb.RevokeSecretResponse | pb.ReportSecretResponse, number: int
+) -> tuple[SecretOutcome, ...]:
+    if len(answer.results) != number:
+        # If results cannot be matched to secrets, none of them can be used.
+        raise InternalError("The service did not answer for every secret of a batch.")
+    return tuple(
+        _OUTCOMES.get(result.outcome, SecretOutcome.UNSPECIFIED) for result in answer.results
+    )

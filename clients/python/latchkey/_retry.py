@@ -62,9 +62,14 @@ BUDGET_TOKENS_PER_SUCCESS: Final = 0.1
 TIMEOUTS_SECONDS: Final[Mapping[str, float]] = {
     # A repeated Create or Rotate ends the secret that nobody received, and waits for that.
     **dict.fromkeys(("Create", "Rotate"), CHANGE_TIMEOUT_SECONDS),
-    **dict.fromkeys(("Get", "GetUsage", "List", "Enable"), MANAGEMENT_TIMEOUT_SECONDS),
+    **dict.fromkeys(
+        ("Get", "GetLimits", "GetUsage", "List", "Enable", "ReportSecret"),
+        MANAGEMENT_TIMEOUT_SECONDS,
+    ),
     **dict.fromkeys(("Delete", "DeleteAll", "Disable", "Update"), CHANGE_TIMEOUT_SECONDS),
-    **dict.fromkeys(("InvalidateAll", "RetireSecrets", "RevokeSecret"), CHANGE_TIMEOUT_SECONDS),
+    **dict.fromkeys(
+        ("Import", "InvalidateAll", "RetireSecrets", "RevokeSecret"), CHANGE_TIMEOUT_SECONDS
+    ),
     "Verify": VERIFY_TIMEOUT_SECONDS,
     "BatchVerify": BATCH_VERIFY_TIMEOUT_SECONDS,
     **dict.fromkeys(("GetStatus", "AuditService.List"), MANAGEMENT_TIMEOUT_SECONDS),

@@ -9,6 +9,8 @@ from typing import Final
 
 # Prefix and underscore, 43 random characters, 8 of tag, 6 of checksum.
 _SECRET: Final = re.compile(r"[a-z]{2,10}_[0-9A-Za-z]{57}")
+# A secret that was imported into the service: the characters of a bearer token (RFC 6750 §2.1).
+_IMPORTED: Final = re.compile(r"[0-9A-Za-z._~+/=-]{16,128}")
 # For redaction. Matches anywhere in a text, including longer runs, secrets without a separator
 # between them, and a caller's credential, which has no tag. Redacting too much is safer than too
 # little.
@@ -23,6 +25,19 @@ def is_well_formed(text: str) -> bool:
     if _SECRET.fullmatch(text) is None:
         return False
     return checksum(text[:-_CHECKSUM_LENGTH]) == text[-_CHECKSUM_LENGTH:]
+
+
+def may_be_secret(text: str, imported_prefixes: tuple[str, ...] | None) -> bool:
+    """Return whether the service may know `text`, which may be any string.
+
+    It may if `text` is well-formed, or looks like an imported secret with one of the prefixes. None
+    means that the prefixes are not known. An empty prefix stands for any.
+    """
+    if is_well_formed(text):
+        return True
+    if imported_prefixes is not None and not text.startswith(imported_prefixes):
+        return False
+    return _IMPORTED.fullmatch(text) is not None
 
 
 def checksum(body: str) -> str:

@@ -54,6 +54,8 @@ _ADVICE_WHEN_LOST: Final[Mapping[str, str]] = {
     "Delete": "The token may be deleted, but not confirmed: call delete() again for its receipt.",
     "DeleteAll": "Tokens may be deleted, but not confirmed: call delete_all() again.",
     "Disable": "The token may be disabled, but not confirmed: call disable() again.",
+    "Import": "Tokens may be imported: call import_tokens() again.",
+    "ReportSecret": "The secrets may be marked: call report_secrets() again.",
     "RetireSecrets": "The secrets may be dead, but not confirmed: call retire_secrets() again.",
     "RevokeSecret": "The secrets may be dead, but not confirmed: call revoke_secrets() again.",
     "Rotate": "The old secrets may be dead: call rotate() again for a new one.",
@@ -158,6 +160,8 @@ def from_rpc_error(rpc: str, error: grpc.aio.AioRpcError) -> errors.LatchkeyErro
         request_id=request_id,
         retry_after=_retry_after(_first(details, error_details_pb2.RetryInfo)),
     )
+    if info is not None and info.metadata:
+        failure.metadata = {key: redact(value) for key, value in info.metadata.items()}
     if isinstance(failure, errors.Unavailable):
         failure.unsent = unsent
     if isinstance(failure, errors.InvalidArgument):

@@ -20,6 +20,7 @@ from latchkey_coherence.lease import client_lease_end
 from latchkey_coherence.verdict_cache import NOWHERE, Position, VerdictCache
 
 from latchkey._entry import CacheEntry
+from latchkey._shares import ShareLog, ShareQuestion, SharesReceived
 from latchkey._uses import UseLog, UseReport
 
 # The share of the lease that is left when the next grant is requested. It is random, so that a
@@ -52,6 +53,8 @@ class Request:
     released: bool = False
     report: UseReport | None = None
     """Uses of cached answers. A request with a report asks for nothing and releases nothing."""
+    shares: ShareQuestion | None = None
+    """A question for calls. A request with one asks for no grant and releases nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,8 @@ class Grant:
     position: Position
     number: int
     seconds: float
+    imported_prefixes: tuple[str, ...] = ()
+    """The prefixes of the imported secrets that the server accepts. An empty one accepts any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +95,7 @@ class UsesReceived:
     number: int
 
 
-Event = Invalidation | Grant | Reset | Closing | UsesReceived
+Event = Invalidation | Grant | Reset | Closing | UsesReceived | SharesReceived
 
 
 class Lease:
@@ -114,9 +119,12 @@ class Subscription:
         self.cache = cache
         self.lease = Lease()
         self.uses = UseLog(self._draw)
+        self.shares = ShareLog()
         self.invalidations = 0
         self.resets = 0
         self._randomness = randomness
+        self.imported_prefixes: tuple[str, ...] | None = None
+        """As the last grant that counted stated them. None: none has yet."""
         self._granting: Stream | None = None
         # Increases when the cache starts over or all grants are released. The state that the
         # servers of other streams have of the cache is then wrong.
@@ -213,6 +221,8 @@ class Stream:
         self._retired = False
         # Reports that were sent on this stream, by the number of the last one.
         self._reported = 0
+        # The number of the last question for calls that was sent on this stream.
+        self._asked_shares = 0
         # Whether the stream reports the remaining uses before its release, and since when.
         self._hands_on = False
         self._handing_since: float | None = None
@@ -224,10 +234,10 @@ class Stream:
         self._notice_other_history()
         if self._owes_ack or self._owes_release:
             return -math.inf
-        report_at = self._subscription.uses.due() if self._may_report() else None
-        if self._ask_at is None or report_at is None:
-            return report_at if self._ask_at is None else self._ask_at
-        return min(self._ask_at, report_at)
+        due = [self._ask_at]
+        if self._may_report():
+            due += [self._subscription.uses.due(), self._subscription.shares.due()]
+        return min((at for at in due if at is not None), default=None)
 
     def take(self, now: float) -> Request | None:
         """Return the request to send, or None. `now` must have been read just before."""
@@ -237,8 +247,7 @@ class Stream:
             return self._take_last(applied, now)
         asks = self._ask_at is not None and now >= self._ask_at
         if not asks and not self._owes_ack:
-            report = self._subscription.uses.take(now) if self._may_report() else None
-            return self._reports(applied, report)
+            return self._take_other(applied, now)
         self._owes_ack = False
         if not asks:
             return Request(applied)
@@ -255,6 +264,10 @@ class Stream:
         """Handle a message from the server. None stands for a message of an unknown type."""
         self._notice_other_history()
         subscription = self._subscription
+        if isinstance(event, SharesReceived):
+            if not self._retired:
+                subscription.shares.receive(event)
+            return
         if isinstance(event, UsesReceived):
             if self._reported:
                 subscription.uses.confirm(min(event.number, self._reported), now)
@@ -289,6 +302,7 @@ class Stream:
             else:
                 self._subscription.uses.lose()
             self._reported = 0
+        self._subscription.shares.lose(self._asked_shares)
 
     def hand_on(self) -> None:
         """Retire the stream, and report the remaining uses before the release."""
@@ -304,10 +318,23 @@ class Stream:
         self._owes_release = self._number > 0
         self._owes_ack = False
         self._asked_at = self._ask_at = self.late_at = None
+        self._subscription.shares.lose(self._asked_shares)
 
     def _may_report(self) -> bool:
         """Return whether the stream may report uses: its server is the one that grants."""
         return self._subscription.granted_by(self) and not self._retired
+
+    def _take_other(self, applied: Position, now: float) -> Request | None:
+        """Return a report of uses or a question for calls, or None if neither is due."""
+        if not self._may_report():
+            return None
+        if report := self._subscription.uses.take(now):
+            return self._reports(applied, report)
+        question = self._subscription.shares.take(now)
+        if question is None:
+            return None
+        self._asked_shares = question.number
+        return Request(applied, shares=question)
 
     def _reports(self, applied: Position, report: UseReport | None) -> Request | None:
         if report is None:
@@ -387,6 +414,7 @@ class Stream:
         if not self._subscription.cache.knows(grant.position):
             return  # a different history, or an unknown position
         asked_at, self._asked_at = self._asked_at, None
+        self._subscription.imported_prefixes = grant.imported_prefixes
         end = client_lease_end(asked_at, min(grant.seconds, LEASE_SECONDS_MAX))
         if end > now:
             # The lease never shrinks: the server honours each grant until it ends.

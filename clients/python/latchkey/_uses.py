@@ -11,6 +11,7 @@ Owns no I/O. All times are seconds of `latchkey_coherence.lease.boottime`.
 """
 
 import math
+import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -54,6 +55,7 @@ class UseReport:
 
 
 _Key = tuple[str, str]
+_HINT_PREFIX: Final = re.compile(r"[a-z]{2,10}_")
 
 
 @dataclass(slots=True)
@@ -174,8 +176,12 @@ class UseLog:
 
 
 def hint_of(secret: str) -> str:
-    """Return the prefix and the last four characters of a secret, as the service does."""
-    return f"{secret[: secret.find('_')]}_…{secret[-4:]}"
+    """Return the prefix and the last four characters of a secret, as the service does.
+
+    A secret that was imported into the service may have no prefix.
+    """
+    prefix = _HINT_PREFIX.match(secret)
+    return f"{prefix[0] if prefix else ''}…{secret[-4:]}"
 
 
 def _merge(spans: dict[_Key, _Span], key: _Key, first: float, last: float, count: int) -> None:

@@ -91,6 +91,14 @@ class Watcher:
             return
         self._task = asyncio.create_task(self._run(), name="latchkey watch")
 
+    def wake(self) -> None:
+        """Look whether a stream has a message to send, such as a question for calls.
+
+        Event loop only.
+        """
+        for connection in self._connections:
+            connection.wake()
+
     def forked(self) -> None:
         """Permanently stop giving cached answers, because a fork may have copied a lease.
 
@@ -251,6 +259,10 @@ class _Connection:
                 async with asyncio.timeout(_seconds_to(late_at)):
                     await self._changed.wait()
         return reached(self.stream)
+
+    def wake(self) -> None:
+        """Look whether the stream has a message to send."""
+        self._wake_writer.set()
 
     def is_usable(self) -> bool:
         """Return whether the stream is open and not late."""

@@ -19,9 +19,10 @@ answer, so the answer is no. A verdict is never an exception. `asyncio.Cancelled
 through unchanged.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from types import MappingProxyType
 from typing import ClassVar
 
 import grpc
@@ -47,6 +48,8 @@ class LatchkeyError(Exception):
     """The gRPC status."""
     reason: str | None
     """ErrorInfo.reason: stable, in UPPER_SNAKE case, so that programs can distinguish causes."""
+    metadata: Mapping[str, str] = MappingProxyType({})
+    """ErrorInfo.metadata: numbers that belong to the reason, such as `max_ttl_seconds`."""
     request_id: str | None
     """Identifies the call. Quote it to the operator of the service."""
     retry_after: timedelta | None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from typing import Final
 
+from latchkey._rate_limit import RateLimit
 from latchkey.secret import Secret
 
 
@@ -40,6 +41,8 @@ class Verdict(enum.Enum):
     """The token is limited to networks, and the client's address is unknown or in none of them."""
     INSUFFICIENT_PERMISSIONS = "insufficient_permissions"
     """The token is live but lacks a required permission."""
+    RATE_LIMITED = "rate_limited"
+    """The token's rate limit is used up. `Verification.retry_after` says when to try again."""
     UNSPECIFIED = "unspecified"
     """An answer that this version of the library does not know."""
 
@@ -57,6 +60,8 @@ class TokenSecret:
     """When a verify last called it valid, at most 15 seconds behind. None: not recorded."""
     retire_on_first_use: bool = False
     """Whether the first use of this secret ends the older ones."""
+    leak_report_time: datetime | None = None
+    """When it was first reported as leaked. None: never."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +94,14 @@ class Token:
     secrets: tuple[TokenSecret, ...] = ()
     """Those that still work, and the newest one in any case, newest first. Empty in a
     verification."""
+    rate_limit: RateLimit | None = None
+    """How often it may be used. None: any number of times."""
+
+    @property
+    def leak_report_time(self) -> datetime | None:
+        """When one of `secrets` was first reported as leaked. None: never."""
+        times = [secret.leak_report_time for secret in self.secrets]
+        return min((time for time in times if time is not None), default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +159,7 @@ UNCHANGED: Final = Unchanged.UNCHANGED
 
 @enum.unique
 class SecretOutcome(enum.Enum):
-    """What `Client.revoke_secrets` did with a secret."""
+    """What `Client.revoke_secrets` or `Client.report_secrets` did with a secret."""
 
     ENDED = "ended"
     """This call ended it."""
@@ -156,6 +169,8 @@ class SecretOutcome(enum.Enum):
     """The format is right, but no token has this secret."""
     MALFORMED = "malformed"
     """Not a Latchkey secret: wrong format or checksum."""
+    REPORTED = "reported"
+    """Only from `report_secrets`: it works, and is marked as leaked."""
     UNSPECIFIED = "unspecified"
     """An outcome that this version of the library does not know."""
 
@@ -169,38 +184,6 @@ class Revocation:
     receipt: "Receipt | None" = None
     """Proof that the secrets that belong to tokens are dead everywhere, apart from those whose
     grace ended by the clock. None: no secret belongs to a token."""
-
-
-@enum.unique
-class TokenState(enum.Enum):
-    """State of a token that is not deleted."""
-
-    ACTIVE = "active"
-    """Neither disabled nor expired."""
-    DISABLED = "disabled"
-    """Disabled, whether expired or not."""
-    EXPIRED = "expired"
-    """Expired, but not disabled."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenFilter:
-    """Selects live tokens that match every given field. Without fields, it selects all."""
-
-    scope: Scope | None = None
-    """Tokens with exactly this scope."""
-    name_contains: str = ""
-    """Tokens whose name contains this text, ignoring letter case."""
-    # A dict is not hashable.
-    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """Tokens that have all of these labels, with these values."""
-    state: TokenState | None = None
-    expires_before: datetime | None = None
-    """Tokens that expire, or have expired, before this time."""
-    unused_since: datetime | None = None
-    """Tokens that were created before this time and have no recorded use since."""
-    can_write: bool | None = None
-    """True: active tokens with WRITE. False: all others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,12 +201,28 @@ class Deletions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Limits for the tokens of an account that a caller creates or changes."""
+
+    max_ttl: timedelta | None = None
+    """The longest time from a `create` or `update` until the expiry that it sets, and the longest
+    grace of a `rotate`. None: no limit."""
+    require_expiry: bool = False
+    """Whether each token needs an expiry. True whenever `max_ttl` is set."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
-    """A page of an account's live tokens, newest first."""
+    """A page of an account's live tokens. It can be empty without being the last one."""
 
     tokens: tuple[Token, ...]
     next_page_token: str
     """Opaque; requests the next page. Empty on the last page."""
+    total_size: int | None = None
+    """How many tokens all pages have together, or at least so many if `total_size_capped`. None
+    unless requested."""
+    total_size_capped: bool = False
+    """Whether there may be more tokens than `total_size`: the service counts among 10,000."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,6 +259,11 @@ class Verification:
     """The revision at which the answer was read. 0 if nothing was read."""
     mark: int = 0
     """The mark of `revision`. Together they are a position in one history of the database."""
+    details_omitted: bool = False
+    """Whether `token` lacks its labels, networks and permissions. Only in answers of
+    `batch_verify`; the verdict takes them into account."""
+    retry_after: timedelta | None = None
+    """With RATE_LIMITED: how long to wait before the token may be allowed again."""
 
     @property
     def allowed(self) -> bool:

@@ -8,6 +8,8 @@ import asyncio
 import random
 import time
 from collections.abc import Collection, Sequence
+from dataclasses import replace
+from datetime import timedelta
 from hashlib import sha256
 from typing import Any, Final, Self
 
@@ -19,7 +21,7 @@ from latchkey import _convert, _fork
 from latchkey._batch import Batcher
 from latchkey._entry import CacheEntry, cache_entry
 from latchkey._retry import VERIFY_TIMEOUT_SECONDS, checked_timeout
-from latchkey._shape import is_well_formed
+from latchkey._shape import may_be_secret
 from latchkey._subscription import Subscription
 from latchkey._watch import Watcher
 from latchkey.access import Access
@@ -130,22 +132,19 @@ class Verifier:
             lease_end if lease_end < entry.keep_until else entry.keep_until  # noqa: FURB136
         ):
             if scope is None or scope is _READ:
-                answer = entry.read
+                answer = entry.ready_read
             elif scope is _WRITE:
-                answer = entry.write
+                answer = entry.ready_write
             else:
                 _convert.scope_out(scope, "scope")
                 return None
-            if entry.networks is not None or permissions:
+            if answer is None or permissions:
                 answer = entry.answer(scope, client_address, permissions)
-                return self._other_answer(entry, answer, secret, now)
-            if answer is not entry.read:
                 return self._other_answer(entry, answer, secret, now)
             if entry.expires_at is None or _wall_clock() < entry.expires_at:
                 entry.used = True
                 # Counted before `idle` is read: see UseLog.begin. CPython does not switch threads
-                # inside this addition. If the entry is not final, the answer is VALID, because a
-                # token with networks does not get here.
+                # inside this addition. If the entry is not final, the answer is VALID.
                 entry.uses += 1
                 entry.last_use = now
                 if entry.idle:
@@ -153,18 +152,31 @@ class Verifier:
                 return answer
             return None
         _convert.scope_out(scope, "scope")  # a wrong scope is an error for every secret
-        return None if is_well_formed(secret) else _MALFORMED
+        # An old server sends no prefixes, and accepts no imported secrets.
+        known = may_be_secret(secret, self._subscription.imported_prefixes)
+        return None if known else _MALFORMED
 
     def _other_answer(
         self, entry: CacheEntry, answer: Verification, secret: str, now: float
     ) -> Verification | None:
         """Return a cached answer that may not be VALID, unless the token may have expired.
 
-        Separate, so that the common path need not look at the verdict to count a use.
+        Separate, so that the common path need not look at the verdict to count a use. Returns None
+        too if the token has a rate limit, and the service may have a call of it.
         """
         if entry.expires_at is not None and _wall_clock() >= entry.expires_at:
             return None
         entry.used = True
+        share = entry.share
+        if share is not None and answer.verdict is Verdict.VALID:
+            if share.spend(now):
+                self._subscription.shares.note(share)
+            elif seconds := share.denied_seconds(now):
+                answer = replace(
+                    answer, verdict=Verdict.RATE_LIMITED, retry_after=timedelta(seconds=seconds)
+                )
+            else:
+                return None
         if answer.verdict is Verdict.VALID:
             entry.uses += 1
             entry.last_use = now
@@ -213,7 +225,10 @@ class Verifier:
         self._misses += 1
         loop = asyncio.get_running_loop()
         end = loop.time() + timeout
-        answer = await self._batcher.ask((text, scope, client_address, required), end)
+        # A verify that spends a call of a rate limit cannot share the answer of another one.
+        known = self._find(sha256(text.encode()).digest())
+        alone = known is not None and known.share is not None
+        answer = await self._batcher.ask((text, scope, client_address, required), end, alone=alone)
         if answer is None:
             left = end - loop.time()
             if left <= 0:
@@ -242,10 +257,20 @@ class Verifier:
         # Spread over half of the time, so that answers that came together, for example after a
         # start, do not expire together.
         keep_until = now + self._cache_seconds * random.uniform(0.5, 1.0)  # noqa: S311 - a spread
-        entry = cache_entry(answer, scope, keep_until, client_address, permissions)
-        if entry is not None:
-            position = Position(answer.revision, answer.mark)
-            self._cache.store(sha256(secret.encode()).digest(), entry, position)
+        shares = self._subscription.shares
+        entry = cache_entry(answer, scope, keep_until, client_address, permissions, shares.of)
+        if entry is None:
+            return
+        position = Position(answer.revision, answer.mark)
+        self._cache.store(sha256(secret.encode()).digest(), entry, position)
+        if (share := entry.share) is None:
+            return
+        if answer.retry_after is not None:
+            share.deny(now + answer.retry_after.total_seconds())
+        elif answer.verdict is Verdict.VALID:
+            share.count(1)
+            shares.note(share)
+            self._watcher.wake()
 
     def stats(self) -> VerifierStats:
         """Return the verifier's state: whether it answers from its cache, why not, and counters."""

@@ -59,9 +59,14 @@ class _VerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Verdict.Value
     permissions, and that permits the client's address.
     """
     VERDICT_MALFORMED: _Verdict.ValueType  # 2
-    """The string is not a secret of this service: wrong shape or checksum."""
+    """The string is not a secret of this service: wrong shape or checksum, and not
+    an imported secret, because it has no accepted prefix
+    (LATCHKEY_IMPORTED_PREFIXES), or is too short or too long for one.
+    """
     VERDICT_UNKNOWN: _Verdict.ValueType  # 3
-    """The string has the right shape, but no token has this secret."""
+    """The string has the right shape, or the prefix of an imported secret, but no
+    token has this secret.
+    """
     VERDICT_DELETED: _Verdict.ValueType  # 4
     """The token was deleted."""
     VERDICT_EXPIRED: _Verdict.ValueType  # 5
@@ -80,13 +85,17 @@ class _VerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Verdict.Value
     """The token is live but lacks a required permission. A token without
     permissions lacks all of them.
     """
+    VERDICT_RATE_LIMITED: _Verdict.ValueType  # 10
+    """The token would be allowed, but its rate_limit is used up. Only verifies that
+    would be VALID use it up. VerifyResponse.retry_after says when to try again.
+    """
 
 class Verdict(_Verdict, metaclass=_VerdictEnumTypeWrapper):
     """Answer to "may this secret do this?". If several verdicts apply, the first of
     MALFORMED, UNKNOWN, DELETED, DISABLED, EXPIRED, ADDRESS_NOT_ALLOWED,
-    INSUFFICIENT_SCOPE, INSUFFICIENT_PERMISSIONS and VALID is given. Every verdict
-    except VERDICT_VALID means "not allowed", including one that the client does
-    not know.
+    INSUFFICIENT_SCOPE, INSUFFICIENT_PERMISSIONS, RATE_LIMITED and VALID is given.
+    Every verdict except VERDICT_VALID means "not allowed", including one that the
+    client does not know.
     """
 
 VERDICT_UNSPECIFIED: Verdict.ValueType  # 0
@@ -96,9 +105,14 @@ VERDICT_VALID: Verdict.ValueType  # 1
 permissions, and that permits the client's address.
 """
 VERDICT_MALFORMED: Verdict.ValueType  # 2
-"""The string is not a secret of this service: wrong shape or checksum."""
+"""The string is not a secret of this service: wrong shape or checksum, and not
+an imported secret, because it has no accepted prefix
+(LATCHKEY_IMPORTED_PREFIXES), or is too short or too long for one.
+"""
 VERDICT_UNKNOWN: Verdict.ValueType  # 3
-"""The string has the right shape, but no token has this secret."""
+"""The string has the right shape, or the prefix of an imported secret, but no
+token has this secret.
+"""
 VERDICT_DELETED: Verdict.ValueType  # 4
 """The token was deleted."""
 VERDICT_EXPIRED: Verdict.ValueType  # 5
@@ -116,6 +130,10 @@ one that is in none of them, or one that is not an IP address.
 VERDICT_INSUFFICIENT_PERMISSIONS: Verdict.ValueType  # 9
 """The token is live but lacks a required permission. A token without
 permissions lacks all of them.
+"""
+VERDICT_RATE_LIMITED: Verdict.ValueType  # 10
+"""The token would be allowed, but its rate_limit is used up. Only verifies that
+would be VALID use it up. VerifyResponse.retry_after says when to try again.
 """
 Global___Verdict: _TypeAlias = Verdict  # noqa: Y015
 
@@ -147,6 +165,38 @@ TOKEN_STATE_EXPIRED: TokenState.ValueType  # 3
 """Expired, but not disabled."""
 Global___TokenState: _TypeAlias = TokenState  # noqa: Y015
 
+class _TokenOrder:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TokenOrderEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TokenOrder.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TOKEN_ORDER_UNSPECIFIED: _TokenOrder.ValueType  # 0
+    """TOKEN_ORDER_NEWEST."""
+    TOKEN_ORDER_NEWEST: _TokenOrder.ValueType  # 1
+    """The time of creation, the latest first."""
+    TOKEN_ORDER_EXPIRY: _TokenOrder.ValueType  # 2
+    """The expire_time, the earliest first. Tokens that never expire come last."""
+    TOKEN_ORDER_LAST_USE: _TokenOrder.ValueType  # 3
+    """The last recorded use, the earliest first. Tokens without a recorded use come
+    before all others. Uses within a minute of each other may be in any order.
+    """
+
+class TokenOrder(_TokenOrder, metaclass=_TokenOrderEnumTypeWrapper):
+    """Order of a list."""
+
+TOKEN_ORDER_UNSPECIFIED: TokenOrder.ValueType  # 0
+"""TOKEN_ORDER_NEWEST."""
+TOKEN_ORDER_NEWEST: TokenOrder.ValueType  # 1
+"""The time of creation, the latest first."""
+TOKEN_ORDER_EXPIRY: TokenOrder.ValueType  # 2
+"""The expire_time, the earliest first. Tokens that never expire come last."""
+TOKEN_ORDER_LAST_USE: TokenOrder.ValueType  # 3
+"""The last recorded use, the earliest first. Tokens without a recorded use come
+before all others. Uses within a minute of each other may be in any order.
+"""
+Global___TokenOrder: _TypeAlias = TokenOrder  # noqa: Y015
+
 class _SecretOutcome:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -165,9 +215,11 @@ class _SecretOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SecretO
     """The string has the right shape, but no token has this secret."""
     SECRET_OUTCOME_MALFORMED: _SecretOutcome.ValueType  # 4
     """The string is not a secret of this service: wrong shape or checksum."""
+    SECRET_OUTCOME_REPORTED: _SecretOutcome.ValueType  # 5
+    """Only from ReportSecret: the secret works, and is marked as leaked."""
 
 class SecretOutcome(_SecretOutcome, metaclass=_SecretOutcomeEnumTypeWrapper):
-    """What RevokeSecret did with a secret."""
+    """What RevokeSecret or ReportSecret did with a secret."""
 
 SECRET_OUTCOME_UNSPECIFIED: SecretOutcome.ValueType  # 0
 """Never sent."""
@@ -181,7 +233,88 @@ SECRET_OUTCOME_UNKNOWN: SecretOutcome.ValueType  # 3
 """The string has the right shape, but no token has this secret."""
 SECRET_OUTCOME_MALFORMED: SecretOutcome.ValueType  # 4
 """The string is not a secret of this service: wrong shape or checksum."""
+SECRET_OUTCOME_REPORTED: SecretOutcome.ValueType  # 5
+"""Only from ReportSecret: the secret works, and is marked as leaked."""
 Global___SecretOutcome: _TypeAlias = SecretOutcome  # noqa: Y015
+
+class _ImportOutcome:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ImportOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ImportOutcome.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    IMPORT_OUTCOME_UNSPECIFIED: _ImportOutcome.ValueType  # 0
+    """Never sent."""
+    IMPORT_OUTCOME_IMPORTED: _ImportOutcome.ValueType  # 1
+    """The token was created. With validate_only: it would be."""
+    IMPORT_OUTCOME_EXISTS: _ImportOutcome.ValueType  # 2
+    """A token of this account has this secret already, or had it. Nothing was
+    changed, whatever the other fields of the row.
+    """
+    IMPORT_OUTCOME_OTHER_ACCOUNT: _ImportOutcome.ValueType  # 3
+    """A token of another account has or had this secret."""
+    IMPORT_OUTCOME_NAME_TAKEN: _ImportOutcome.ValueType  # 4
+    """Another live token of the account, or an earlier row, has this name."""
+    IMPORT_OUTCOME_INVALID: _ImportOutcome.ValueType  # 5
+    """The row violates the contract; see `field_violations`."""
+
+class ImportOutcome(_ImportOutcome, metaclass=_ImportOutcomeEnumTypeWrapper):
+    """What Import did with a row."""
+
+IMPORT_OUTCOME_UNSPECIFIED: ImportOutcome.ValueType  # 0
+"""Never sent."""
+IMPORT_OUTCOME_IMPORTED: ImportOutcome.ValueType  # 1
+"""The token was created. With validate_only: it would be."""
+IMPORT_OUTCOME_EXISTS: ImportOutcome.ValueType  # 2
+"""A token of this account has this secret already, or had it. Nothing was
+changed, whatever the other fields of the row.
+"""
+IMPORT_OUTCOME_OTHER_ACCOUNT: ImportOutcome.ValueType  # 3
+"""A token of another account has or had this secret."""
+IMPORT_OUTCOME_NAME_TAKEN: ImportOutcome.ValueType  # 4
+"""Another live token of the account, or an earlier row, has this name."""
+IMPORT_OUTCOME_INVALID: ImportOutcome.ValueType  # 5
+"""The row violates the contract; see `field_violations`."""
+Global___ImportOutcome: _TypeAlias = ImportOutcome  # noqa: Y015
+
+@_typing.final
+class RateLimit(_message.Message):
+    """How often verifies answer VALID for a token: at most `count` times in `period`
+    on average, and at most `burst` times at once. The limit applies to all
+    verifiers together. In any window of w seconds, at most
+    burst + count / period * (w + 1 s) verifies answer VALID; docs/protocol.md
+    ("Rate limits") has the proof and its assumptions.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COUNT_FIELD_NUMBER: _builtins.int
+    PERIOD_FIELD_NUMBER: _builtins.int
+    BURST_FIELD_NUMBER: _builtins.int
+    count: _builtins.int
+    """Number of verifies in a period: 1-1,000,000."""
+    burst: _builtins.int
+    """Number of verifies at once, after a time without any: 1-1,000,000. 0 in a
+    request stands for `count`.
+    """
+    @_builtins.property
+    def period(self) -> _duration_pb2.Duration:
+        """One second, one minute or one hour."""
+
+    def __init__(
+        self,
+        *,
+        count: _builtins.int = ...,
+        period: _duration_pb2.Duration | None = ...,
+        burst: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["period", b"period"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["burst", b"burst", "count", b"count", "period", b"period"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RateLimit: _TypeAlias = RateLimit  # noqa: Y015
 
 @_typing.final
 class Token(_message.Message):
@@ -224,10 +357,11 @@ class Token(_message.Message):
     ALLOWED_NETWORKS_FIELD_NUMBER: _builtins.int
     PERMISSIONS_FIELD_NUMBER: _builtins.int
     LAST_USED_BY_FIELD_NUMBER: _builtins.int
+    RATE_LIMIT_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Opaque identifier, at most 64 characters, ordered by creation."""
     account_id: _builtins.str
-    """Owner of the token: 1-64 characters of A-Za-z0-9._:-"""
+    """Owner of the token: 1-128 characters of A-Za-z0-9._:@|+=/~-"""
     name: _builtins.str
     """Name given by the owner: 1-64 characters, unique among the account's
     live tokens when letter case is ignored.
@@ -292,6 +426,10 @@ class Token(_message.Message):
         the token has no permissions, and only verifies that require none accept it.
         """
 
+    @_builtins.property
+    def rate_limit(self) -> Global___RateLimit:
+        """How often the token may be used. Absent: any number of times."""
+
     def __init__(
         self,
         *,
@@ -310,10 +448,11 @@ class Token(_message.Message):
         allowed_networks: _abc.Iterable[_builtins.str] | None = ...,
         permissions: _abc.Iterable[_builtins.str] | None = ...,
         last_used_by: _builtins.str = ...,
+        rate_limit: Global___RateLimit | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "disable_time", b"disable_time", "expire_time", b"expire_time", "last_used_time", b"last_used_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "disable_time", b"disable_time", "expire_time", b"expire_time", "last_used_time", b"last_used_time", "rate_limit", b"rate_limit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "allowed_networks", b"allowed_networks", "create_time", b"create_time", "description", b"description", "disable_time", b"disable_time", "expire_time", b"expire_time", "hint", b"hint", "id", b"id", "labels", b"labels", "last_used_by", b"last_used_by", "last_used_time", b"last_used_time", "name", b"name", "permissions", b"permissions", "scope", b"scope", "secrets", b"secrets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "allowed_networks", b"allowed_networks", "create_time", b"create_time", "description", b"description", "disable_time", b"disable_time", "expire_time", b"expire_time", "hint", b"hint", "id", b"id", "labels", b"labels", "last_used_by", b"last_used_by", "last_used_time", b"last_used_time", "name", b"name", "permissions", b"permissions", "rate_limit", b"rate_limit", "scope", b"scope", "secrets", b"secrets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -330,6 +469,7 @@ class TokenSecret(_message.Message):
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     LAST_USED_TIME_FIELD_NUMBER: _builtins.int
     RETIRE_ON_FIRST_USE_FIELD_NUMBER: _builtins.int
+    LEAK_REPORT_TIME_FIELD_NUMBER: _builtins.int
     hint: _builtins.str
     """Prefix and last four characters, so that people recognise it."""
     retire_on_first_use: _builtins.bool
@@ -351,6 +491,12 @@ class TokenSecret(_message.Message):
         servers. Absent: no use recorded.
         """
 
+    @_builtins.property
+    def leak_report_time(self) -> _timestamp_pb2.Timestamp:
+        """When the secret was first reported as leaked, by ReportSecret or
+        RevokeSecret. Absent: never.
+        """
+
     def __init__(
         self,
         *,
@@ -359,10 +505,11 @@ class TokenSecret(_message.Message):
         expire_time: _timestamp_pb2.Timestamp | None = ...,
         last_used_time: _timestamp_pb2.Timestamp | None = ...,
         retire_on_first_use: _builtins.bool = ...,
+        leak_report_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "last_used_time", b"last_used_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "last_used_time", b"last_used_time", "leak_report_time", b"leak_report_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "hint", b"hint", "last_used_time", b"last_used_time", "retire_on_first_use", b"retire_on_first_use"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "hint", b"hint", "last_used_time", b"last_used_time", "leak_report_time", b"leak_report_time", "retire_on_first_use", b"retire_on_first_use"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -468,6 +615,11 @@ class TokenFilter(_message.Message):
     EXPIRES_BEFORE_FIELD_NUMBER: _builtins.int
     UNUSED_SINCE_FIELD_NUMBER: _builtins.int
     CAN_WRITE_FIELD_NUMBER: _builtins.int
+    IDS_FIELD_NUMBER: _builtins.int
+    SEARCH_FIELD_NUMBER: _builtins.int
+    NEVER_USED_FIELD_NUMBER: _builtins.int
+    NEVER_EXPIRES_FIELD_NUMBER: _builtins.int
+    SECRET_CREATED_BEFORE_FIELD_NUMBER: _builtins.int
     scope: Global___Scope.ValueType
     """Tokens with exactly this scope."""
     name_contains: _builtins.str
@@ -478,6 +630,15 @@ class TokenFilter(_message.Message):
     """true: tokens that can write now, which are active and have SCOPE_WRITE.
     false: all others.
     """
+    search: _builtins.str
+    """Tokens whose name contains this text, as with `name_contains`, or that have a
+    working secret with this text among its last four characters: 0-64
+    characters. The text may also be the hint of a secret.
+    """
+    never_used: _builtins.bool
+    """true: tokens without a recorded use. false: tokens with one."""
+    never_expires: _builtins.bool
+    """true: tokens without an expire_time. false: tokens with one."""
     @_builtins.property
     def label(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Tokens that have all of these labels, with these values: up to 16."""
@@ -490,6 +651,17 @@ class TokenFilter(_message.Message):
     def unused_since(self) -> _timestamp_pb2.Timestamp:
         """Tokens that were created before this time and have no recorded use since."""
 
+    @_builtins.property
+    def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Tokens with one of these ids: up to 1,000. Ids of other accounts and of
+        deleted tokens match nothing. Empty: any id, so a caller that builds the list
+        must not send an empty one.
+        """
+
+    @_builtins.property
+    def secret_created_before(self) -> _timestamp_pb2.Timestamp:
+        """Tokens whose newest secret was created before this time."""
+
     def __init__(
         self,
         *,
@@ -500,14 +672,28 @@ class TokenFilter(_message.Message):
         expires_before: _timestamp_pb2.Timestamp | None = ...,
         unused_since: _timestamp_pb2.Timestamp | None = ...,
         can_write: _builtins.bool | None = ...,
+        ids: _abc.Iterable[_builtins.str] | None = ...,
+        search: _builtins.str = ...,
+        never_used: _builtins.bool | None = ...,
+        never_expires: _builtins.bool | None = ...,
+        secret_created_before: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_can_write", b"_can_write", "can_write", b"can_write", "expires_before", b"expires_before", "unused_since", b"unused_since"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_can_write", b"_can_write", "_never_expires", b"_never_expires", "_never_used", b"_never_used", "can_write", b"can_write", "expires_before", b"expires_before", "never_expires", b"never_expires", "never_used", b"never_used", "secret_created_before", b"secret_created_before", "unused_since", b"unused_since"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_can_write", b"_can_write", "can_write", b"can_write", "expires_before", b"expires_before", "label", b"label", "name_contains", b"name_contains", "scope", b"scope", "state", b"state", "unused_since", b"unused_since"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_can_write", b"_can_write", "_never_expires", b"_never_expires", "_never_used", b"_never_used", "can_write", b"can_write", "expires_before", b"expires_before", "ids", b"ids", "label", b"label", "name_contains", b"name_contains", "never_expires", b"never_expires", "never_used", b"never_used", "scope", b"scope", "search", b"search", "secret_created_before", b"secret_created_before", "state", b"state", "unused_since", b"unused_since"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__can_write: _TypeAlias = _typing.Literal["can_write"]  # noqa: Y015
     _WhichOneofArgType__can_write: _TypeAlias = _typing.Literal["_can_write", b"_can_write"]  # noqa: Y015
+    _WhichOneofReturnType__never_expires: _TypeAlias = _typing.Literal["never_expires"]  # noqa: Y015
+    _WhichOneofArgType__never_expires: _TypeAlias = _typing.Literal["_never_expires", b"_never_expires"]  # noqa: Y015
+    _WhichOneofReturnType__never_used: _TypeAlias = _typing.Literal["never_used"]  # noqa: Y015
+    _WhichOneofArgType__never_used: _TypeAlias = _typing.Literal["_never_used", b"_never_used"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__can_write) -> _WhichOneofReturnType__can_write | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__never_expires) -> _WhichOneofReturnType__never_expires | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__never_used) -> _WhichOneofReturnType__never_used | None: ...
 
 Global___TokenFilter: _TypeAlias = TokenFilter  # noqa: Y015
 
@@ -547,8 +733,9 @@ class CreateRequest(_message.Message):
     ALLOWED_NETWORKS_FIELD_NUMBER: _builtins.int
     PERMISSIONS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    RATE_LIMIT_FIELD_NUMBER: _builtins.int
     account_id: _builtins.str
-    """Owner of the new token. Required; 1-64 characters of A-Za-z0-9._:-"""
+    """Owner of the new token. Required; 1-128 characters of A-Za-z0-9._:@|+=/~-"""
     name: _builtins.str
     """Name of the token. Required; 1-64 characters without control characters,
     after surrounding white space is removed. Create rejects a name, account or
@@ -592,6 +779,10 @@ class CreateRequest(_message.Message):
         the action alternatively `*`.
         """
 
+    @_builtins.property
+    def rate_limit(self) -> Global___RateLimit:
+        """How often the token may be used. Absent: any number of times."""
+
     def __init__(
         self,
         *,
@@ -605,10 +796,11 @@ class CreateRequest(_message.Message):
         allowed_networks: _abc.Iterable[_builtins.str] | None = ...,
         permissions: _abc.Iterable[_builtins.str] | None = ...,
         request_id: _builtins.str = ...,
+        rate_limit: Global___RateLimit | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "expiry", b"expiry", "ttl", b"ttl"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "expiry", b"expiry", "rate_limit", b"rate_limit", "ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "allowed_networks", b"allowed_networks", "description", b"description", "expire_time", b"expire_time", "expiry", b"expiry", "labels", b"labels", "name", b"name", "permissions", b"permissions", "request_id", b"request_id", "scope", b"scope", "ttl", b"ttl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "allowed_networks", b"allowed_networks", "description", b"description", "expire_time", b"expire_time", "expiry", b"expiry", "labels", b"labels", "name", b"name", "permissions", b"permissions", "rate_limit", b"rate_limit", "request_id", b"request_id", "scope", b"scope", "ttl", b"ttl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_expiry: _TypeAlias = _typing.Literal["expire_time", "ttl"]  # noqa: Y015
     _WhichOneofArgType_expiry: _TypeAlias = _typing.Literal["expiry", b"expiry"]  # noqa: Y015
@@ -713,24 +905,42 @@ class ListRequest(_message.Message):
     ACCOUNT_ID_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    ORDER_FIELD_NUMBER: _builtins.int
+    REVERSE_FIELD_NUMBER: _builtins.int
+    INCLUDE_TOTAL_SIZE_FIELD_NUMBER: _builtins.int
     account_id: _builtins.str
     """Owner of the tokens. Required."""
     page_size: _builtins.int
     """Maximum number of tokens. 0 means 50; more than 500 means 500."""
     page_token: _builtins.str
-    """The next_page_token of the previous page of the same account. Empty:
-    returns the first page.
+    """The next_page_token of the previous page of the same account, filter and
+    order. Empty: returns the first page.
     """
+    order: Global___TokenOrder.ValueType
+    """The order of the list. Tokens with equal times are ordered by id."""
+    reverse: _builtins.bool
+    """Lists in the opposite of `order`, from its last token to its first."""
+    include_total_size: _builtins.bool
+    """Counts the tokens that match. Takes up to as long as the list itself."""
+    @_builtins.property
+    def filter(self) -> Global___TokenFilter:
+        """The tokens to list. Absent: all live tokens of the account."""
+
     def __init__(
         self,
         *,
         account_id: _builtins.str = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        filter: Global___TokenFilter | None = ...,
+        order: Global___TokenOrder.ValueType = ...,
+        reverse: _builtins.bool = ...,
+        include_total_size: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "filter", b"filter", "include_total_size", b"include_total_size", "order", b"order", "page_size", b"page_size", "page_token", b"page_token", "reverse", b"reverse"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -744,21 +954,40 @@ class ListResponse(_message.Message):
 
     TOKENS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    TOTAL_SIZE_FIELD_NUMBER: _builtins.int
+    TOTAL_SIZE_CAPPED_FIELD_NUMBER: _builtins.int
+    FILTER_APPLIED_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """The page_token of the next page. Empty: this is the last page."""
+    total_size: _builtins.int
+    """With include_total_size: number of tokens on all pages together, or a lower
+    bound of it. Otherwise 0.
+    """
+    total_size_capped: _builtins.bool
+    """Whether total_size is a lower bound, because the service counted among the
+    first 10,000 tokens and there are more. Never true for an account with up to
+    10,000 tokens.
+    """
+    filter_applied: _builtins.bool
+    """Always true. A server of a release without `filter` and `order` leaves it
+    false: it has ignored both.
+    """
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]:
-        """Live tokens, newest first. Never contains deleted tokens."""
+        """Live tokens in the requested order. Never contains deleted tokens."""
 
     def __init__(
         self,
         *,
         tokens: _abc.Iterable[Global___Token] | None = ...,
         next_page_token: _builtins.str = ...,
+        total_size: _builtins.int = ...,
+        total_size_capped: _builtins.bool = ...,
+        filter_applied: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter_applied", b"filter_applied", "next_page_token", b"next_page_token", "tokens", b"tokens", "total_size", b"total_size", "total_size_capped", b"total_size_capped"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -849,9 +1078,10 @@ class UpdateRequest(_message.Message):
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
         """The fields to set, from `name`, `scope`, `expire_time`, `labels`,
-        `description`, `allowed_networks` and `permissions`. Required. A listed field
-        that is absent in `token` is cleared: an absent expire_time means that the
-        token never expires. Maps and lists are replaced as a whole.
+        `description`, `allowed_networks`, `permissions` and `rate_limit`. Required. A
+        listed field that is absent in `token` is cleared: an absent expire_time means
+        that the token never expires. Maps, lists and the rate limit are replaced as a
+        whole.
         """
 
     def __init__(
@@ -1264,6 +1494,76 @@ class RevokeSecretResponse(_message.Message):
 Global___RevokeSecretResponse: _TypeAlias = RevokeSecretResponse  # noqa: Y015
 
 @_typing.final
+class ReportSecretRequest(_message.Message):
+    """Request of TokenService.ReportSecret."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SECRETS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def secrets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """1-1,000 secrets, as they were found. Any strings are allowed."""
+
+    def __init__(
+        self,
+        *,
+        secrets: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["secrets", b"secrets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportSecretRequest: _TypeAlias = ReportSecretRequest  # noqa: Y015
+
+@_typing.final
+class ReportSecretResult(_message.Message):
+    """What ReportSecret did with one secret. It reveals neither account nor name."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    outcome: Global___SecretOutcome.ValueType
+    """What happened."""
+    def __init__(
+        self,
+        *,
+        outcome: Global___SecretOutcome.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportSecretResult: _TypeAlias = ReportSecretResult  # noqa: Y015
+
+@_typing.final
+class ReportSecretResponse(_message.Message):
+    """Response of TokenService.ReportSecret."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReportSecretResult]:
+        """One result for each secret, in the same order."""
+
+    def __init__(
+        self,
+        *,
+        results: _abc.Iterable[Global___ReportSecretResult] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportSecretResponse: _TypeAlias = ReportSecretResponse  # noqa: Y015
+
+@_typing.final
 class DeleteAllRequest(_message.Message):
     """Request of TokenService.DeleteAll."""
 
@@ -1467,6 +1767,274 @@ class DayUsage(_message.Message):
 Global___DayUsage: _TypeAlias = DayUsage  # noqa: Y015
 
 @_typing.final
+class ImportRequest(_message.Message):
+    """Request of TokenService.Import."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    validate_only: _builtins.bool
+    """Imports nothing, and returns what the call would do."""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImportedToken]:
+        """1-1,000 tokens, of any accounts."""
+
+    def __init__(
+        self,
+        *,
+        tokens: _abc.Iterable[Global___ImportedToken] | None = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportRequest: _TypeAlias = ImportRequest  # noqa: Y015
+
+@_typing.final
+class ImportedToken(_message.Message):
+    """A token to import. Its fields have the rules of CreateRequest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ACCOUNT_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    SCOPE_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    ALLOWED_NETWORKS_FIELD_NUMBER: _builtins.int
+    PERMISSIONS_FIELD_NUMBER: _builtins.int
+    SECRET_SHA256_FIELD_NUMBER: _builtins.int
+    HINT_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    DISABLED_FIELD_NUMBER: _builtins.int
+    RATE_LIMIT_FIELD_NUMBER: _builtins.int
+    account_id: _builtins.str
+    """Owner of the token. Required."""
+    name: _builtins.str
+    """Name of the token. Required."""
+    scope: Global___Scope.ValueType
+    """Access level. Required."""
+    description: _builtins.str
+    """Text about the token."""
+    secret_sha256: _builtins.bytes
+    """The SHA-256 hash of the whole secret, with its prefix: 32 bytes. Required.
+    Never the secret itself. The service stores only a keyed hash of it.
+    """
+    hint: _builtins.str
+    """What people may see of the secret: up to 16 characters, such as its prefix
+    and its last four. Empty: nothing is known.
+    """
+    disabled: _builtins.bool
+    """Whether the token begins disabled."""
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """When the token expires: a time in the future. Absent: never."""
+
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Up to 16 pairs."""
+
+    @_builtins.property
+    def allowed_networks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Networks from which the token may be used. Empty: any address."""
+
+    @_builtins.property
+    def permissions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the token may do, within its scope."""
+
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When the secret was created. Not in the future. Absent: now."""
+
+    @_builtins.property
+    def rate_limit(self) -> Global___RateLimit:
+        """How often the token may be used. Absent: as often as its holder likes."""
+
+    def __init__(
+        self,
+        *,
+        account_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        scope: Global___Scope.ValueType = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        description: _builtins.str = ...,
+        allowed_networks: _abc.Iterable[_builtins.str] | None = ...,
+        permissions: _abc.Iterable[_builtins.str] | None = ...,
+        secret_sha256: _builtins.bytes = ...,
+        hint: _builtins.str = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        disabled: _builtins.bool = ...,
+        rate_limit: Global___RateLimit | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "rate_limit", b"rate_limit"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "allowed_networks", b"allowed_networks", "create_time", b"create_time", "description", b"description", "disabled", b"disabled", "expire_time", b"expire_time", "hint", b"hint", "labels", b"labels", "name", b"name", "permissions", b"permissions", "rate_limit", b"rate_limit", "scope", b"scope", "secret_sha256", b"secret_sha256"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportedToken: _TypeAlias = ImportedToken  # noqa: Y015
+
+@_typing.final
+class ImportViolation(_message.Message):
+    """The problem with one field of a row."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIELD_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    field: _builtins.str
+    """The field, as a path, such as `labels["team"]`."""
+    description: _builtins.str
+    """What is wrong with it."""
+    def __init__(
+        self,
+        *,
+        field: _builtins.str = ...,
+        description: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "field", b"field"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportViolation: _TypeAlias = ImportViolation  # noqa: Y015
+
+@_typing.final
+class ImportResult(_message.Message):
+    """What Import did with one row."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    FIELD_VIOLATIONS_FIELD_NUMBER: _builtins.int
+    outcome: Global___ImportOutcome.ValueType
+    """What happened."""
+    id: _builtins.str
+    """Identifier of the token. Set with IMPORTED, unless validate_only, and EXISTS."""
+    @_builtins.property
+    def field_violations(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImportViolation]:
+        """Set with INVALID."""
+
+    def __init__(
+        self,
+        *,
+        outcome: Global___ImportOutcome.ValueType = ...,
+        id: _builtins.str = ...,
+        field_violations: _abc.Iterable[Global___ImportViolation] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["field_violations", b"field_violations", "id", b"id", "outcome", b"outcome"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportResult: _TypeAlias = ImportResult  # noqa: Y015
+
+@_typing.final
+class ImportResponse(_message.Message):
+    """Response of TokenService.Import."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImportResult]:
+        """One result for each token of the request, in the same order."""
+
+    def __init__(
+        self,
+        *,
+        results: _abc.Iterable[Global___ImportResult] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportResponse: _TypeAlias = ImportResponse  # noqa: Y015
+
+@_typing.final
+class GetLimitsRequest(_message.Message):
+    """Request of TokenService.GetLimits."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCOUNT_ID_FIELD_NUMBER: _builtins.int
+    account_id: _builtins.str
+    """Owner of the tokens. Required."""
+    def __init__(
+        self,
+        *,
+        account_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetLimitsRequest: _TypeAlias = GetLimitsRequest  # noqa: Y015
+
+@_typing.final
+class GetLimitsResponse(_message.Message):
+    """Response of TokenService.GetLimits."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_TTL_FIELD_NUMBER: _builtins.int
+    REQUIRE_EXPIRY_FIELD_NUMBER: _builtins.int
+    require_expiry: _builtins.bool
+    """Whether each token needs an expiry. True whenever max_ttl is present."""
+    @_builtins.property
+    def max_ttl(self) -> _duration_pb2.Duration:
+        """The longest time from a Create or Update until the expiry that it sets, and
+        the longest grace of a Rotate. Absent: no limit.
+        """
+
+    def __init__(
+        self,
+        *,
+        max_ttl: _duration_pb2.Duration | None = ...,
+        require_expiry: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["max_ttl", b"max_ttl"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_ttl", b"max_ttl", "require_expiry", b"require_expiry"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetLimitsResponse: _TypeAlias = GetLimitsResponse  # noqa: Y015
+
+@_typing.final
 class VerifyRequest(_message.Message):
     """Request of TokenService.Verify."""
 
@@ -1476,6 +2044,7 @@ class VerifyRequest(_message.Message):
     REQUIRED_SCOPE_FIELD_NUMBER: _builtins.int
     CLIENT_ADDRESS_FIELD_NUMBER: _builtins.int
     REQUIRED_PERMISSIONS_FIELD_NUMBER: _builtins.int
+    SPENDS_SHARES_FIELD_NUMBER: _builtins.int
     secret: _builtins.str
     """The string that the holder presented, unchanged. Any string is allowed;
     only a live secret gets VALID.
@@ -1488,6 +2057,11 @@ class VerifyRequest(_message.Message):
     """The IP address of the holder's client, in text form, as the service that asks
     knows it. Required for a token with allowed_networks, and not used otherwise.
     A text that is not an IP address, or that has a zone, is in no network.
+    """
+    spends_shares: _builtins.bool
+    """Whether the client spends shares (RateShares) before it answers for a token
+    with a rate_limit. Otherwise the answer about such a token has no position,
+    so that the client does not cache it and asks for each verify.
     """
     @_builtins.property
     def required_permissions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -1503,10 +2077,11 @@ class VerifyRequest(_message.Message):
         required_scope: Global___Scope.ValueType = ...,
         client_address: _builtins.str = ...,
         required_permissions: _abc.Iterable[_builtins.str] | None = ...,
+        spends_shares: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_address", b"client_address", "required_permissions", b"required_permissions", "required_scope", b"required_scope", "secret", b"secret"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_address", b"client_address", "required_permissions", b"required_permissions", "required_scope", b"required_scope", "secret", b"secret", "spends_shares", b"spends_shares"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1522,21 +2097,37 @@ class VerifyResponse(_message.Message):
     TOKEN_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     MARK_FIELD_NUMBER: _builtins.int
+    RETRY_AFTER_FIELD_NUMBER: _builtins.int
+    DETAILS_OMITTED_FIELD_NUMBER: _builtins.int
     verdict: Global___Verdict.ValueType
     """The answer."""
     revision: _builtins.int
     """The revision of the answer: no invalidation up to this one changes the
-    answer. 0 if the verdict MALFORMED or UNKNOWN needed no read.
+    answer. 0 if the verdict MALFORMED or UNKNOWN needed no read, or if the client
+    must not cache the answer.
     """
     mark: _builtins.int
     """The mark of `revision`. A client caches the answer only if it knows this
     position. 0 if `revision` is 0.
+    """
+    details_omitted: _builtins.bool
+    """Whether `token` lacks its labels, allowed_networks and permissions, although
+    the token may have some. Only in the responses of BatchVerify. The verdict
+    takes them into account. `revision` and `mark` are then 0, so that no client
+    caches the answer and applies it to other addresses or permissions. Verify
+    returns the complete token.
     """
     @_builtins.property
     def token(self) -> Global___Token:
         """The token that the secret belongs to. Set whenever there is one, with any
         verdict. Its expire_time is that of the secret, if that is earlier; `secrets`
         and `description` are absent.
+        """
+
+    @_builtins.property
+    def retry_after(self) -> _duration_pb2.Duration:
+        """With VERDICT_RATE_LIMITED: how long to wait before the token may be allowed
+        again. Greater than zero. Absent with any other verdict.
         """
 
     def __init__(
@@ -1546,10 +2137,12 @@ class VerifyResponse(_message.Message):
         token: Global___Token | None = ...,
         revision: _builtins.int = ...,
         mark: _builtins.int = ...,
+        retry_after: _duration_pb2.Duration | None = ...,
+        details_omitted: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["token", b"token"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["retry_after", b"retry_after", "token", b"token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["mark", b"mark", "revision", b"revision", "token", b"token", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["details_omitted", b"details_omitted", "mark", b"mark", "retry_after", b"retry_after", "revision", b"revision", "token", b"token", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1562,6 +2155,12 @@ class BatchVerifyRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUESTS_FIELD_NUMBER: _builtins.int
+    OMIT_DETAILS_FIELD_NUMBER: _builtins.int
+    omit_details: _builtins.bool
+    """Omits labels, allowed_networks and permissions from all tokens of the
+    response, for callers that need only the verdict, the account and the scope.
+    Such a response is small, and each of its answers has details_omitted.
+    """
     @_builtins.property
     def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___VerifyRequest]:
         """1-1,000 verifies."""
@@ -1570,10 +2169,11 @@ class BatchVerifyRequest(_message.Message):
         self,
         *,
         requests: _abc.Iterable[Global___VerifyRequest] | None = ...,
+        omit_details: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["requests", b"requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["omit_details", b"omit_details", "requests", b"requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1614,6 +2214,7 @@ class WatchRequest(_message.Message):
     RELEASED_FIELD_NUMBER: _builtins.int
     MARK_FIELD_NUMBER: _builtins.int
     USE_REPORT_FIELD_NUMBER: _builtins.int
+    RATE_SHARES_REQUEST_FIELD_NUMBER: _builtins.int
     applied_revision: _builtins.int
     """The latest revision that the client has applied: its cache has no verdict
     that an invalidation up to this revision changed. 0 in the first message of
@@ -1641,6 +2242,12 @@ class WatchRequest(_message.Message):
         Optional.
         """
 
+    @_builtins.property
+    def rate_shares_request(self) -> Global___RateSharesRequest:
+        """Asks for calls of tokens with a rate_limit. Optional: a client that asks for
+        none asks the service for each verify of such tokens.
+        """
+
     def __init__(
         self,
         *,
@@ -1649,14 +2256,74 @@ class WatchRequest(_message.Message):
         released: _builtins.bool = ...,
         mark: _builtins.int = ...,
         use_report: Global___UseReport | None = ...,
+        rate_shares_request: Global___RateSharesRequest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["use_report", b"use_report"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rate_shares_request", b"rate_shares_request", "use_report", b"use_report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_revision", b"applied_revision", "mark", b"mark", "number", b"number", "released", b"released", "use_report", b"use_report"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_revision", b"applied_revision", "mark", b"mark", "number", b"number", "rate_shares_request", b"rate_shares_request", "released", b"released", "use_report", b"use_report"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchRequest: _TypeAlias = WatchRequest  # noqa: Y015
+
+@_typing.final
+class RateSharesRequest(_message.Message):
+    """Asks for calls that the client may accept by itself. The client sends the next
+    question after the answer to this one, and at most four in a second.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    WANTED_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Increases on a stream. 1 or more."""
+    @_builtins.property
+    def wanted(self) -> _containers.RepeatedCompositeFieldContainer[Global___WantedCalls]:
+        """1-1,000 tokens. The server ignores the rest."""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        wanted: _abc.Iterable[Global___WantedCalls] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "wanted", b"wanted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RateSharesRequest: _TypeAlias = RateSharesRequest  # noqa: Y015
+
+@_typing.final
+class WantedCalls(_message.Message):
+    """The calls of one token that a client asks for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    CALLS_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.str
+    """Identifier of the token."""
+    calls: _builtins.int
+    """The number of calls: at most as many as the client has accepted since its
+    previous question, and at most as many as the limit permits in half a second.
+    The server gives fewer if other verifiers need them.
+    """
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.str = ...,
+        calls: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WantedCalls: _TypeAlias = WantedCalls  # noqa: Y015
 
 @_typing.final
 class UseReport(_message.Message):
@@ -1755,6 +2422,7 @@ class WatchResponse(_message.Message):
     RESET_FIELD_NUMBER: _builtins.int
     CLOSING_FIELD_NUMBER: _builtins.int
     USE_REPORT_RECEIVED_FIELD_NUMBER: _builtins.int
+    RATE_SHARES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def invalidation(self) -> Global___Invalidation:
         """Names tokens whose cached verdicts are no longer correct."""
@@ -1775,6 +2443,10 @@ class WatchResponse(_message.Message):
     def use_report_received(self) -> Global___UseReportReceived:
         """Confirms a report of uses. Sent only to clients that report."""
 
+    @_builtins.property
+    def rate_shares(self) -> Global___RateShares:
+        """Gives calls of tokens with a rate_limit. Sent only to clients that ask."""
+
     def __init__(
         self,
         *,
@@ -1783,16 +2455,92 @@ class WatchResponse(_message.Message):
         reset: Global___Reset | None = ...,
         closing: Global___Closing | None = ...,
         use_report_received: Global___UseReportReceived | None = ...,
+        rate_shares: Global___RateShares | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["closing", b"closing", "event", b"event", "grant", b"grant", "invalidation", b"invalidation", "reset", b"reset", "use_report_received", b"use_report_received"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["closing", b"closing", "event", b"event", "grant", b"grant", "invalidation", b"invalidation", "rate_shares", b"rate_shares", "reset", b"reset", "use_report_received", b"use_report_received"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["closing", b"closing", "event", b"event", "grant", b"grant", "invalidation", b"invalidation", "reset", b"reset", "use_report_received", b"use_report_received"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closing", b"closing", "event", b"event", "grant", b"grant", "invalidation", b"invalidation", "rate_shares", b"rate_shares", "reset", b"reset", "use_report_received", b"use_report_received"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["invalidation", "grant", "reset", "closing", "use_report_received"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["invalidation", "grant", "reset", "closing", "use_report_received", "rate_shares"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___WatchResponse: _TypeAlias = WatchResponse  # noqa: Y015
+
+@_typing.final
+class RateShares(_message.Message):
+    """Gives a client calls of tokens with a rate_limit. The client may accept each
+    call once, without asking the service.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    SHARES_FIELD_NUMBER: _builtins.int
+    SHARE_DURATION_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """The number of the question."""
+    @_builtins.property
+    def shares(self) -> _containers.RepeatedCompositeFieldContainer[Global___RateShare]:
+        """At most one share for each token in the question. A token without one gets
+        no calls now.
+        """
+
+    @_builtins.property
+    def share_duration(self) -> _duration_pb2.Duration:
+        """How long the calls can be spent. The time starts before the client sent the
+        question, and is measured on the client's own clock. The client subtracts a
+        thousandth. At most one second.
+        """
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        shares: _abc.Iterable[Global___RateShare] | None = ...,
+        share_duration: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["share_duration", b"share_duration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "share_duration", b"share_duration", "shares", b"shares"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RateShares: _TypeAlias = RateShares  # noqa: Y015
+
+@_typing.final
+class RateShare(_message.Message):
+    """The calls of one token that a client may accept."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    CALLS_FIELD_NUMBER: _builtins.int
+    RATE_LIMIT_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.str
+    """Identifier of the token."""
+    calls: _builtins.int
+    """The number of calls. 1 or more."""
+    @_builtins.property
+    def rate_limit(self) -> Global___RateLimit:
+        """The limit under which they were issued. The client ignores the share if it
+        knows the token with another limit.
+        """
+
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.str = ...,
+        calls: _builtins.int = ...,
+        rate_limit: Global___RateLimit | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rate_limit", b"rate_limit"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "rate_limit", b"rate_limit", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RateShare: _TypeAlias = RateShare  # noqa: Y015
 
 @_typing.final
 class UseReportReceived(_message.Message):
@@ -1863,6 +2611,7 @@ class Grant(_message.Message):
     NUMBER_FIELD_NUMBER: _builtins.int
     LEASE_DURATION_FIELD_NUMBER: _builtins.int
     MARK_FIELD_NUMBER: _builtins.int
+    IMPORTED_PREFIXES_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
     """The server has sent every invalidation up to this revision before the
     grant. The client ignores a grant for a position that it does not know. A
@@ -1880,6 +2629,13 @@ class Grant(_message.Message):
         different rates. Its clock must not stop while the machine sleeps.
         """
 
+    @_builtins.property
+    def imported_prefixes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The prefixes of the imported secrets that this server accepts. An empty one
+        accepts any. A client must not call a secret malformed that begins with one
+        of them and has 16-128 characters of A-Za-z0-9._~+/=-
+        """
+
     def __init__(
         self,
         *,
@@ -1887,10 +2643,11 @@ class Grant(_message.Message):
         number: _builtins.int = ...,
         lease_duration: _duration_pb2.Duration | None = ...,
         mark: _builtins.int = ...,
+        imported_prefixes: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lease_duration", b"lease_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_duration", b"lease_duration", "mark", b"mark", "number", b"number", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["imported_prefixes", b"imported_prefixes", "lease_duration", b"lease_duration", "mark", b"mark", "number", b"number", "revision", b"revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -113,15 +113,30 @@ class TokenServiceStub(object):
                 request_serializer=latchkey_dot_v1_dot_token__service__pb2.RevokeSecretRequest.SerializeToString,
                 response_deserializer=latchkey_dot_v1_dot_token__service__pb2.RevokeSecretResponse.FromString,
                 _registered_method=True)
+        self.ReportSecret = channel.unary_unary(
+                '/latchkey.v1.TokenService/ReportSecret',
+                request_serializer=latchkey_dot_v1_dot_token__service__pb2.ReportSecretRequest.SerializeToString,
+                response_deserializer=latchkey_dot_v1_dot_token__service__pb2.ReportSecretResponse.FromString,
+                _registered_method=True)
         self.DeleteAll = channel.unary_unary(
                 '/latchkey.v1.TokenService/DeleteAll',
                 request_serializer=latchkey_dot_v1_dot_token__service__pb2.DeleteAllRequest.SerializeToString,
                 response_deserializer=latchkey_dot_v1_dot_token__service__pb2.DeleteAllResponse.FromString,
                 _registered_method=True)
+        self.Import = channel.unary_unary(
+                '/latchkey.v1.TokenService/Import',
+                request_serializer=latchkey_dot_v1_dot_token__service__pb2.ImportRequest.SerializeToString,
+                response_deserializer=latchkey_dot_v1_dot_token__service__pb2.ImportResponse.FromString,
+                _registered_method=True)
         self.GetUsage = channel.unary_unary(
                 '/latchkey.v1.TokenService/GetUsage',
                 request_serializer=latchkey_dot_v1_dot_token__service__pb2.GetUsageRequest.SerializeToString,
                 response_deserializer=latchkey_dot_v1_dot_token__service__pb2.GetUsageResponse.FromString,
+                _registered_method=True)
+        self.GetLimits = channel.unary_unary(
+                '/latchkey.v1.TokenService/GetLimits',
+                request_serializer=latchkey_dot_v1_dot_token__service__pb2.GetLimitsRequest.SerializeToString,
+                response_deserializer=latchkey_dot_v1_dot_token__service__pb2.GetLimitsResponse.FromString,
                 _registered_method=True)
         self.Verify = channel.unary_unary(
                 '/latchkey.v1.TokenService/Verify',
@@ -180,10 +195,11 @@ class TokenServiceServicer(object):
         Without one, the call is not idempotent: if the response is lost, the token
         may exist. Find it by name with List, and Delete it before creating it
         again.
-        Errors: INVALID_ARGUMENT; ALREADY_EXISTS with the reason TOKEN_NAME_TAKEN if
-        a live token of the account has the same name, ignoring letter case, or with
-        the reason REQUEST_ID_REUSED if the `request_id` was used for another
-        request; NOT_FOUND if the token of this `request_id` was deleted meanwhile;
+        Errors: INVALID_ARGUMENT, with the reason EXPIRY_REQUIRED or EXPIRY_TOO_LATE
+        if the expiry exceeds the limit that GetLimits returns; ALREADY_EXISTS with
+        the reason TOKEN_NAME_TAKEN if a live token of the account has the same name,
+        ignoring letter case, or with the reason REQUEST_ID_REUSED if the
+        `request_id` was used for another request; NOT_FOUND if the token of this `request_id` was deleted meanwhile;
         UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -200,10 +216,19 @@ class TokenServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def List(self, request, context):
-        """Lists the live tokens of an account, newest first. Has no side effects and
-        is safe to retry. A page of more than 200 tokens may exceed gRPC's default
-        message limit of 4 MiB.
-        Errors: INVALID_ARGUMENT; UNAVAILABLE.
+        """Lists the live tokens of an account, or those that match a filter, the newest
+        first or in another order. Has no side effects and is safe to retry. A page
+        of more than 200 tokens may exceed gRPC's default message limit of 4 MiB.
+
+        One call examines at most 10,000 tokens, so that it takes the same time
+        however many tokens the account has. A page may therefore have fewer tokens
+        than requested, or none, and still have a `next_page_token` (AIP-158).
+        Some filters skip the tokens that do not match, so that the limit does not
+        matter: `expires_before`, `never_expires` and TOKEN_STATE_EXPIRED with
+        TOKEN_ORDER_EXPIRY, `unused_since` and `never_used` with
+        TOKEN_ORDER_LAST_USE, and `ids` with any order.
+        Errors: INVALID_ARGUMENT, also for a condition that this server does not
+        know; UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -230,12 +255,14 @@ class TokenServiceServicer(object):
     def Update(self, request, context):
         """Changes the fields of a token that `update_mask` lists (AIP-134). Narrows the
         token if it lowers the scope, moves the expiry to an earlier time, removes a
-        permission, or permits fewer networks; otherwise it widens the token or
-        changes nothing that verifies depend on. An Update that does both narrows.
-        Idempotent: an Update that sets scope, expire_time, allowed_networks or
-        permissions to the values that they have returns a receipt for a later
-        position, once earlier changes are in effect everywhere.
-        Errors: INVALID_ARGUMENT, also for an unknown path; NOT_FOUND if the account
+        permission, permits fewer networks, or sets a rate limit with a lower rate or
+        a smaller burst; otherwise it widens the token or changes nothing that
+        verifies depend on. An Update that does both narrows.
+        Idempotent: an Update that sets scope, expire_time, allowed_networks,
+        permissions or rate_limit to the values that they have returns a receipt for
+        a later position, once earlier changes are in effect everywhere.
+        Errors: INVALID_ARGUMENT, also for an unknown path, and with the reason
+        EXPIRY_REQUIRED or EXPIRY_TOO_LATE as for Create; NOT_FOUND if the account
         has no live token with this id; ALREADY_EXISTS if another live token has the
         new name; FAILED_PRECONDITION; UNAVAILABLE, after which the change may or may
         not stand: retry.
@@ -304,12 +331,43 @@ class TokenServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportSecret(self, request, context):
+        """Marks up to 1,000 secrets as leaked, without ending them, for scanners that
+        leave the decision to the owners. The token shows when each of its secrets
+        was first reported (TokenSecret.leak_report_time). Changes no verdict.
+        Idempotent: repeating it keeps the first time. RevokeSecret sets the same
+        mark.
+        Errors: those of RevokeSecret.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteAll(self, request, context):
         """Deletes all live tokens of an account, or those that match a filter,
         permanently and under one revision. Deletes up to 1,000 tokens in one call,
         the oldest first. Safe to retry: a repetition deletes what is left, and its
         receipt also covers the deletions before it.
         Errors: INVALID_ARGUMENT; UNAVAILABLE: retry.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Import(self, request, context):
+        """Creates tokens whose secrets exist already, from the SHA-256 hashes of these
+        secrets, so that a platform can move here without new secrets. Needs a caller
+        with the role importer for all accounts, because the rows may name any.
+
+        Safe to repeat: a secret that a token has already is not imported again, also
+        if that secret or its token has ended, and its row has the outcome EXISTS.
+        Each row has a result, and a wrong row does not affect the others. All new
+        tokens are committed together. Verifies accept an imported secret if its
+        prefix is among LATCHKEY_IMPORTED_PREFIXES, on every server within
+        milliseconds, without notifications within a third of a lease. Rotate gives
+        an imported token a secret of this service.
+        Errors: INVALID_ARGUMENT if there are no tokens or too many;
+        FAILED_PRECONDITION; UNAVAILABLE: retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -327,11 +385,22 @@ class TokenServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetLimits(self, request, context):
+        """Returns the limits for the tokens of an account that this caller creates or
+        changes, so that a page or a tool can offer only what is allowed. Has no side
+        effects and is safe to retry.
+        Errors: INVALID_ARGUMENT.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Verify(self, request, context):
         """Verifies a presented secret. Returns a verdict, not an error, for any
-        string. Safe to retry. Has two side effects: records the use of the token if
-        the verdict is VALID, and the first verify of a secret that Rotate made with
-        `retire_on_first_use` ends the older secrets.
+        string. Safe to retry. Has three side effects: if the verdict is VALID, it
+        records the use of the token and uses up its rate_limit, and the first
+        verify of a secret that Rotate made with `retire_on_first_use` ends the older
+        secrets.
         Errors: INVALID_ARGUMENT if more than 64 permissions are required;
         UNAVAILABLE or RESOURCE_EXHAUSTED if no safe answer is possible; treat all
         of them as "not allowed".
@@ -342,9 +411,10 @@ class TokenServiceServicer(object):
 
     def BatchVerify(self, request, context):
         """Verifies up to 1,000 secrets with one look-up. Safe to retry, as Verify is.
-        The response contains each token with its labels, networks and permissions,
-        up to 27 MB. A client with gRPC's default message limit of 4 MiB must raise
-        the limit or send at most 150 requests at a time.
+        The response has at most 4 MiB, gRPC's default message limit. If the tokens
+        with all their labels, networks and permissions would take more, some of the
+        later responses omit these, and say so in details_omitted. Their verdicts take
+        everything into account. The tokens of up to 150 requests always fit.
         Errors: INVALID_ARGUMENT if there are no requests or too many; otherwise
         those of Verify.
         """
@@ -429,15 +499,30 @@ def add_TokenServiceServicer_to_server(servicer, server):
                     request_deserializer=latchkey_dot_v1_dot_token__service__pb2.RevokeSecretRequest.FromString,
                     response_serializer=latchkey_dot_v1_dot_token__service__pb2.RevokeSecretResponse.SerializeToString,
             ),
+            'ReportSecret': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportSecret,
+                    request_deserializer=latchkey_dot_v1_dot_token__service__pb2.ReportSecretRequest.FromString,
+                    response_serializer=latchkey_dot_v1_dot_token__service__pb2.ReportSecretResponse.SerializeToString,
+            ),
             'DeleteAll': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteAll,
                     request_deserializer=latchkey_dot_v1_dot_token__service__pb2.DeleteAllRequest.FromString,
                     response_serializer=latchkey_dot_v1_dot_token__service__pb2.DeleteAllResponse.SerializeToString,
             ),
+            'Import': grpc.unary_unary_rpc_method_handler(
+                    servicer.Import,
+                    request_deserializer=latchkey_dot_v1_dot_token__service__pb2.ImportRequest.FromString,
+                    response_serializer=latchkey_dot_v1_dot_token__service__pb2.ImportResponse.SerializeToString,
+            ),
             'GetUsage': grpc.unary_unary_rpc_method_handler(
                     servicer.GetUsage,
                     request_deserializer=latchkey_dot_v1_dot_token__service__pb2.GetUsageRequest.FromString,
                     response_serializer=latchkey_dot_v1_dot_token__service__pb2.GetUsageResponse.SerializeToString,
+            ),
+            'GetLimits': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLimits,
+                    request_deserializer=latchkey_dot_v1_dot_token__service__pb2.GetLimitsRequest.FromString,
+                    response_serializer=latchkey_dot_v1_dot_token__service__pb2.GetLimitsResponse.SerializeToString,
             ),
             'Verify': grpc.unary_unary_rpc_method_handler(
                     servicer.Verify,
@@ -765,6 +850,33 @@ class TokenService(object):
             _registered_method=True)
 
     @staticmethod
+    def ReportSecret(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/latchkey.v1.TokenService/ReportSecret',
+            latchkey_dot_v1_dot_token__service__pb2.ReportSecretRequest.SerializeToString,
+            latchkey_dot_v1_dot_token__service__pb2.ReportSecretResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def DeleteAll(request,
             target,
             options=(),
@@ -792,6 +904,33 @@ class TokenService(object):
             _registered_method=True)
 
     @staticmethod
+    def Import(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/latchkey.v1.TokenService/Import',
+            latchkey_dot_v1_dot_token__service__pb2.ImportRequest.SerializeToString,
+            latchkey_dot_v1_dot_token__service__pb2.ImportResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def GetUsage(request,
             target,
             options=(),
@@ -808,6 +947,33 @@ class TokenService(object):
             '/latchkey.v1.TokenService/GetUsage',
             latchkey_dot_v1_dot_token__service__pb2.GetUsageRequest.SerializeToString,
             latchkey_dot_v1_dot_token__service__pb2.GetUsageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLimits(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/latchkey.v1.TokenService/GetLimits',
+            latchkey_dot_v1_dot_token__service__pb2.GetLimitsRequest.SerializeToString,
+            latchkey_dot_v1_dot_token__service__pb2.GetLimitsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -70,10 +70,11 @@ class TokenServiceStub:
     Without one, the call is not idempotent: if the response is lost, the token
     may exist. Find it by name with List, and Delete it before creating it
     again.
-    Errors: INVALID_ARGUMENT; ALREADY_EXISTS with the reason TOKEN_NAME_TAKEN if
-    a live token of the account has the same name, ignoring letter case, or with
-    the reason REQUEST_ID_REUSED if the `request_id` was used for another
-    request; NOT_FOUND if the token of this `request_id` was deleted meanwhile;
+    Errors: INVALID_ARGUMENT, with the reason EXPIRY_REQUIRED or EXPIRY_TOO_LATE
+    if the expiry exceeds the limit that GetLimits returns; ALREADY_EXISTS with
+    the reason TOKEN_NAME_TAKEN if a live token of the account has the same name,
+    ignoring letter case, or with the reason REQUEST_ID_REUSED if the
+    `request_id` was used for another request; NOT_FOUND if the token of this `request_id` was deleted meanwhile;
     UNAVAILABLE.
     """
     Get: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.GetRequest, _token_service_pb2.GetResponse]
@@ -82,10 +83,19 @@ class TokenServiceStub:
     this id, also if the token belongs to another account; UNAVAILABLE.
     """
     List: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.ListRequest, _token_service_pb2.ListResponse]
-    """Lists the live tokens of an account, newest first. Has no side effects and
-    is safe to retry. A page of more than 200 tokens may exceed gRPC's default
-    message limit of 4 MiB.
-    Errors: INVALID_ARGUMENT; UNAVAILABLE.
+    """Lists the live tokens of an account, or those that match a filter, the newest
+    first or in another order. Has no side effects and is safe to retry. A page
+    of more than 200 tokens may exceed gRPC's default message limit of 4 MiB.
+
+    One call examines at most 10,000 tokens, so that it takes the same time
+    however many tokens the account has. A page may therefore have fewer tokens
+    than requested, or none, and still have a `next_page_token` (AIP-158).
+    Some filters skip the tokens that do not match, so that the limit does not
+    matter: `expires_before`, `never_expires` and TOKEN_STATE_EXPIRED with
+    TOKEN_ORDER_EXPIRY, `unused_since` and `never_used` with
+    TOKEN_ORDER_LAST_USE, and `ids` with any order.
+    Errors: INVALID_ARGUMENT, also for a condition that this server does not
+    know; UNAVAILABLE.
     """
     Delete: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.DeleteRequest, _token_service_pb2.DeleteResponse]
     """Deletes a token permanently. After this returns OK, no verify that starts
@@ -104,12 +114,14 @@ class TokenServiceStub:
     Update: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.UpdateRequest, _token_service_pb2.UpdateResponse]
     """Changes the fields of a token that `update_mask` lists (AIP-134). Narrows the
     token if it lowers the scope, moves the expiry to an earlier time, removes a
-    permission, or permits fewer networks; otherwise it widens the token or
-    changes nothing that verifies depend on. An Update that does both narrows.
-    Idempotent: an Update that sets scope, expire_time, allowed_networks or
-    permissions to the values that they have returns a receipt for a later
-    position, once earlier changes are in effect everywhere.
-    Errors: INVALID_ARGUMENT, also for an unknown path; NOT_FOUND if the account
+    permission, permits fewer networks, or sets a rate limit with a lower rate or
+    a smaller burst; otherwise it widens the token or changes nothing that
+    verifies depend on. An Update that does both narrows.
+    Idempotent: an Update that sets scope, expire_time, allowed_networks,
+    permissions or rate_limit to the values that they have returns a receipt for
+    a later position, once earlier changes are in effect everywhere.
+    Errors: INVALID_ARGUMENT, also for an unknown path, and with the reason
+    EXPIRY_REQUIRED or EXPIRY_TOO_LATE as for Create; NOT_FOUND if the account
     has no live token with this id; ALREADY_EXISTS if another live token has the
     new name; FAILED_PRECONDITION; UNAVAILABLE, after which the change may or may
     not stand: retry.
@@ -154,12 +166,35 @@ class TokenServiceStub:
     Errors: INVALID_ARGUMENT if there are no secrets or too many; UNAVAILABLE:
     retry.
     """
+    ReportSecret: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.ReportSecretRequest, _token_service_pb2.ReportSecretResponse]
+    """Marks up to 1,000 secrets as leaked, without ending them, for scanners that
+    leave the decision to the owners. The token shows when each of its secrets
+    was first reported (TokenSecret.leak_report_time). Changes no verdict.
+    Idempotent: repeating it keeps the first time. RevokeSecret sets the same
+    mark.
+    Errors: those of RevokeSecret.
+    """
     DeleteAll: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.DeleteAllRequest, _token_service_pb2.DeleteAllResponse]
     """Deletes all live tokens of an account, or those that match a filter,
     permanently and under one revision. Deletes up to 1,000 tokens in one call,
     the oldest first. Safe to retry: a repetition deletes what is left, and its
     receipt also covers the deletions before it.
     Errors: INVALID_ARGUMENT; UNAVAILABLE: retry.
+    """
+    Import: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.ImportRequest, _token_service_pb2.ImportResponse]
+    """Creates tokens whose secrets exist already, from the SHA-256 hashes of these
+    secrets, so that a platform can move here without new secrets. Needs a caller
+    with the role importer for all accounts, because the rows may name any.
+
+    Safe to repeat: a secret that a token has already is not imported again, also
+    if that secret or its token has ended, and its row has the outcome EXISTS.
+    Each row has a result, and a wrong row does not affect the others. All new
+    tokens are committed together. Verifies accept an imported secret if its
+    prefix is among LATCHKEY_IMPORTED_PREFIXES, on every server within
+    milliseconds, without notifications within a third of a lease. Rotate gives
+    an imported token a secret of this service.
+    Errors: INVALID_ARGUMENT if there are no tokens or too many;
+    FAILED_PRECONDITION; UNAVAILABLE: retry.
     """
     GetUsage: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.GetUsageRequest, _token_service_pb2.GetUsageResponse]
     """Returns who has used a live token, and how often. Counts the verifies that
@@ -169,20 +204,28 @@ class TokenServiceStub:
     Has no side effects and is safe to retry.
     Errors: INVALID_ARGUMENT; NOT_FOUND as for Get; UNAVAILABLE.
     """
+    GetLimits: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.GetLimitsRequest, _token_service_pb2.GetLimitsResponse]
+    """Returns the limits for the tokens of an account that this caller creates or
+    changes, so that a page or a tool can offer only what is allowed. Has no side
+    effects and is safe to retry.
+    Errors: INVALID_ARGUMENT.
+    """
     Verify: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.VerifyRequest, _token_service_pb2.VerifyResponse]
     """Verifies a presented secret. Returns a verdict, not an error, for any
-    string. Safe to retry. Has two side effects: records the use of the token if
-    the verdict is VALID, and the first verify of a secret that Rotate made with
-    `retire_on_first_use` ends the older secrets.
+    string. Safe to retry. Has three side effects: if the verdict is VALID, it
+    records the use of the token and uses up its rate_limit, and the first
+    verify of a secret that Rotate made with `retire_on_first_use` ends the older
+    secrets.
     Errors: INVALID_ARGUMENT if more than 64 permissions are required;
     UNAVAILABLE or RESOURCE_EXHAUSTED if no safe answer is possible; treat all
     of them as "not allowed".
     """
     BatchVerify: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.BatchVerifyRequest, _token_service_pb2.BatchVerifyResponse]
     """Verifies up to 1,000 secrets with one look-up. Safe to retry, as Verify is.
-    The response contains each token with its labels, networks and permissions,
-    up to 27 MB. A client with gRPC's default message limit of 4 MiB must raise
-    the limit or send at most 150 requests at a time.
+    The response has at most 4 MiB, gRPC's default message limit. If the tokens
+    with all their labels, networks and permissions would take more, some of the
+    later responses omit these, and say so in details_omitted. Their verdicts take
+    everything into account. The tokens of up to 150 requests always fit.
     Errors: INVALID_ARGUMENT if there are no requests or too many; otherwise
     those of Verify.
     """
@@ -249,10 +292,11 @@ class TokenServiceAsyncStub(TokenServiceStub):
     Without one, the call is not idempotent: if the response is lost, the token
     may exist. Find it by name with List, and Delete it before creating it
     again.
-    Errors: INVALID_ARGUMENT; ALREADY_EXISTS with the reason TOKEN_NAME_TAKEN if
-    a live token of the account has the same name, ignoring letter case, or with
-    the reason REQUEST_ID_REUSED if the `request_id` was used for another
-    request; NOT_FOUND if the token of this `request_id` was deleted meanwhile;
+    Errors: INVALID_ARGUMENT, with the reason EXPIRY_REQUIRED or EXPIRY_TOO_LATE
+    if the expiry exceeds the limit that GetLimits returns; ALREADY_EXISTS with
+    the reason TOKEN_NAME_TAKEN if a live token of the account has the same name,
+    ignoring letter case, or with the reason REQUEST_ID_REUSED if the
+    `request_id` was used for another request; NOT_FOUND if the token of this `request_id` was deleted meanwhile;
     UNAVAILABLE.
     """
     Get: _aio.UnaryUnaryMultiCallable[_token_service_pb2.GetRequest, _token_service_pb2.GetResponse]  # type: ignore[assignment]
@@ -261,10 +305,19 @@ class TokenServiceAsyncStub(TokenServiceStub):
     this id, also if the token belongs to another account; UNAVAILABLE.
     """
     List: _aio.UnaryUnaryMultiCallable[_token_service_pb2.ListRequest, _token_service_pb2.ListResponse]  # type: ignore[assignment]
-    """Lists the live tokens of an account, newest first. Has no side effects and
-    is safe to retry. A page of more than 200 tokens may exceed gRPC's default
-    message limit of 4 MiB.
-    Errors: INVALID_ARGUMENT; UNAVAILABLE.
+    """Lists the live tokens of an account, or those that match a filter, the newest
+    first or in another order. Has no side effects and is safe to retry. A page
+    of more than 200 tokens may exceed gRPC's default message limit of 4 MiB.
+
+    One call examines at most 10,000 tokens, so that it takes the same time
+    however many tokens the account has. A page may therefore have fewer tokens
+    than requested, or none, and still have a `next_page_token` (AIP-158).
+    Some filters skip the tokens that do not match, so that the limit does not
+    matter: `expires_before`, `never_expires` and TOKEN_STATE_EXPIRED with
+    TOKEN_ORDER_EXPIRY, `unused_since` and `never_used` with
+    TOKEN_ORDER_LAST_USE, and `ids` with any order.
+    Errors: INVALID_ARGUMENT, also for a condition that this server does not
+    know; UNAVAILABLE.
     """
     Delete: _aio.UnaryUnaryMultiCallable[_token_service_pb2.DeleteRequest, _token_service_pb2.DeleteResponse]  # type: ignore[assignment]
     """Deletes a token permanently. After this returns OK, no verify that starts
@@ -283,12 +336,14 @@ class TokenServiceAsyncStub(TokenServiceStub):
     Update: _aio.UnaryUnaryMultiCallable[_token_service_pb2.UpdateRequest, _token_service_pb2.UpdateResponse]  # type: ignore[assignment]
     """Changes the fields of a token that `update_mask` lists (AIP-134). Narrows the
     token if it lowers the scope, moves the expiry to an earlier time, removes a
-    permission, or permits fewer networks; otherwise it widens the token or
-    changes nothing that verifies depend on. An Update that does both narrows.
-    Idempotent: an Update that sets scope, expire_time, allowed_networks or
-    permissions to the values that they have returns a receipt for a later
-    position, once earlier changes are in effect everywhere.
-    Errors: INVALID_ARGUMENT, also for an unknown path; NOT_FOUND if the account
+    permission, permits fewer networks, or sets a rate limit with a lower rate or
+    a smaller burst; otherwise it widens the token or changes nothing that
+    verifies depend on. An Update that does both narrows.
+    Idempotent: an Update that sets scope, expire_time, allowed_networks,
+    permissions or rate_limit to the values that they have returns a receipt for
+    a later position, once earlier changes are in effect everywhere.
+    Errors: INVALID_ARGUMENT, also for an unknown path, and with the reason
+    EXPIRY_REQUIRED or EXPIRY_TOO_LATE as for Create; NOT_FOUND if the account
     has no live token with this id; ALREADY_EXISTS if another live token has the
     new name; FAILED_PRECONDITION; UNAVAILABLE, after which the change may or may
     not stand: retry.
@@ -333,12 +388,35 @@ class TokenServiceAsyncStub(TokenServiceStub):
     Errors: INVALID_ARGUMENT if there are no secrets or too many; UNAVAILABLE:
     retry.
     """
+    ReportSecret: _aio.UnaryUnaryMultiCallable[_token_service_pb2.ReportSecretRequest, _token_service_pb2.ReportSecretResponse]  # type: ignore[assignment]
+    """Marks up to 1,000 secrets as leaked, without ending them, for scanners that
+    leave the decision to the owners. The token shows when each of its secrets
+    was first reported (TokenSecret.leak_report_time). Changes no verdict.
+    Idempotent: repeating it keeps the first time. RevokeSecret sets the same
+    mark.
+    Errors: those of RevokeSecret.
+    """
     DeleteAll: _aio.UnaryUnaryMultiCallable[_token_service_pb2.DeleteAllRequest, _token_service_pb2.DeleteAllResponse]  # type: ignore[assignment]
     """Deletes all live tokens of an account, or those that match a filter,
     permanently and under one revision. Deletes up to 1,000 tokens in one call,
     the oldest first. Safe to retry: a repetition deletes what is left, and its
     receipt also covers the deletions before it.
     Errors: INVALID_ARGUMENT; UNAVAILABLE: retry.
+    """
+    Import: _aio.UnaryUnaryMultiCallable[_token_service_pb2.ImportRequest, _token_service_pb2.ImportResponse]  # type: ignore[assignment]
+    """Creates tokens whose secrets exist already, from the SHA-256 hashes of these
+    secrets, so that a platform can move here without new secrets. Needs a caller
+    with the role importer for all accounts, because the rows may name any.
+
+    Safe to repeat: a secret that a token has already is not imported again, also
+    if that secret or its token has ended, and its row has the outcome EXISTS.
+    Each row has a result, and a wrong row does not affect the others. All new
+    tokens are committed together. Verifies accept an imported secret if its
+    prefix is among LATCHKEY_IMPORTED_PREFIXES, on every server within
+    milliseconds, without notifications within a third of a lease. Rotate gives
+    an imported token a secret of this service.
+    Errors: INVALID_ARGUMENT if there are no tokens or too many;
+    FAILED_PRECONDITION; UNAVAILABLE: retry.
     """
     GetUsage: _aio.UnaryUnaryMultiCallable[_token_service_pb2.GetUsageRequest, _token_service_pb2.GetUsageResponse]  # type: ignore[assignment]
     """Returns who has used a live token, and how often. Counts the verifies that
@@ -348,20 +426,28 @@ class TokenServiceAsyncStub(TokenServiceStub):
     Has no side effects and is safe to retry.
     Errors: INVALID_ARGUMENT; NOT_FOUND as for Get; UNAVAILABLE.
     """
+    GetLimits: _aio.UnaryUnaryMultiCallable[_token_service_pb2.GetLimitsRequest, _token_service_pb2.GetLimitsResponse]  # type: ignore[assignment]
+    """Returns the limits for the tokens of an account that this caller creates or
+    changes, so that a page or a tool can offer only what is allowed. Has no side
+    effects and is safe to retry.
+    Errors: INVALID_ARGUMENT.
+    """
     Verify: _aio.UnaryUnaryMultiCallable[_token_service_pb2.VerifyRequest, _token_service_pb2.VerifyResponse]  # type: ignore[assignment]
     """Verifies a presented secret. Returns a verdict, not an error, for any
-    string. Safe to retry. Has two side effects: records the use of the token if
-    the verdict is VALID, and the first verify of a secret that Rotate made with
-    `retire_on_first_use` ends the older secrets.
+    string. Safe to retry. Has three side effects: if the verdict is VALID, it
+    records the use of the token and uses up its rate_limit, and the first
+    verify of a secret that Rotate made with `retire_on_first_use` ends the older
+    secrets.
     Errors: INVALID_ARGUMENT if more than 64 permissions are required;
     UNAVAILABLE or RESOURCE_EXHAUSTED if no safe answer is possible; treat all
     of them as "not allowed".
     """
     BatchVerify: _aio.UnaryUnaryMultiCallable[_token_service_pb2.BatchVerifyRequest, _token_service_pb2.BatchVerifyResponse]  # type: ignore[assignment]
     """Verifies up to 1,000 secrets with one look-up. Safe to retry, as Verify is.
-    The response contains each token with its labels, networks and permissions,
-    up to 27 MB. A client with gRPC's default message limit of 4 MiB must raise
-    the limit or send at most 150 requests at a time.
+    The response has at most 4 MiB, gRPC's default message limit. If the tokens
+    with all their labels, networks and permissions would take more, some of the
+    later responses omit these, and say so in details_omitted. Their verdicts take
+    everything into account. The tokens of up to 150 requests always fit.
     Errors: INVALID_ARGUMENT if there are no requests or too many; otherwise
     those of Verify.
     """
@@ -431,10 +517,11 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         Without one, the call is not idempotent: if the response is lost, the token
         may exist. Find it by name with List, and Delete it before creating it
         again.
-        Errors: INVALID_ARGUMENT; ALREADY_EXISTS with the reason TOKEN_NAME_TAKEN if
-        a live token of the account has the same name, ignoring letter case, or with
-        the reason REQUEST_ID_REUSED if the `request_id` was used for another
-        request; NOT_FOUND if the token of this `request_id` was deleted meanwhile;
+        Errors: INVALID_ARGUMENT, with the reason EXPIRY_REQUIRED or EXPIRY_TOO_LATE
+        if the expiry exceeds the limit that GetLimits returns; ALREADY_EXISTS with
+        the reason TOKEN_NAME_TAKEN if a live token of the account has the same name,
+        ignoring letter case, or with the reason REQUEST_ID_REUSED if the
+        `request_id` was used for another request; NOT_FOUND if the token of this `request_id` was deleted meanwhile;
         UNAVAILABLE.
         """
 
@@ -455,10 +542,19 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _token_service_pb2.ListRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_token_service_pb2.ListResponse, _abc.Awaitable[_token_service_pb2.ListResponse]]:
-        """Lists the live tokens of an account, newest first. Has no side effects and
-        is safe to retry. A page of more than 200 tokens may exceed gRPC's default
-        message limit of 4 MiB.
-        Errors: INVALID_ARGUMENT; UNAVAILABLE.
+        """Lists the live tokens of an account, or those that match a filter, the newest
+        first or in another order. Has no side effects and is safe to retry. A page
+        of more than 200 tokens may exceed gRPC's default message limit of 4 MiB.
+
+        One call examines at most 10,000 tokens, so that it takes the same time
+        however many tokens the account has. A page may therefore have fewer tokens
+        than requested, or none, and still have a `next_page_token` (AIP-158).
+        Some filters skip the tokens that do not match, so that the limit does not
+        matter: `expires_before`, `never_expires` and TOKEN_STATE_EXPIRED with
+        TOKEN_ORDER_EXPIRY, `unused_since` and `never_used` with
+        TOKEN_ORDER_LAST_USE, and `ids` with any order.
+        Errors: INVALID_ARGUMENT, also for a condition that this server does not
+        know; UNAVAILABLE.
         """
 
     @_abc_1.abstractmethod
@@ -489,12 +585,14 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_token_service_pb2.UpdateResponse, _abc.Awaitable[_token_service_pb2.UpdateResponse]]:
         """Changes the fields of a token that `update_mask` lists (AIP-134). Narrows the
         token if it lowers the scope, moves the expiry to an earlier time, removes a
-        permission, or permits fewer networks; otherwise it widens the token or
-        changes nothing that verifies depend on. An Update that does both narrows.
-        Idempotent: an Update that sets scope, expire_time, allowed_networks or
-        permissions to the values that they have returns a receipt for a later
-        position, once earlier changes are in effect everywhere.
-        Errors: INVALID_ARGUMENT, also for an unknown path; NOT_FOUND if the account
+        permission, permits fewer networks, or sets a rate limit with a lower rate or
+        a smaller burst; otherwise it widens the token or changes nothing that
+        verifies depend on. An Update that does both narrows.
+        Idempotent: an Update that sets scope, expire_time, allowed_networks,
+        permissions or rate_limit to the values that they have returns a receipt for
+        a later position, once earlier changes are in effect everywhere.
+        Errors: INVALID_ARGUMENT, also for an unknown path, and with the reason
+        EXPIRY_REQUIRED or EXPIRY_TOO_LATE as for Create; NOT_FOUND if the account
         has no live token with this id; ALREADY_EXISTS if another live token has the
         new name; FAILED_PRECONDITION; UNAVAILABLE, after which the change may or may
         not stand: retry.
@@ -571,6 +669,20 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def ReportSecret(
+        self,
+        request: _token_service_pb2.ReportSecretRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_token_service_pb2.ReportSecretResponse, _abc.Awaitable[_token_service_pb2.ReportSecretResponse]]:
+        """Marks up to 1,000 secrets as leaked, without ending them, for scanners that
+        leave the decision to the owners. The token shows when each of its secrets
+        was first reported (TokenSecret.leak_report_time). Changes no verdict.
+        Idempotent: repeating it keeps the first time. RevokeSecret sets the same
+        mark.
+        Errors: those of RevokeSecret.
+        """
+
+    @_abc_1.abstractmethod
     def DeleteAll(
         self,
         request: _token_service_pb2.DeleteAllRequest,
@@ -581,6 +693,27 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         the oldest first. Safe to retry: a repetition deletes what is left, and its
         receipt also covers the deletions before it.
         Errors: INVALID_ARGUMENT; UNAVAILABLE: retry.
+        """
+
+    @_abc_1.abstractmethod
+    def Import(
+        self,
+        request: _token_service_pb2.ImportRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_token_service_pb2.ImportResponse, _abc.Awaitable[_token_service_pb2.ImportResponse]]:
+        """Creates tokens whose secrets exist already, from the SHA-256 hashes of these
+        secrets, so that a platform can move here without new secrets. Needs a caller
+        with the role importer for all accounts, because the rows may name any.
+
+        Safe to repeat: a secret that a token has already is not imported again, also
+        if that secret or its token has ended, and its row has the outcome EXISTS.
+        Each row has a result, and a wrong row does not affect the others. All new
+        tokens are committed together. Verifies accept an imported secret if its
+        prefix is among LATCHKEY_IMPORTED_PREFIXES, on every server within
+        milliseconds, without notifications within a third of a lease. Rotate gives
+        an imported token a secret of this service.
+        Errors: INVALID_ARGUMENT if there are no tokens or too many;
+        FAILED_PRECONDITION; UNAVAILABLE: retry.
         """
 
     @_abc_1.abstractmethod
@@ -598,15 +731,28 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def GetLimits(
+        self,
+        request: _token_service_pb2.GetLimitsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_token_service_pb2.GetLimitsResponse, _abc.Awaitable[_token_service_pb2.GetLimitsResponse]]:
+        """Returns the limits for the tokens of an account that this caller creates or
+        changes, so that a page or a tool can offer only what is allowed. Has no side
+        effects and is safe to retry.
+        Errors: INVALID_ARGUMENT.
+        """
+
+    @_abc_1.abstractmethod
     def Verify(
         self,
         request: _token_service_pb2.VerifyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_token_service_pb2.VerifyResponse, _abc.Awaitable[_token_service_pb2.VerifyResponse]]:
         """Verifies a presented secret. Returns a verdict, not an error, for any
-        string. Safe to retry. Has two side effects: records the use of the token if
-        the verdict is VALID, and the first verify of a secret that Rotate made with
-        `retire_on_first_use` ends the older secrets.
+        string. Safe to retry. Has three side effects: if the verdict is VALID, it
+        records the use of the token and uses up its rate_limit, and the first
+        verify of a secret that Rotate made with `retire_on_first_use` ends the older
+        secrets.
         Errors: INVALID_ARGUMENT if more than 64 permissions are required;
         UNAVAILABLE or RESOURCE_EXHAUSTED if no safe answer is possible; treat all
         of them as "not allowed".
@@ -619,9 +765,10 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_token_service_pb2.BatchVerifyResponse, _abc.Awaitable[_token_service_pb2.BatchVerifyResponse]]:
         """Verifies up to 1,000 secrets with one look-up. Safe to retry, as Verify is.
-        The response contains each token with its labels, networks and permissions,
-        up to 27 MB. A client with gRPC's default message limit of 4 MiB must raise
-        the limit or send at most 150 requests at a time.
+        The response has at most 4 MiB, gRPC's default message limit. If the tokens
+        with all their labels, networks and permissions would take more, some of the
+        later responses omit these, and say so in details_omitted. Their verdicts take
+        everything into account. The tokens of up to 150 requests always fit.
         Errors: INVALID_ARGUMENT if there are no requests or too many; otherwise
         those of Verify.
         """

@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 
 __all__ = [
     "BATCH_VERIFY",
+    "IMPORTER",
     "MANAGER",
     "METHODS",
     "OPEN",
@@ -51,12 +52,19 @@ VERIFY_BYTES_MAX: Final = 16 * 1024
 # within the limit, 131,072 empty questions, takes 7 ms to parse.
 BATCH_VERIFY_BYTES_MAX: Final = 256 * 1024
 # The fields of a token: 16 labels of 318 characters, a name of 64 and a description of 256, each of
-# up to 4 bytes, 32 networks and 64 permissions take 28 KiB. A filter has labels and a name. The
-# slowest request within the limit, 4,000 labels, takes 0.3 ms to parse.
+# up to 4 bytes, 32 networks and 64 permissions take 28 KiB. The slowest request within the limit,
+# 4,000 labels, takes 0.3 ms to parse.
 TOKEN_BYTES_MAX: Final = 32 * 1024
-# 1,000 secrets of 68 characters take 70 KB. The slowest request within the limit, 65,000 empty
-# ones, takes some milliseconds to parse.
+# 1,000 ids of 30 characters, labels, and texts take 64 KiB. The slowest request within the limit,
+# 48,000 empty ids, takes 2 ms to parse.
+FILTER_BYTES_MAX: Final = 96 * 1024
+# 1,000 secrets of 128 characters, as long as imported ones may be, take 131 KB. The slowest request
+# within the limit, 65,000 empty ones, takes some milliseconds to parse.
 REVOKE_SECRET_BYTES_MAX: Final = 128 * 1024
+# 1,000 tokens with 500 bytes of name, account, hash, hint, times and labels each. Larger rows go in
+# smaller batches. The slowest request within the limit, 260,000 empty rows, takes some 15 ms to
+# parse; only importers may send one.
+IMPORT_BYTES_MAX: Final = 512 * 1024
 # A report of 1,000 uses takes up to 90 KB: a token's id, a hint, a count and two ages each. The
 # slowest message within the limit, 65,000 empty uses, takes 8 ms to parse.
 WATCH_BYTES_MAX: Final = 128 * 1024
@@ -78,7 +86,8 @@ VERIFIER: Final = "verifier"
 MANAGER: Final = "manager"
 OPERATOR: Final = "operator"
 REVOKER: Final = "revoker"
-ROLES: Final = (VERIFIER, MANAGER, OPERATOR, REVOKER)
+IMPORTER: Final = "importer"
+ROLES: Final = (VERIFIER, MANAGER, OPERATOR, REVOKER, IMPORTER)
 OPEN: Final = Rule(None)
 
 _TOKENS: Final = "/latchkey.v1.TokenService/"
@@ -94,7 +103,11 @@ METHODS: Final[Mapping[str, Rule]] = MappingProxyType(
         ),
         _TOKENS + "Get": Rule(MANAGER, AccountSource.REQUEST, audited=True),
         _TOKENS + "GetUsage": Rule(MANAGER, AccountSource.REQUEST, audited=True),
-        _TOKENS + "List": Rule(MANAGER, AccountSource.REQUEST, audited=True),
+        # Reads only settings and policy.
+        _TOKENS + "GetLimits": Rule(MANAGER, AccountSource.REQUEST),
+        _TOKENS + "List": Rule(
+            MANAGER, AccountSource.REQUEST, audited=True, bytes_max=FILTER_BYTES_MAX
+        ),
         _TOKENS + "Delete": Rule(MANAGER, AccountSource.REQUEST, audited=True),
         _TOKENS + "Update": Rule(
             MANAGER, AccountSource.REQUEST, audited=True, bytes_max=TOKEN_BYTES_MAX
@@ -104,17 +117,24 @@ METHODS: Final[Mapping[str, Rule]] = MappingProxyType(
         _TOKENS + "Rotate": Rule(MANAGER, AccountSource.REQUEST, audited=True),
         _TOKENS + "RetireSecrets": Rule(MANAGER, AccountSource.REQUEST, audited=True),
         _TOKENS + "DeleteAll": Rule(
-            MANAGER, AccountSource.REQUEST, audited=True, bytes_max=TOKEN_BYTES_MAX
+            MANAGER, AccountSource.REQUEST, audited=True, bytes_max=FILTER_BYTES_MAX
         ),
         # The secrets may belong to any account.
         _TOKENS + "RevokeSecret": Rule(
             REVOKER, AccountSource.ALL, audited=True, bytes_max=REVOKE_SECRET_BYTES_MAX
         ),
+        _TOKENS + "ReportSecret": Rule(
+            REVOKER, AccountSource.ALL, audited=True, bytes_max=REVOKE_SECRET_BYTES_MAX
+        ),
+        # The rows may belong to any account.
+        _TOKENS + "Import": Rule(
+            IMPORTER, AccountSource.ALL, audited=True, bytes_max=IMPORT_BYTES_MAX
+        ),
         "/latchkey.v1.StatusService/GetStatus": Rule(OPERATOR),
         "/latchkey.v1.MaintenanceService/InvalidateAll": Rule(
             OPERATOR, AccountSource.ALL, audited=True
         ),
-        "/latchkey.v1.AuditService/List": Rule(OPERATOR, AccountSource.REQUEST),
+        "/latchkey.v1.AuditService/List": Rule(OPERATOR, AccountSource.REQUEST, audited=True),
         "/grpc.health.v1.Health/Check": OPEN,
         "/grpc.health.v1.Health/Watch": OPEN,
         # Served only with LATCHKEY_REFLECTION.

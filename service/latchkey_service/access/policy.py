@@ -7,6 +7,16 @@
     accounts = ["acme", "team-*"]       # default: every account
     rates = { verifier = 5000 }         # default: no limit
     watches = 200                       # default: half of a process's limit
+    reports_people = true               # whether it names the person it acts for; default: no
+
+    [callers.portal]
+    certificates = ["portal.internal"]
+    roles = ["manager"]
+    max_ttl = "90d"                     # of the tokens that it creates; default: no limit
+
+    [accounts."team-*"]
+    max_ttl = "30d"                     # of the tokens of these accounts, whoever creates them
+    require_expiry = true               # included in max_ttl
 
     [roles.auditor]                     # in addition to verifier, manager and operator
     methods = ["/latchkey.v1.AuditService/List"]
@@ -19,14 +29,23 @@ import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Final, TypeVar
+from hashlib import sha256
+from typing import Annotated, Final, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from latchkey_service.access.credentials import DIGEST
 from latchkey_service.access.methods import METHODS, ROLES
 from latchkey_service.access.rates import RateLimits, limits_for
 from latchkey_service.identifiers import ACCOUNT_ID
+from latchkey_service.lifetime import NO_RULES, Lifetime, LifetimeRules, duration_in
 from latchkey_service.secret_format import redact_secrets
 
 __all__ = [
@@ -86,6 +105,9 @@ class Caller:
     accounts: Accounts | None = None
     rates: RateLimits | None = field(default=None, compare=False)
     watches_max: int = WATCHES_MAX
+    reports_people: bool = False
+    """Whether the audit log records the person that the caller says it acts for."""
+    lifetimes: LifetimeRules = field(default=NO_RULES, compare=False)
 
 
 # Without a policy, every call runs as this caller.
@@ -104,6 +126,8 @@ class Policy:
 
     unidentified: tuple[str, ...] = ()
     """Callers with neither certificate nor credential, which no call can be from."""
+    digest: str = ""
+    """SHA-256 of the text, in hexadecimal."""
 
     @property
     def callers(self) -> frozenset[str]:
@@ -129,6 +153,7 @@ def parse(text: str) -> Policy:
     roles |= {name: frozenset(table.methods) for name, table in document.roles.items()}
     certificates: dict[str, Caller] = {}
     credentials: dict[bytes, Caller] = {}
+    accounts = {name: table.lifetime for name, table in document.accounts.items()}
     unidentified = []
     for name, table in document.callers.items():
         where = _path(("callers", name))
@@ -141,6 +166,8 @@ def parse(text: str) -> Policy:
             None if table.accounts is None else _accounts(table.accounts),
             limits_for(table.rates, restricted=table.accounts is not None),
             table.watches,
+            table.reports_people,
+            LifetimeRules(table.lifetime, accounts),
         )
         if not table.certificates and not table.credentials:
             unidentified.append(name)
@@ -154,7 +181,8 @@ def parse(text: str) -> Policy:
             owner = credentials.setdefault(bytes.fromhex(digest), caller)
             if owner is not caller:
                 raise PolicyError(f"{where}.credentials: a digest already belongs to {owner.name}")
-    return Policy(certificates, credentials, tuple(unidentified))
+    digest = sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return Policy(certificates, credentials, tuple(unidentified), digest)
 
 
 def is_name(text: str) -> bool:
@@ -201,6 +229,17 @@ def _account(text: str) -> str:
     return text
 
 
+def _limited_account(text: str) -> str:
+    if not _ACCOUNT.fullmatch(text):
+        raise ValueError(f"{text!r} is neither an account nor a prefix such as 'team-*'")
+    return text
+
+
+def _duration(text: str) -> str:
+    duration_in(text)
+    return text
+
+
 def _method(text: str) -> str:
     if text not in METHODS:
         raise ValueError(f"unknown method {text!r}")
@@ -228,11 +267,32 @@ _Item = TypeVar("_Item", bound=str)
 _Unique = Annotated[list[_Item], AfterValidator(_unique)]
 
 
-class _Caller(_Table):
+class _Limited(_Table):
+    max_ttl: Annotated[str, AfterValidator(_duration)] | None = None
+    require_expiry: bool | None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.max_ttl is not None and self.require_expiry is False:
+            raise ValueError("max_ttl requires an expiry; remove require_expiry = false")
+        return self
+
+    @property
+    def lifetime(self) -> Lifetime:
+        ttl = None if self.max_ttl is None else duration_in(self.max_ttl)
+        return Lifetime(ttl, bool(self.require_expiry))
+
+
+class _Account(_Limited):
+    pass
+
+
+class _Caller(_Limited):
     accounts: _Unique[Annotated[str, AfterValidator(_account)]] | None = None
     certificates: _Unique[Annotated[str, AfterValidator(_certificate)]] = []
     credentials: _Unique[Annotated[str, AfterValidator(_digest)]] = []
     rates: dict[Annotated[str, AfterValidator(_built_in)], _Rate] | None = None
+    reports_people: bool = False
     roles: _Unique[str] = []
     watches: Annotated[int, Field(ge=0, le=WATCHES_MAX * 2)] = WATCHES_MAX
 
@@ -242,12 +302,18 @@ class _Role(_Table):
 
 
 class _Document(_Table):
+    accounts: dict[Annotated[str, AfterValidator(_limited_account)], _Account] = {}
     callers: dict[Annotated[str, AfterValidator(_name)], _Caller] = {}
     roles: dict[Annotated[str, AfterValidator(_own_role)], _Role] = {}
 
 
 # The models of the tables, by the first part of their paths.
-_TABLES: Final[Mapping[str, type[_Table]]] = {"": _Document, "callers": _Caller, "roles": _Role}
+_TABLES: Final[Mapping[str, type[_Table]]] = {
+    "": _Document,
+    "accounts": _Account,
+    "callers": _Caller,
+    "roles": _Role,
+}
 
 
 def _accounts(accounts: list[str]) -> Accounts:
@@ -274,7 +340,7 @@ def _describe(error: ValidationError) -> str:
         match kind:
             case "extra_forbidden":
                 known = _TABLES["" if len(where) == 1 else str(where[0])].model_fields
-                message = f"unknown key; known: {', '.join(known)}"
+                message = f"unknown key; known: {', '.join(sorted(known))}"
             case "model_type" | "dict_type":
                 message = "must be a table"
             case "list_type":

@@ -2,6 +2,6 @@
 
 Owns the audit table, and which failed calls are recorded when they are frequent.
 
-Imports: postgres, settings.
+Imports: coherence, postgres, settings.
 Begin with `audit_log.py`.
 """

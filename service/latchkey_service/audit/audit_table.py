@@ -5,9 +5,21 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, NamedTuple
 
+from latchkey_service.coherence.snapshot import SNAPSHOT, Snapshot, snapshot_of
 from latchkey_service.postgres.connections import Pool, retry_on_conflict
 
-__all__ = ["DENIED_CODES", "AuditTable", "Cursor", "Entry", "Filter", "NewEntry"]
+__all__ = [
+    "DENIED_CODES",
+    "DETAIL_COLUMNS",
+    "DETAIL_VALUES",
+    "ENTRY_COLUMNS",
+    "POLICY_IN_FORCE",
+    "AuditTable",
+    "Cursor",
+    "Entry",
+    "Filter",
+    "NewEntry",
+]
 
 # PERMISSION_DENIED and UNAUTHENTICATED.
 DENIED_CODES: Final = (7, 16)
@@ -15,6 +27,20 @@ _OUTCOMES: Final = {
     1: "a.code = 0",
     2: "a.code IN (7, 16)",
     3: "a.code NOT IN (0, 7, 16)",
+}
+# Stands in an entry for a method: a worker has put a policy in force.
+POLICY_IN_FORCE: Final = "/latchkey.v1.Policy/InForce"
+# The columns of an entry, in the order of the fields of `Entry`.
+ENTRY_COLUMNS: Final = (
+    "a.id, a.time, a.caller, a.method, a.account_id, a.token_id, a.peer, a.request_id, a.code,"
+    " a.reason, a.calls, a.person, a.client_address, a.call_id"
+)
+# For the statements of changes, which write their entries themselves.
+DETAIL_COLUMNS: Final = "person, client_address, call_id"
+# Their values, by the number of the parameter that is a list of them.
+DETAIL_VALUES: Final = {
+    number: f"(${number}::text[])[1], (${number}::text[])[2], (${number}::text[])[3]"
+    for number in range(1, 50)
 }
 
 
@@ -31,6 +57,9 @@ class NewEntry(NamedTuple):
     code: int
     reason: str
     calls: int
+    person: str = ""
+    client_address: str = ""
+    call_id: str = ""
 
 
 class Entry(NamedTuple):
@@ -47,6 +76,9 @@ class Entry(NamedTuple):
     code: int
     reason: str
     calls: int
+    person: str
+    client_address: str
+    call_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,52 +115,38 @@ class AuditTable:
             await session.execute(
                 """
                 INSERT INTO audit (time, caller, method, account_id, token_id, peer, request_id,
-                                   code, reason, calls)
+                                   code, reason, calls, person, client_address, call_id)
                 SELECT * FROM unnest($1::timestamptz[], $2::text[], $3::text[], $4::text[],
                                      $5::text[], $6::text[], $7::text[], $8::smallint[],
-                                     $9::text[], $10::bigint[])
+                                     $9::text[], $10::bigint[], $11::text[], $12::text[],
+                                     $13::text[])
                 """,
                 *(list(column) for column in zip(*entries, strict=True)),
             )
 
     @retry_on_conflict
-    async def list(self, wanted: Filter, after: Cursor | None, limit: int) -> list[Entry]:
-        """Return up to `limit` entries after a position, newest first."""
+    async def list(
+        self, wanted: Filter, after: Cursor | None, limit: int
+    ) -> tuple[list[Entry], Snapshot]:
+        """Return up to `limit` entries after a position, newest first, and the read's snapshot."""
         conditions, arguments = _conditions(wanted, after)
         async with self._pool.session() as session:
             rows = await session.fetch(
                 f"""
-                SELECT a.id, a.time, a.caller, a.method, a.account_id, a.token_id, a.peer,
-                       a.request_id, a.code, a.reason, a.calls
-                  FROM audit a
-                 WHERE {" AND ".join(conditions) or "true"}
-                 ORDER BY a.time DESC, a.id DESC
-                 LIMIT ${len(arguments) + 1}
+                SELECT h.revision, h.mark, h.timeline, page.*
+                  FROM {SNAPSHOT}
+                  LEFT JOIN (
+                       SELECT {ENTRY_COLUMNS}
+                         FROM audit a
+                        WHERE {" AND ".join(conditions) or "true"}
+                        ORDER BY a.time DESC, a.id DESC
+                        LIMIT ${len(arguments) + 1}) page ON true
+                 ORDER BY page.time DESC, page.id DESC
                 """,  # noqa: S608 - constants and numbers only
                 *arguments,
                 limit,
             )
-        return [Entry(*row) for row in rows]
-
-    @retry_on_conflict
-    async def purge(self, before: datetime, limit: int) -> int:
-        """Delete up to `limit` entries older than `before`. Return how many were deleted."""
-        async with self._pool.session() as session, session.transaction():
-            # The table's trigger requires this in the same transaction.
-            await session.execute("SET LOCAL latchkey.audit_retention = 'on'")
-            status = await session.execute(
-                """
-                DELETE FROM audit
-                 WHERE id IN (SELECT id FROM audit
-                               WHERE time < $1
-                               ORDER BY time
-                               LIMIT $2
-                                 FOR UPDATE SKIP LOCKED)
-                """,
-                before,
-                limit,
-            )
-        return int(status.removeprefix("DELETE "))
+        return [Entry(*row[3:]) for row in rows if row[3] is not None], snapshot_of(rows[0])
 
 
 def _conditions(wanted: Filter, after: Cursor | None) -> tuple[list[str], list[Any]]:

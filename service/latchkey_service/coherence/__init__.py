@@ -10,7 +10,7 @@ Pure, with the clock passed in:
 - `snapshot`: where a read was taken.
 
 Around them:
-- `lease_renewer` registers, renews the lease and reads the log; `notify_listener` wakes it.
+- `lease_renewer` registers, renews the lease and reads the log. `notify_listener` wakes it.
 - `watch_sessions` serves clients; each session is pure. `watch_events` has the messages, and
   `use_reports` limits the reports of uses.
 - `ack_waiter` lets Deletes wait.

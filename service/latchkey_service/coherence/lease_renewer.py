@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from latchkey_service.coherence.ack_rules import DeadVerifierDetector
@@ -46,6 +46,13 @@ REMOVE_SECONDS = 1.0
 WAITING_MAX = 10_000
 # A healthy client confirms within milliseconds. The log names a client that needs longer than this.
 WAITED_SECONDS = 0.5
+# To find dead rows, a process reads all rows. If every process did so often, the cost would grow
+# with the square of their number. So only those with the lowest ids read them once per lease. The
+# others read them rarely, in case all of those are dead.
+DETECTORS = 8
+OTHERS_DETECT_SECONDS = 60.0
+# A statement that takes longer suggests that Postgres does not answer.
+SLOW_SECONDS = 0.25
 # Reads of the log until one has begun after a wake-up, because an earlier one may be in progress.
 READS_OF_LOG_MAX = 2
 
@@ -58,6 +65,7 @@ class LeaseRenewer:
         state: VerifierState[Any],
         identity: Identity,
         primary: Primary,
+        connect: "Callable[[], Awaitable[Connection]]",
         clock: Callable[[], float],
     ) -> None:
         self.state = state
@@ -69,14 +77,16 @@ class LeaseRenewer:
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._log = logger()
-        self._connection = DedicatedConnection(primary.connect)
+        self._connection = DedicatedConnection(connect)
         self._incarnation = 0
         self._detector = DeadVerifierDetector()
         self._woken = asyncio.Event()
         self._news = True
-        self._next_renewal = -math.inf
+        self._next_renewal = self._next_detection = -math.inf
         self._retry_at = -math.inf
         self._failing = False
+        # When the statement in progress began.
+        self._busy_since = math.inf
         self._row_lost = False
         self._waiting_for: list[str] = []
         self.renewals = self.failures = self.registrations = 0
@@ -114,6 +124,10 @@ class LeaseRenewer:
         left.
         """
         self._woken.set()
+
+    def in_doubt(self) -> bool:
+        """Return whether Postgres seems to fail: the last renewal failed, or one is slow."""
+        return self._failing or self._clock() - self._busy_since > SLOW_SECONDS
 
     def has_lease(self) -> bool:
         """Return whether verifies may be answered."""
@@ -169,12 +183,14 @@ class LeaseRenewer:
     async def run(self) -> None:
         """Renew until cancelled."""
         while True:
+            self._busy_since = self._clock()
             try:
                 await self._renew_once()
             except Exception as error:  # noqa: BLE001 - whatever the error, the lease ends
                 self._fail(error)
             else:
                 self._succeed()
+            self._busy_since = math.inf
             await self._pause()
 
     async def stop(self, *, remove: bool) -> None:
@@ -228,7 +244,8 @@ class LeaseRenewer:
         await self._renew(row, acknowledgeable)
         if due and state.registered:
             state.sweep(self._clock())
-            await self._remove_dead(row)
+            if self._clock() >= self._next_detection:
+                await self._remove_dead(row)
 
     async def _register(self, row: OwnRow) -> None:
         self._incarnation += 1
@@ -331,6 +348,12 @@ class LeaseRenewer:
         """Remove the rows of dead processes, so that no further Delete waits for them (rule 9)."""
         asked = self._clock()
         rows = await row.all_rows()
+        lower = sum(other.id < self._identity.id for other in rows)
+        self._next_detection = asked + (
+            self.state.lease_seconds
+            if lower < DETECTORS
+            else jittered(OTHERS_DETECT_SECONDS, random.random())  # noqa: S311 - jitter
+        )
         for dead in self._detector.dead(rows, asked, self._clock()):
             if await row.remove_dead(dead):
                 self._log.warning("dead verifier removed", verifier=dead.id)
@@ -371,7 +394,7 @@ class LeaseRenewer:
         elif not self._failing:
             self._log.warning("the lease cannot be renewed", cause=type(error.__cause__).__name__)
         self._failing = self._news = True
-        self._next_renewal = -math.inf
+        self._next_renewal = self._next_detection = -math.inf
         self._retry_at = self._clock() + _pause_after_failure()
         self._wake_waiters(StoreUnavailable(NO_ANSWER))
         read, self._read = self._read, None

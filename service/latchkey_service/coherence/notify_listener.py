@@ -1,7 +1,8 @@
 """Wakes the lease renewer when a Delete notifies the verifiers (rule 10).
 
-Owns the listening connection and the check that notifications arrive. A notification is only a
-hint: without it, a Delete takes up to a third of a lease longer, and nothing else changes.
+Owns LISTEN on the lease renewer's connection, and the check that notifications arrive. A
+notification is only a hint: without it, a Delete takes up to a third of a lease longer, and nothing
+else changes.
 """
 
 import asyncio
@@ -24,7 +25,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Notifications", "NotifyListener"]
 
-RETRY_SECONDS = 1.0
+# Between probes. A probe wakes every listener of the database, so probes of all processes cost the
+# square of their number. A connection that is dead is noticed without one, because the lease is
+# renewed on it. A probe notices a pooler that keeps the notifications to itself.
+PROBE_SECONDS = 30.0
+# Between probes while none arrives.
+RETRY_SECONDS = 2.0
 # Minimum time limit of a probe. With a shorter one, a busy machine would look like a broken
 # connection.
 PROBE_TIMEOUT_SECONDS_MIN = 0.25
@@ -40,13 +46,13 @@ class Notifications(enum.IntEnum):
 
 
 class NotifyListener:
-    """Listens on a dedicated connection and calls `wake`. `state` says whether notifications
-    arrive.
+    """Listens on the connections that `connect` returns, and calls `wake`. `state` says whether
+    notifications arrive.
 
-    A connection may be dead without an error, and a pooler may accept LISTEN but never deliver the
-    notifications. So the listener regularly sends a probe to itself with `notify`, and detects a
-    failure within `interval_seconds`. It sends the probe over another connection: a server session
-    behind a pooler delivers its own notifications to the client that it serves at that moment.
+    A pooler may accept LISTEN but never deliver the notifications. So the listener sends a probe to
+    itself with `notify` after each connect, and then at intervals. It sends the probe over another
+    connection: a server session behind a pooler delivers its own notifications to the client that
+    it serves at that moment.
     """
 
     def __init__(
@@ -60,49 +66,65 @@ class NotifyListener:
         enabled: bool,
     ) -> None:
         self.state = Notifications.UNKNOWN if enabled else Notifications.OFF
-        self._enabled = enabled
         self._connect = connect
         self._notify = notify
         self._wake = wake
-        # The pause before a probe takes the first half of the interval. The probe must arrive in
-        # the second half.
-        self._pause_seconds = interval_seconds / 2
         self._timeout_seconds = max(interval_seconds / 2, PROBE_TIMEOUT_SECONDS_MIN)
         # Contains this process's name, to distinguish its probes from those of others.
         self._probes = (f"probe {name} {number}" for number in itertools.count())
         self._expected = ""
         self._arrived = asyncio.Event()
+        # Set by a new connection, which has not been tested.
+        self._connected = asyncio.Event()
         self._log = logger()
 
+    async def connect(self) -> "Connection":
+        """Return a new connection that listens, for the lease renewer. Raises StoreUnavailable.
+
+        The caller reads the log after it has connected, so a notification that it missed before has
+        no effect.
+        """
+        connection = await self._connect()
+        if self.state is Notifications.OFF:
+            return connection
+        if self.state is Notifications.ARRIVE:
+            # They arrived on the earlier connection.
+            self._becomes(Notifications.UNKNOWN)
+        try:
+            with translate_errors():
+                await connection.add_listener(CHANNEL, self._receive)
+        except StoreUnsupported:
+            self._becomes(Notifications.OFF)
+        except BaseException:
+            connection.terminate()
+            raise
+        else:
+            self._connected.set()
+        return connection
+
     async def run(self) -> None:
-        """Listen until cancelled, or until the engine turns out not to support notifications."""
-        while self._enabled:
+        """Test each new connection, and later at intervals, until cancelled."""
+        while self.state is not Notifications.OFF:
+            pause = PROBE_SECONDS if self.state is Notifications.ARRIVE else RETRY_SECONDS
             try:
-                await self._listen()
+                async with asyncio.timeout(jittered(pause, random.random())):  # noqa: S311 - jitter
+                    await self._connected.wait()
+            except TimeoutError:
+                if self.state is Notifications.UNKNOWN:
+                    # Not connected yet, or not again.
+                    continue
+            self._connected.clear()
+            try:
+                arrived = await self._arrives()
             except StoreUnsupported:
                 self._becomes(Notifications.OFF)
                 return
             except StoreUnavailable:
-                self._becomes(Notifications.SILENT)
+                arrived = False
             except Exception as error:  # noqa: BLE001 - logged, and tried again
                 self._log.warning("listening failed", error=type(error).__name__)
-                self._becomes(Notifications.SILENT)
-            await asyncio.sleep(jittered(RETRY_SECONDS, random.random()))  # noqa: S311 - jitter
-
-    async def _listen(self) -> None:
-        """Listen and send probes until the connection fails or a probe does not arrive."""
-        connection = await self._connect()
-        try:
-            with translate_errors():
-                await connection.add_listener(CHANNEL, self._receive)
-            # Earlier notifications were missed.
-            self._wake()
-            while not connection.is_closed() and await self._arrives():
-                self._becomes(Notifications.ARRIVE)
-                await asyncio.sleep(self._pause_seconds)
-            self._becomes(Notifications.SILENT)
-        finally:
-            connection.terminate()
+                arrived = False
+            self._becomes(Notifications.ARRIVE if arrived else Notifications.SILENT)
 
     async def _arrives(self) -> bool:
         self._arrived.clear()
@@ -124,5 +146,7 @@ class NotifyListener:
     def _becomes(self, state: Notifications) -> None:
         if state != self.state:
             self.state = state
-            log = self._log.info if state is Notifications.ARRIVE else self._log.warning
+            log = self._log.warning
+            if state in (Notifications.ARRIVE, Notifications.UNKNOWN):
+                log = self._log.info
             log("notifications changed", state=state.name)

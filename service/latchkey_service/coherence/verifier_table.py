@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CHANNEL",
+    "LIFECYCLE_RULES",
     "NOTIFY",
+    "RATE_RULES",
     "Identity",
     "OwnRow",
     "Registration",
@@ -139,8 +141,11 @@ def _log(rows: "Sequence[asyncpg.Record | tuple[Any, ...]]") -> Log:
 
 
 # The rules by which this release judges tokens, in `verifier.rules`. Releases that report 0 know
-# only scope, expiry and deletion.
-RULES = 1
+# only scope, expiry and deletion. Those that report 1 do not seal the rows of tokens, and those
+# that report 2 do not know rate limits.
+LIFECYCLE_RULES = 1
+RATE_RULES = 3
+RULES = RATE_RULES
 
 
 @dataclass(frozen=True, slots=True)

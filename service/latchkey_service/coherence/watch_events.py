@@ -1,8 +1,9 @@
 """The messages of a Watch stream, as values. `rpc/token_service.py` converts them to protobuf."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from latchkey_coherence.rate import RateLimit
 from latchkey_coherence.verdict_cache import Position
 
 __all__ = [
@@ -10,10 +11,13 @@ __all__ = [
     "Event",
     "Grant",
     "Invalidation",
+    "IssuedCalls",
     "ReportReceived",
     "ReportedUse",
     "Request",
     "Reset",
+    "Shares",
+    "WantedCalls",
 ]
 
 
@@ -27,14 +31,37 @@ class ReportedUse(NamedTuple):
     last_age_seconds: float
 
 
+class WantedCalls(NamedTuple):
+    """The calls of a token with a rate limit that a client asks for."""
+
+    token_id: str
+    calls: int
+
+
+class IssuedCalls(NamedTuple):
+    """Calls that a client may accept: token ids, numbers, and limits under which they count."""
+
+    calls: Sequence[tuple[str, int, RateLimit]]
+    ends: float
+    """Until when, in seconds on the process's clock."""
+
+
 class Request(NamedTuple):
-    """A message from a client. `report` is the number of the report of `uses`, 0 without one."""
+    """A message from a client.
+
+    `report` is the number of its report, which has `use_count` uses, or 0 without a report.
+    `shares_number` is that of its question for `wanted`, or 0 without a question.
+    """
 
     applied: Position
     number: int
     released: bool
     report: int = 0
-    uses: Sequence[ReportedUse] = ()
+    use_count: int = 0
+    uses: Iterable[ReportedUse] = ()
+    """Read at most once."""
+    shares_number: int = 0
+    wanted: Sequence[WantedCalls] = ()
 
 
 class Invalidation(NamedTuple):
@@ -68,4 +95,12 @@ class ReportReceived(NamedTuple):
     report: int
 
 
-Event = Invalidation | Grant | Reset | Closing | ReportReceived
+class Shares(NamedTuple):
+    """The calls that the client asked for with this number, and how long they may be spent."""
+
+    number: int
+    calls: Sequence[tuple[str, int, RateLimit]]
+    seconds: float
+
+
+Event = Invalidation | Grant | Reset | Closing | ReportReceived | Shares

@@ -12,12 +12,13 @@ import asyncio
 import contextlib
 import math
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any
 
 from latchkey_coherence.verdict_cache import NOWHERE, Position
 
 from latchkey_service.coherence.client_leases import ClientLease
+from latchkey_service.coherence.share_questions import DrawCalls, ShareQuestions, no_calls
 from latchkey_service.coherence.use_reports import UseReports
 from latchkey_service.coherence.verifier_state import VerifierState
 from latchkey_service.coherence.watch_events import (
@@ -92,6 +93,7 @@ class WatchSession:
         """Whether the client was asked to move. It gets no further grant."""
         self._closing_sent = False
         self.use_reports = UseReports()
+        self.share_questions = ShareQuestions()
 
     @property
     def wants_grant(self) -> bool:
@@ -157,6 +159,8 @@ class WatchSession:
         events: list[Event] = []
         if report := self.use_reports.confirm(now):
             events.append(ReportReceived(report))
+        if shares := self.share_questions.take(now):
+            events.append(shares)
         if state.registered:
             self._settle(events)
         if self.closing and not self._closing_sent:
@@ -274,7 +278,8 @@ class WatchSessions:
         *,
         enabled: bool,
         stream_seconds: float = math.inf,
-        on_uses: Callable[[str, Sequence[ReportedUse]], None] = lambda _caller, _uses: None,
+        on_uses: Callable[[str, Iterable[ReportedUse]], None] = lambda _caller, _uses: None,
+        draw_calls: DrawCalls = no_calls,
     ) -> None:
         self._state = state
         self._clock = clock
@@ -284,6 +289,7 @@ class WatchSessions:
         self._read_log = read_log
         # Called with the uses that a client reports, and the name of its caller.
         self._on_uses = on_uses
+        self._draw_calls = draw_calls
         self._enabled = enabled
         self._stream_seconds = stream_seconds
         self._streams: set[_Stream] = set()
@@ -336,6 +342,7 @@ class WatchSessions:
                 reader.result()
         finally:
             reader.cancel()
+            stream.session.share_questions.close()
             self._streams.discard(stream)
             self._lease_released.set()
 
@@ -408,9 +415,11 @@ class WatchSessions:
             now = self._clock()
             # First, because `released` ends the stream.
             if request.report and stream.session.use_reports.accept(
-                request.report, len(request.uses), now
+                request.report, request.use_count, now
             ):
                 self._on_uses(caller, request.uses)
+            questions = stream.session.share_questions
+            questions.receive(request, self._draw_calls, stream.changed.set)
             stream.session.receive(request, now)
             if stream.session.released:
                 self._lease_released.set()

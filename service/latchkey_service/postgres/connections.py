@@ -51,7 +51,7 @@ IDLE_SECONDS = 5.0
 TRIAL_TIMEOUT_SECONDS = 0.5
 # One connection for each call in progress (`managed_calls.CONCURRENCY_LIMITS`), one for each
 # receipt being written (`management.CONFIRMING_MAX`), and two for background work.
-POOL_SIZE_MAX = 18
+POOL_SIZE_MAX = 19
 # Attempts at a transaction that conflicts with others. The longest random pause between attempts
 # starts at the first delay and doubles up to the second. That takes about half a second in total,
 # enough for hundreds of transactions.

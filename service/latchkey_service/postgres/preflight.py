@@ -29,7 +29,7 @@ __all__ = [
     "warn_of_unbounded_role",
 ]
 
-# Of each worker: for the lease, for notifications, and for look-ups.
+# Of each worker: for the lease, for look-ups, and for background work.
 IDLE_CONNECTIONS: Final = 3
 # In each round the pooler chooses a server connection three times. To go unnoticed, a pooler in
 # transaction mode would have to choose like one in session mode every time.

@@ -84,6 +84,18 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "latchkey_lookup_seconds": Family("histogram", (), "time of look-up queries"),
     "latchkey_lookup_failures": Family("counter", (), "look-up queries that failed"),
     "latchkey_lookup_waiting": Family("gauge", (), "secrets that wait for a look-up query"),
+    "latchkey_imported_lookups": Family(
+        "counter",
+        ("result",),
+        "imported secrets that were not cached, by what became of them: found, absent, remembered, "
+        "rejected",
+    ),
+    "latchkey_imported_lookup_waiting": Family(
+        "gauge", (), "digests of imported secrets that wait for a look-up query"
+    ),
+    "latchkey_rate_draws": Family(
+        "counter", (), "statements that drew calls of tokens with a rate limit"
+    ),
     "latchkey_pool_connections": Family(
         "gauge", ("state",), "pooled connections to Postgres: used, idle"
     ),
@@ -105,6 +117,22 @@ FAMILIES: Final[Mapping[str, Family]] = {
         "audit entries of reads and failures: written, lost, aggregated (counted in another entry)",
     ),
     "latchkey_audit_waiting": Family("gauge", (), "audit entries that wait to be written"),
+    "latchkey_audit_newest_batch": Family(
+        "gauge", (), "number of the newest sealed batch of audit entries"
+    ),
+    "latchkey_audit_regressions": Family(
+        "counter", (), "times that sealed audit entries were missing or different"
+    ),
+    "latchkey_tokens_expiring": Family(
+        "gauge", ("within",), "tokens of the whole database that expire within 1d, 7d, 30d"
+    ),
+    "latchkey_webhook_deliveries": Family(
+        "counter", ("result",), "attempts to deliver an event: delivered, failed, abandoned"
+    ),
+    "latchkey_webhook_events": Family("gauge", (), "events that are not delivered, of all workers"),
+    "latchkey_webhook_oldest_event_seconds": Family(
+        "gauge", (), "age of the oldest event that is not delivered"
+    ),
     "latchkey_connections": Family("gauge", (), "clients' connections at the last inspection"),
     "latchkey_connections_ended": Family(
         "counter",

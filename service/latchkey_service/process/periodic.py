@@ -6,22 +6,26 @@ Owns when these tasks run. It owns neither their SQL nor the lease (`coherence/l
 import asyncio
 import os
 import random
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 
-from latchkey_service.audit.audit_table import AuditTable
+from latchkey_service.audit.audit_sealer import AuditSealer
 from latchkey_service.coherence.verifier_table import VerifierTable
 from latchkey_service.errors import Overloaded, StoreUnavailable, Unavailable
 from latchkey_service.postgres.circuit_breaker import jittered
 from latchkey_service.rpc.counters import Counts
 from latchkey_service.settings.logs import logger
 from latchkey_service.tokens import fleet
+from latchkey_service.tokens.event_store import EventStore
+from latchkey_service.tokens.event_table import Outbox
 from latchkey_service.tokens.lifecycle import REQUEST_AGE_MAX
-from latchkey_service.tokens.token_store import TokenStore
+from latchkey_service.tokens.rate_table import RateTable
 from latchkey_service.tokens.upkeep_store import UpkeepStore
 from latchkey_service.tokens.usage_table import UsageTable
 
 __all__ = [
+    "announce_expiring",
+    "count_expiring",
     "follow_peppers",
     "follow_verifier",
     "log_counts",
@@ -33,9 +37,10 @@ __all__ = [
     "purge_usage",
 ]
 
-# Health reports a failure of Postgres within this time plus PROBE_TIMEOUT_SECONDS, and a recovery
-# sooner.
-PROBE_SECONDS = 0.5
+# The check for health is a query. While renewals and look-ups succeed, it is rare. If one has
+# failed, or a renewal is slow, the check follows within LOOK_SECONDS.
+PROBE_SECONDS = 5.0
+LOOK_SECONDS = 0.5
 PROBE_SECONDS_WHILE_DOWN = 0.1
 PROBE_TIMEOUT_SECONDS = 1.0
 SUMMARY_SECONDS = 60.0
@@ -43,13 +48,20 @@ PURGE_SECONDS = 3_600.0
 # Small enough that nobody notices the locks.
 PURGE_BATCH = 1_000
 PRUNE_SECONDS = 60.0
+# Thresholds are days, so minutes do not matter.
+EXPIRING_SECONDS = 300.0
+EXPIRING_CHECK_SECONDS = 60.0
+# For the metrics.
+EXPIRING_DAYS = (1, 7, 30)
 # The log keeps invalidations for this many leases (coherence rule 11), and for some minutes at
 # least, so that a client need not start over after a short interruption.
 KEPT_LEASES = 10
 KEPT_SECONDS_MIN = 600.0
 # Each check reads two small tables. A host that lacks a pepper rejects valid tokens, so the warning
-# should come soon.
+# should come soon. Every process checks, so with many processes each does so less often: this many
+# rows take a check's time.
 PEPPER_CHECK_SECONDS = 10.0
+PEPPER_CHECK_ROWS = 20
 # Used until this process has registered, which it does as soon as the database answers.
 PEPPER_CHECK_SECONDS_AT_START = 0.5
 
@@ -60,12 +72,15 @@ Gauges = Callable[[], Mapping[str, int]]
 async def follow_verifier(
     check: Callable[[float], Awaitable[None]],
     clock: Callable[[], float],
+    in_doubt: Callable[[], bool],
+    failures: Callable[[], int],
     set_serving: Callable[[bool], None],
 ) -> None:
     """Report on health whether verifies that need a look-up succeed. Runs until cancelled.
 
     `check` does the same as such a verify, on the same connection: another connection may lead to
     another server and work (coherence rule 12). Its argument is its deadline, by `clock`.
+    `in_doubt` says whether renewals fail or are slow, and `failures` how many look-ups have failed.
     """
     log = logger()
     # Health starts at NOT_SERVING, before the first check.
@@ -86,8 +101,18 @@ async def follow_verifier(
             set_serving(answers)
             (log.info if answers else log.warning)("health", serving=answers)
             serving = answers
-        pause = PROBE_SECONDS if serving else PROBE_SECONDS_WHILE_DOWN
-        await asyncio.sleep(jittered(pause, random.random()))  # noqa: S311 - jitter
+        if not serving:
+            await asyncio.sleep(
+                jittered(PROBE_SECONDS_WHILE_DOWN, random.random())  # noqa: S311 - jitter
+            )
+            continue
+        failed, until = failures(), clock() + PROBE_SECONDS
+        while True:
+            # At least once: otherwise a check that succeeds while renewals fail would repeat
+            # without a pause.
+            await asyncio.sleep(jittered(LOOK_SECONDS, random.random()))  # noqa: S311 - jitter
+            if clock() >= until or in_doubt() or failures() != failed:
+                break
 
 
 async def follow_peppers(table: VerifierTable, own_id: str) -> None:
@@ -97,9 +122,11 @@ async def follow_peppers(table: VerifierTable, own_id: str) -> None:
     read the log of only one host.
     """
     loop, log = asyncio.get_running_loop(), logger()
-    reports, registered = fleet.Reports(), False
+    reports, registered, rows = fleet.Reports(), False, 0
     while True:
-        pause = PEPPER_CHECK_SECONDS if registered else PEPPER_CHECK_SECONDS_AT_START
+        pause = PEPPER_CHECK_SECONDS * max(1.0, rows / PEPPER_CHECK_ROWS)
+        if not registered:
+            pause = PEPPER_CHECK_SECONDS_AT_START
         await asyncio.sleep(jittered(pause, random.random()))  # noqa: S311 - jitter
         try:
             verifiers = (await table.status()).verifiers
@@ -109,6 +136,7 @@ async def follow_peppers(table: VerifierTable, own_id: str) -> None:
         except Exception as error:  # noqa: BLE001 - logged and repeated
             log.warning("comparison of peppers failed", error=type(error).__name__)
             continue
+        rows = len(verifiers)
         registered = registered or any(verifier.id == own_id for verifier in verifiers)
         news = reports.news(verifiers, loop.time())
         if news.resolved:
@@ -137,7 +165,7 @@ def log_counts(counts: Counts, gauges: Gauges) -> None:
         logger().info("counts", pid=os.getpid(), **summary, **gauges())
 
 
-async def purge(store: TokenStore, retention: timedelta, now: Callable[[], datetime]) -> None:
+async def purge(store: UpkeepStore, retention: timedelta, now: Callable[[], datetime]) -> None:
     """Remove old tombstones once an hour. Runs until cancelled."""
 
     async def purge_all() -> None:
@@ -151,13 +179,18 @@ async def purge(store: TokenStore, retention: timedelta, now: Callable[[], datet
 
 
 async def purge_lifecycle(
-    store: UpkeepStore, retention: timedelta, now: Callable[[], datetime]
+    store: UpkeepStore,
+    expired_retention: timedelta,
+    retention: timedelta,
+    now: Callable[[], datetime],
 ) -> None:
-    """Remove what ended long ago once an hour: tokens, secrets, ids of requests."""
+    """Remove what ended long ago once an hour: expired tokens, secrets, ids of requests."""
 
     async def purge_all() -> None:
         total = 0
-        while gone := await store.purge_ended(now() - retention, PURGE_BATCH):
+        while gone := await store.purge_ended(
+            now() - expired_retention, now() - retention, PURGE_BATCH
+        ):
             total += gone
         while await store.purge_requests(now() - REQUEST_AGE_MAX, PURGE_BATCH):
             pass
@@ -167,12 +200,14 @@ async def purge_lifecycle(
     await _repeat(PURGE_SECONDS, purge_all, "removal of expired tokens failed")
 
 
-async def purge_audit(table: AuditTable, retention: timedelta, now: Callable[[], datetime]) -> None:
+async def purge_audit(
+    sealer: AuditSealer, retention: timedelta, now: Callable[[], datetime]
+) -> None:
     """Remove old audit entries once an hour. Runs until cancelled."""
 
     async def purge_all() -> None:
         total = 0
-        while gone := await table.purge(now() - retention, PURGE_BATCH):
+        while gone := await sealer.purge(now() - retention, PURGE_BATCH):
             total += gone
         if total:
             logger().info("audit entries removed", entries=total)
@@ -193,6 +228,50 @@ async def purge_usage(table: UsageTable, now: Callable[[], datetime]) -> None:
     await _repeat(PURGE_SECONDS, purge_all, "removal of daily counts of uses failed")
 
 
+async def announce_expiring(
+    store: EventStore, outbox: Outbox, days: Sequence[int], now: Callable[[], datetime]
+) -> None:
+    """Write events for tokens that expire soon, every few minutes. Runs until cancelled.
+
+    One worker of the fleet does it at a time.
+    """
+
+    async def announce() -> None:
+        if not await store.take_turn("announce_expiring", EXPIRING_SECONDS):
+            return
+        moment, cursor = now(), None
+        while True:
+            cursor = await store.announce_expiring(outbox, days, moment, cursor, PURGE_BATCH)
+            if cursor is None:
+                break
+        # An expiry that has passed is not announced any more.
+        while await store.purge_notices(moment, PURGE_BATCH):
+            pass
+
+    await _repeat(EXPIRING_CHECK_SECONDS, announce, "announcement of expiries failed")
+
+
+async def count_expiring(
+    store: EventStore, found: dict[int, int], now: Callable[[], datetime]
+) -> None:
+    """Keep in `found` how many tokens expire within some days. Runs until cancelled."""
+
+    async def count() -> None:
+        found.update(await store.count_expiring(EXPIRING_DAYS, now()))
+
+    await _repeat(EXPIRING_SECONDS, count, "count of expiring tokens failed", at_once=True)
+
+
+async def purge_rates(table: RateTable) -> None:
+    """Remove the rows of full buckets once an hour. Runs until cancelled."""
+
+    async def purge_all() -> None:
+        while await table.purge(PURGE_BATCH):
+            pass
+
+    await _repeat(PURGE_SECONDS, purge_all, "removal of full rate limits failed")
+
+
 async def prune_log(table: VerifierTable, lease_seconds: float) -> None:
     """Once a minute, remove invalidations that no verifier needs. Runs until cancelled."""
     kept = max(KEPT_SECONDS_MIN, KEPT_LEASES * lease_seconds)
@@ -207,11 +286,18 @@ async def prune_log(table: VerifierTable, lease_seconds: float) -> None:
     await _repeat(PRUNE_SECONDS, prune, "pruning of the invalidation log failed")
 
 
-async def _repeat(seconds: float, work: Callable[[], Awaitable[None]], event: str) -> None:
-    """Repeat `work` forever, about every `seconds`. Logs failures as `event` and continues."""
+async def _repeat(
+    seconds: float, work: Callable[[], Awaitable[None]], event: str, *, at_once: bool = False
+) -> None:
+    """Repeat `work` forever, about every `seconds`. Logs failures as `event` and continues.
+
+    The first time is after that pause, too, unless `at_once`.
+    """
     while True:
-        # At a different time in each worker, so that they do not block each other.
-        await asyncio.sleep(jittered(seconds, random.random()))  # noqa: S311 - jitter
+        if not at_once:
+            # At a different time in each worker, so that they do not block each other.
+            await asyncio.sleep(jittered(seconds, random.random()))  # noqa: S311 - jitter
+        at_once = False
         try:
             await work()
         except Exception as error:  # noqa: BLE001 - logged and repeated

@@ -51,8 +51,6 @@ SERVICES = (
     audit_pb.DESCRIPTOR.services_by_name["AuditService"].full_name,
     maintenance_pb.DESCRIPTOR.services_by_name["MaintenanceService"].full_name,
 )
-# Health reports NOT_SERVING this long before calls are rejected, so load balancers notice first.
-DRAIN_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,17 +159,18 @@ class Server:
         self._active_policy.replace(policy)
         logger().info("policy in force", callers=len(policy.callers))
 
-    async def stop(self, grace_seconds: float) -> bool:
+    async def stop(self, grace_seconds: float, *, drain_seconds: float = 0.0) -> bool:
         """Stop gracefully: report NOT_SERVING, hand clients over, then wait for calls in progress.
 
-        Cancels calls that have not finished after `grace_seconds`. Returns whether every client has
-        given up its lease from this process.
+        Accepts new calls for another `drain_seconds`, in which load balancers notice that health is
+        down. Then cancels calls that have not finished after `grace_seconds`. Returns whether every
+        client has given up its lease from this process.
         """
         self._health.stop()
-        end = boottime() + grace_seconds
+        end = boottime() + drain_seconds + grace_seconds
         # Calls succeed in the meantime, so a client that moves loses none.
         _, drained = await asyncio.gather(
-            asyncio.sleep(DRAIN_SECONDS), self._watch_sessions.drain(grace_seconds)
+            asyncio.sleep(drain_seconds), self._watch_sessions.drain(drain_seconds + grace_seconds)
         )
         # Otherwise these streams would use up the whole grace period.
         self._health.end_watches()

@@ -61,7 +61,7 @@ READY_TIMEOUT_SECONDS = 30.0
 RESTART_SECONDS_MIN, RESTART_SECONDS_MAX = 0.1, 5.0
 # A worker that ran this long was healthy: the next restart uses the short delay again.
 HEALTHY_SECONDS = 10.0
-# Added to the grace period, for closing connections.
+# Added to the drain and the grace period, for closing connections.
 STOP_MARGIN_SECONDS = 5.0
 POLL_SECONDS = 0.2
 # Limit of bytes that a worker has not read: a few of the largest policies. A worker that far behind
@@ -344,12 +344,13 @@ class _Supervisor:
             return False
 
     async def _end(self, process: asyncio.subprocess.Process) -> None:
-        """Stop a worker: SIGTERM first, and SIGKILL after the grace period."""
+        """Stop a worker: SIGTERM first, and SIGKILL after the drain and the grace period."""
+        stop_seconds = self._settings.drain_seconds + self._settings.grace_seconds
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 process.terminate()
             try:
-                async with asyncio.timeout(self._settings.grace_seconds + STOP_MARGIN_SECONDS):
+                async with asyncio.timeout(stop_seconds + STOP_MARGIN_SECONDS):
                     await process.wait()
             except TimeoutError:
                 with contextlib.suppress(ProcessLookupError):

@@ -23,8 +23,11 @@ from latchkey_coherence.verdict_cache import VerdictCache
 from latchkey_service.access import policy as policies
 from latchkey_service.access.authenticator import ActivePolicy
 from latchkey_service.access.policy import PolicyError
+from latchkey_service.audit.audit_chain import ChainKeys
 from latchkey_service.audit.audit_log import AuditLog
+from latchkey_service.audit.audit_sealer import AuditSealer
 from latchkey_service.audit.audit_table import AuditTable
+from latchkey_service.audit.chain_table import ChainTable
 from latchkey_service.coherence.ack_waiter import AckWaiter
 from latchkey_service.coherence.client_leases import ClientLeases
 from latchkey_service.coherence.lease_renewer import LeaseRenewer
@@ -35,6 +38,7 @@ from latchkey_service.coherence.verifier_state import VerifierState
 from latchkey_service.coherence.verifier_table import Identity, VerifierTable
 from latchkey_service.coherence.watch_sessions import WatchSessions
 from latchkey_service.postgres.connections import Connector, Pool
+from latchkey_service.process.announcements import Announcements
 from latchkey_service.process.periodic import (
     follow_peppers,
     follow_verifier,
@@ -44,6 +48,7 @@ from latchkey_service.process.periodic import (
     purge,
     purge_audit,
     purge_lifecycle,
+    purge_rates,
     purge_usage,
 )
 from latchkey_service.process.server import SERVICES, Server, Services
@@ -64,8 +69,12 @@ from latchkey_service.secret_format import Keyring
 from latchkey_service.settings.logs import logger
 from latchkey_service.settings.settings import Settings
 from latchkey_service.tokens.assembly import build_management
-from latchkey_service.tokens.batched_lookup import Lookup
+from latchkey_service.tokens.batched_lookup import LeasedLookup, Lookup
+from latchkey_service.tokens.imported import ImportedSecrets
+from latchkey_service.tokens.rate_draws import RateDraws
+from latchkey_service.tokens.rate_table import RateTable
 from latchkey_service.tokens.sealing import seal_rows
+from latchkey_service.tokens.token_rates import TokenRates
 from latchkey_service.tokens.token_store import TokenStore
 from latchkey_service.tokens.usage_table import UsageTable
 from latchkey_service.tokens.usage_writer import UsageWriter
@@ -88,7 +97,7 @@ async def running(
     `policy_text` returns the latest valid text of the policy file, or None without a policy. The
     server reads it again just before it listens, so it starts with the newest policy. Calls
     `on_failure` if a background task fails, because the worker is then incomplete. Raises
-    PolicyError and TlsError.
+    PolicyError, TlsError and WebhookError.
     """
     if settings.database_url is None:
         raise ValueError("a worker needs a database URL")
@@ -97,6 +106,7 @@ async def running(
         # In either case, continuing without a policy could admit everybody.
         raise PolicyError("a worker needs both the setting and the text of the policy, or neither")
     active_policy = None if text is None else ActivePolicy(policies.parse(text))
+    keyring = Keyring(keyring.peppers, settings.accepted_prefixes)
     connector = Connector(settings.database_url.get_secret_value(), pooler=settings.pooler)
     cache, notify = settings.cache == "on", settings.notify == "on"
     identity = _identity(settings, keyring)
@@ -106,15 +116,36 @@ async def running(
         settings.lease_seconds,
     )
     pool = await Pool.open(connector)
+    # Reads a file, so before the worker gives up root.
+    announcements = Announcements(settings, pool, _now)
     lookup = Lookup(connector.connect_with_generic_plans, boottime)
+    # Connects when the first imported secret is presented.
+    imported_lookup = Lookup(connector.connect_with_generic_plans, boottime)
 
     def reconnect() -> None:
         """Make the other connections follow the lease to another server."""
-        pool.reconnect()
-        lookup.reconnect()
+        for connections in (pool, lookup, imported_lookup, rates.draws):
+            connections.reconnect()
 
     primary = Primary(connector, reconnect)
-    renewer = LeaseRenewer(verifier_state, identity, primary, boottime)
+    listener = NotifyListener(
+        identity.id,
+        primary.connect,
+        lambda payload: table.notify(payload),  # noqa: PLW0108 - `table` is created below
+        lambda: renewer.wake(),  # noqa: PLW0108 - the same
+        settings.lease_seconds / 3,
+        # LISTEN does not work through a pooler in transaction mode.
+        enabled=notify and settings.pooler == "none",
+    )
+    renewer = LeaseRenewer(verifier_state, identity, primary, listener.connect, boottime)
+    rates = TokenRates(
+        RateDraws(
+            connector.connect_with_generic_plans,
+            lambda disconnect: LeasedReads(renewer, verifier_state, boottime, disconnect),
+            boottime,
+        ),
+        boottime,
+    )
     limits = limits_of(settings)
     usage = UsageWriter(UsageTable(pool), identity.id, time.time)
     watch_sessions = WatchSessions(
@@ -125,20 +156,11 @@ async def running(
         enabled=cache,
         stream_seconds=limits.connection_age or math.inf,
         on_uses=usage.report,
-    )
-    listener = NotifyListener(
-        identity.id,
-        connector.connect,
-        lambda payload: table.notify(payload),  # noqa: PLW0108 - `table` is created below
-        renewer.wake,
-        settings.lease_seconds / 3,
-        # LISTEN does not work through a pooler in transaction mode.
-        enabled=notify and settings.pooler == "none",
+        draw_calls=rates.draw_for_client,
     )
     renewer.attach(watch_sessions.on_news, watch_sessions.__len__, lambda: listener.state)
 
-    store = TokenStore(pool)
-    table = VerifierTable(pool)
+    store, table = TokenStore(pool), VerifierTable(pool)
     ack_waiter = AckWaiter(
         table,
         connector.connect_with_generic_plans,
@@ -148,13 +170,16 @@ async def running(
         identity.id,
         notify=notify,
     )
+    reads = LeasedReads(renewer, verifier_state, boottime, pool.reconnect)
     management = build_management(
         pool,
         keyring,
         ack_waiter,
-        LeasedReads(renewer, verifier_state, boottime, pool.reconnect),
+        reads,
         settings.secret_prefix,
         _now,
+        settings.lifetime,
+        announcements.outbox,
     )
     verifier = Verifier(
         keyring,
@@ -167,11 +192,20 @@ async def running(
         cache_seconds=settings.cache_seconds,
         randomness=random.random,
         guard=management.guard,
-        on_first_use=management.first_use.seen,
+        imported=ImportedSecrets(
+            keyring,
+            LeasedLookup(
+                imported_lookup,
+                LeasedReads(renewer, verifier_state, boottime, imported_lookup.reconnect),
+            ),
+            verifier_state,
+            boottime,
+        ),
+        rates=rates,
     )
-    counts = Counts()
-    audit_table = AuditTable(pool)
+    counts, audit_table = Counts(), AuditTable(pool)
     audit = AuditLog(audit_table, time.monotonic, _now)
+    sealer = AuditSealer(ChainTable(pool), ChainKeys(keyring), time.monotonic, random.random)
     reporter = CallReporter(counts, audit, time.monotonic)
     managed = ManagedCalls(counts, audit, reporter, time.monotonic, boottime)
     paths = Paths(
@@ -180,6 +214,7 @@ async def running(
             reporter,
             counts,
             usage.pending,
+            management.first_use.seen,
             settings.log_verify_share,
             time.monotonic,
             time.time,
@@ -188,13 +223,13 @@ async def running(
         Streams(reporter, time.monotonic),
     )
     if active_policy is not None:
-        active_policy.on_change(paths.recheck)
+        _follow_policy(active_policy, paths, audit)
     services = Services(
         FullTokenService(  # type: ignore[abstract]  # VerifyCalls has the rest
-            management, watch_sessions, usage.table, time.time
+            management, watch_sessions, usage.table, time.time, keyring.imported_prefixes
         ),
         StatusService(table, identity.id, primary.warnings),
-        AuditService(audit_table),
+        AuditService(audit_table, reads),
         MaintenanceService(management.tokens),
         Health(("", *SERVICES)),
     )
@@ -209,14 +244,17 @@ async def running(
         ack_waiter=ack_waiter,
         watch_sessions=watch_sessions,
         lookup=lookup,
+        rate_draws=rates.draws,
         pool=pool,
         connector=connector,
         primary=primary,
         managed=managed,
         audit=audit,
+        sealer=sealer,
         guard=server.guard,
         active_policy=active_policy,
         certificates=server.certificates,
+        announcements=announcements,
     )
 
     def gauges() -> Mapping[str, int]:
@@ -242,23 +280,33 @@ async def running(
     lasts = [begin(audit.run()), begin(usage.run()), begin(server.guard.run())]
     retention = timedelta(days=settings.tombstone_retention_days)
     background = [
-        follow_verifier(verifier.check, boottime, server.set_serving),
+        follow_verifier(
+            verifier.check, boottime, renewer.in_doubt, lambda: lookup.failures, server.set_serving
+        ),
         log_counts_regularly(counts, gauges),
         follow_peppers(table, identity.id),
         primary.run(),
-        purge(store, retention, _now),
-        purge_lifecycle(management.upkeep_store, retention, _now),
+        purge(management.upkeep_store, retention, _now),
+        purge_lifecycle(
+            management.upkeep_store,
+            timedelta(days=settings.expired_retention_days),
+            retention,
+            _now,
+        ),
         seal_rows(management.guard, management.upkeep_store),
         prune_log(table, settings.lease_seconds),
-        purge_audit(audit_table, timedelta(days=settings.audit_retention_days), _now),
+        sealer.run(),
+        purge_audit(sealer, timedelta(days=settings.audit_retention_days), _now),
         purge_usage(usage.table, _now),
+        *announcements.background(),
+        purge_rates(RateTable(pool)),
     ]
     tasks = [begin(work) for work in background]
     try:
         yield server
     finally:
         await _end(*tasks)
-        drained = await server.stop(settings.grace_seconds)
+        drained = await server.stop(settings.grace_seconds, drain_seconds=settings.drain_seconds)
         # Only after the last answer: Deletes must wait for this process as long as it answers.
         await _end(renewing, listening, *lasts)
         await asyncio.gather(audit.close(), usage.close(), renewer.stop(remove=drained))
@@ -267,6 +315,9 @@ async def running(
             management.first_use.close(),
             primary.close(),
             lookup.close(),
+            announcements.close(),
+            imported_lookup.close(),
+            rates.draws.close(),
             store.close(),
         )
         log_counts(counts, gauges)
@@ -301,6 +352,17 @@ def _identity(settings: Settings, keyring: Keyring) -> Identity:
         lease_seconds=settings.lease_seconds,
         pepper_ids=tuple(pepper.id for pepper in keyring.peppers),
     )
+
+
+def _follow_policy(active_policy: ActivePolicy, paths: Paths, audit: AuditLog) -> None:
+    """Record the policy, and each one that replaces it, and end streams that it does not allow."""
+
+    def record() -> None:
+        audit.policy_in_force(active_policy.policy.digest, f"{socket.gethostname()}:{os.getpid()}")
+
+    record()
+    active_policy.on_change(record)
+    active_policy.on_change(paths.recheck)
 
 
 def _now() -> datetime:

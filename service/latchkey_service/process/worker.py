@@ -33,6 +33,7 @@ from latchkey_service.process.worker_watch import beat
 from latchkey_service.secret_format import Keyring
 from latchkey_service.settings import logs
 from latchkey_service.settings.settings import READY, Settings, from_json
+from latchkey_service.settings.webhook_secrets import WebhookError
 from latchkey_service.tokens import pepper_file
 from latchkey_service.transport import tls
 from latchkey_service.transport.transports import limits_of
@@ -58,6 +59,7 @@ def main() -> int:
         pepper_file.PepperFileError,
         PolicyError,
         tls.TlsError,
+        WebhookError,
         RuntimeError,
         OSError,
     ) as error:

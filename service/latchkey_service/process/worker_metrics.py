@@ -13,17 +13,20 @@ from prometheus_client.process_collector import ProcessCollector
 
 from latchkey_service.access.authenticator import ActivePolicy
 from latchkey_service.audit.audit_log import AuditLog
+from latchkey_service.audit.audit_sealer import AuditSealer
 from latchkey_service.coherence.ack_waiter import AckWaiter
 from latchkey_service.coherence.lease_renewer import LeaseRenewer
 from latchkey_service.coherence.notify_listener import Notifications, NotifyListener
 from latchkey_service.coherence.primary import Primary
 from latchkey_service.coherence.watch_sessions import WatchSessions
 from latchkey_service.postgres.connections import POOL_SIZE_MAX, Connector, Pool
+from latchkey_service.process.announcements import Announcements
 from latchkey_service.process.metric_families import FAMILIES, Families
 from latchkey_service.rpc.counters import UNARY, Counts
 from latchkey_service.rpc.managed_calls import ManagedCalls
 from latchkey_service.settings import logs
 from latchkey_service.tokens.batched_lookup import Lookup
+from latchkey_service.tokens.rate_draws import RateDraws
 from latchkey_service.tokens.verdict import Verdict
 from latchkey_service.tokens.verifier import Verifier
 from latchkey_service.transport.connection_guard import ConnectionGuard
@@ -46,14 +49,17 @@ class WorkerMetrics:
     ack_waiter: AckWaiter
     watch_sessions: WatchSessions
     lookup: Lookup
+    rate_draws: RateDraws
     pool: Pool
     connector: Connector
     primary: Primary
     managed: ManagedCalls
     audit: AuditLog
+    sealer: AuditSealer
     guard: ConnectionGuard
     active_policy: ActivePolicy | None
     certificates: Certificates | None
+    announcements: Announcements
 
     def collect(self) -> Families:
         """Return all current values."""
@@ -66,6 +72,9 @@ class WorkerMetrics:
         found.add("latchkey_audit_entries", self.audit.lost, "lost")
         found.add("latchkey_audit_entries", self.audit.aggregated, "aggregated")
         found.add("latchkey_audit_waiting", self.audit.waiting)
+        found.add("latchkey_audit_newest_batch", self.sealer.head.number)
+        found.add("latchkey_audit_regressions", self.sealer.regressions)
+        self.announcements.add_metrics(found)
         found.add("latchkey_event_loop_tasks", len(asyncio.all_tasks()))
         process_metrics(found)
         return found
@@ -122,6 +131,11 @@ class WorkerMetrics:
         found.add_histogram("latchkey_lookup_seconds", self.lookup.seconds)
         found.add("latchkey_lookup_failures", self.lookup.failures)
         found.add("latchkey_lookup_waiting", self.lookup.waiting)
+        imported = self.verifier.imported
+        for result in ("found", "absent", "remembered", "rejected"):
+            found.add("latchkey_imported_lookups", imported.results[result], result)
+        found.add("latchkey_imported_lookup_waiting", imported.waiting)
+        found.add("latchkey_rate_draws", self.rate_draws.statements)
         used, idle = self.pool.usage()
         found.add("latchkey_pool_connections", used, "used")
         found.add("latchkey_pool_connections", idle, "idle")

@@ -8,8 +8,17 @@ from latchkey_proto.v1 import audit_service_pb2 as pb
 from latchkey_proto.v1 import audit_service_pb2_grpc as pb_grpc
 
 from latchkey_service.access.methods import METHODS
-from latchkey_service.audit.audit_table import DENIED_CODES, AuditTable, Cursor, Entry, Filter
+from latchkey_service.audit.audit_table import (
+    DENIED_CODES,
+    POLICY_IN_FORCE,
+    AuditTable,
+    Cursor,
+    Entry,
+    Filter,
+)
+from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.errors import FieldViolation, InvalidArgument
+from latchkey_service.rpc.managed_calls import current_call
 from latchkey_service.rpc.token_service import to_datetime
 from latchkey_service.tokens import page_tokens
 
@@ -28,8 +37,9 @@ if TYPE_CHECKING:
 class AuditService(pb_grpc.AuditServiceServicer):
     """latchkey.v1.AuditService. The .proto file documents its behaviour."""
 
-    def __init__(self, table: AuditTable) -> None:
+    def __init__(self, table: AuditTable, reads: LeasedReads) -> None:
         self._table = table
+        self._reads = reads
 
     async def List(
         self, request: pb.AuditServiceListRequest, context: "Context"
@@ -41,7 +51,11 @@ class AuditService(pb_grpc.AuditServiceServicer):
             after = Cursor(time, int(entry_id))
         size = min(request.page_size or PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX)
         # One more entry than requested shows whether there is a next page.
-        entries = await self._table.list(wanted, after, size + 1)
+        deadline = current_call.get().deadline
+        began = await self._reads.begin(deadline)
+        entries, snapshot = await self._table.list(wanted, after, size + 1)
+        # A deposed primary lacks the newest entries.
+        await self._reads.accept(snapshot, began, deadline)
         response = pb.AuditServiceListResponse()
         for entry in entries[:size]:
             _put_entry(entry, response.entries.add())
@@ -62,8 +76,9 @@ def _filter(request: pb.AuditServiceListRequest) -> Filter:
     if method and "/" not in method:
         # The short name of a method of the service whose calls have entries.
         method = f"/latchkey.v1.TokenService/{method}"
-    if method and not (method in METHODS and METHODS[method].audited):
-        violations.append(FieldViolation("method", "must be Create, Get, List or Delete"))
+    audited = method in METHODS and METHODS[method].audited
+    if method and not audited and method != POLICY_IN_FORCE:
+        violations.append(FieldViolation("method", "must be a method whose calls have entries"))
     if request.outcome not in pb.Outcome.values():
         violations.append(FieldViolation("outcome", "is not a known outcome"))
     if request.page_size < 0:
@@ -98,6 +113,9 @@ def _put_entry(entry: Entry, message: pb.AuditEntry) -> None:
     message.code = entry.code
     message.reason = entry.reason
     message.calls = entry.calls
+    message.person = entry.person
+    message.client_address = entry.client_address
+    message.call_id = entry.call_id
     if entry.code == 0:
         message.outcome = pb.OUTCOME_OK
     elif entry.code in DENIED_CODES:

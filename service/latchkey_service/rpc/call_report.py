@@ -8,7 +8,7 @@ import itertools
 import logging
 import random
 from collections.abc import Callable, Iterable
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 import structlog
 
@@ -41,6 +41,7 @@ __all__ = [
     "Metadata",
     "checked_id",
     "end_with",
+    "given_id",
     "level_of",
     "request_id_of",
 ]
@@ -245,7 +246,7 @@ class CallReporter:
         request_id = next(NEW_IDS)
         code = code_of(error).name
         if METHODS.get(path, OPEN).audited and not isinstance(error, Overloaded):
-            entry = AuditContext.of("", path, peer, request_id, "", "")
+            entry = AuditContext.of("", path, peer, request_id, "", "", call_id=request_id)
             logged = self._audit.record(entry, code, error.reason)
         else:
             logged = self._audit.should_log("", path, error.reason)
@@ -299,20 +300,27 @@ NEW_IDS: Final = map(f"{random.getrandbits(48):012x}-".__add__, map(str, itertoo
 
 def request_id_of(metadata: Metadata) -> str:
     """Return the caller's request id if `metadata` has a well-formed one, else a new id."""
+    return given_id(metadata) or next(NEW_IDS)
+
+
+def given_id(metadata: Metadata) -> str:
+    """Return the caller's request id if `metadata` has a well-formed one, else ""."""
     given = dict(metadata or ()).get(REQUEST_ID_METADATA)
-    return next(NEW_IDS) if given is None else checked_id(given)
+    return given if _is_id(given) else ""
 
 
 def checked_id(given: str | bytes) -> str:
     """Return the caller's request id if it is well-formed, else a new id."""
-    if (
+    return given if _is_id(given) else next(NEW_IDS)
+
+
+def _is_id(given: str | bytes | None) -> TypeGuard[str]:
+    return (
         isinstance(given, str)
         and 0 < len(given) <= REQUEST_ID_LENGTH_MAX
         and given.replace("-", "").isalnum()
         and given.isascii()
-    ):
-        return given
-    return next(NEW_IDS)
+    )
 
 
 def _without_values(error: Exception) -> Any:

@@ -3,10 +3,11 @@
 The other methods are in `token_service.py`, except Verify and BatchVerify.
 """
 
+import asyncio
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 import grpc
-from google.protobuf.unknown_fields import UnknownFieldSet
 from latchkey_proto.v1 import token_service_pb2 as pb
 
 from latchkey_service.errors import FieldViolation, InvalidArgument
@@ -15,18 +16,25 @@ from latchkey_service.rpc.token_service import (
     TokenService,
     call_of,
     put_receipt,
+    rate_limit_of,
     to_datetime,
+    to_filter,
     to_timedelta,
 )
 from latchkey_service.rpc.verify_calls import put_token
-from latchkey_service.tokens.bulk_store import Filter
 from latchkey_service.tokens.changes import NewValues
+from latchkey_service.tokens.import_store import ROWS_AT_ONCE
+from latchkey_service.tokens.importing import IMPORTED_MAX, Row
+from latchkey_service.tokens.importing import Outcome as ImportOutcome
 from latchkey_service.tokens.lifecycle import Rotation
 
 __all__ = ["FullTokenService"]
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[object, object]
+
+
+_IMPORT_OUTCOMES = {outcome: pb.ImportOutcome.ValueType(outcome) for outcome in ImportOutcome}
 
 
 class FullTokenService(TokenService):
@@ -46,6 +54,7 @@ class FullTokenService(TokenService):
             token.description,
             token.allowed_networks,
             token.permissions,
+            rate_limit_of(token),
         )
         call = call_of(current_call.get(), wait=not request.no_wait)
         record, receipt = await self._lifecycle.update(request.account_id, request.id, new, call)
@@ -96,6 +105,31 @@ class FullTokenService(TokenService):
         put_receipt(receipt, response.receipt)
         return response
 
+    async def Import(self, request: pb.ImportRequest, context: "Context") -> pb.ImportResponse:
+        call = current_call.get()
+        rows = []
+        # Too many are refused, and need not be converted.
+        for number, token in enumerate(request.tokens[: IMPORTED_MAX + 1]):
+            if number % ROWS_AT_ONCE == 0:
+                await asyncio.sleep(0)
+            rows.append(_row(token))
+        results = await self._importer.import_tokens(
+            rows,
+            call_of(call, wait=False),
+            call.caller.lifetimes.limit,
+            validate_only=request.validate_only,
+        )
+        response = pb.ImportResponse()
+        for result in results:
+            message = response.results.add(outcome=_IMPORT_OUTCOMES[result.outcome])
+            if not request.validate_only or result.outcome is ImportOutcome.EXISTS:
+                message.id = result.token_id
+            for violation in result.violations:
+                message.field_violations.add(
+                    field=violation.field, description=violation.description
+                )
+        return response
+
     async def RevokeSecret(
         self, request: pb.RevokeSecretRequest, context: "Context"
     ) -> pb.RevokeSecretResponse:
@@ -108,12 +142,21 @@ class FullTokenService(TokenService):
             put_receipt(receipt, response.receipt)
         return response
 
+    async def ReportSecret(
+        self, request: pb.ReportSecretRequest, context: "Context"
+    ) -> pb.ReportSecretResponse:
+        call = call_of(current_call.get(), wait=False)
+        response = pb.ReportSecretResponse()
+        for outcome in await self._bulk.report_secrets(request.secrets, call):
+            response.results.add(outcome=pb.SecretOutcome.ValueType(outcome))
+        return response
+
     async def DeleteAll(
         self, request: pb.DeleteAllRequest, context: "Context"
     ) -> pb.DeleteAllResponse:
         call = call_of(current_call.get(), wait=not request.no_wait)
         deletions = await self._bulk.delete_all(
-            request.account_id, _filter(request.filter), call, dry_run=request.dry_run
+            request.account_id, to_filter(request.filter), call, dry_run=request.dry_run
         )
         response = pb.DeleteAllResponse(count=deletions.count, more=deletions.more)
         for record in deletions.records:
@@ -123,23 +166,34 @@ class FullTokenService(TokenService):
         return response
 
 
-def _filter(message: pb.TokenFilter) -> Filter:
-    # A newer client's condition, which this server would ignore: more tokens would match.
-    if len(UnknownFieldSet(message)):
-        raise InvalidArgument(
-            FieldViolation("filter", "contains a condition that this server does not know")
-        )
-    expires_before = unused_since = None
-    if message.HasField("expires_before"):
-        expires_before = to_datetime("filter.expires_before", message.expires_before)
-    if message.HasField("unused_since"):
-        unused_since = to_datetime("filter.unused_since", message.unused_since)
-    return Filter(
-        message.scope,
-        message.name_contains,
-        message.label,
-        message.state,
-        expires_before,
-        unused_since,
-        message.can_write if message.HasField("can_write") else None,
+def _row(token: pb.ImportedToken) -> Row:
+    """Return a row. A time or duration that cannot be represented is one of its violations."""
+    times: dict[str, datetime] = {}
+    violations: list[FieldViolation] = []
+    rate_limit = None
+    try:
+        rate_limit = rate_limit_of(token)
+    except InvalidArgument as error:
+        violations += error.violations
+    for field in ("expire_time", "create_time"):
+        if token.HasField(field):
+            try:
+                times[field] = to_datetime(field, getattr(token, field))
+            except InvalidArgument as error:
+                violations += error.violations
+    return Row(
+        token.account_id,
+        token.name,
+        token.scope,
+        times.get("expire_time"),
+        dict(token.labels),
+        token.description,
+        token.allowed_networks,
+        token.permissions,
+        token.secret_sha256,
+        token.hint,
+        times.get("create_time"),
+        token.disabled,
+        rate_limit,
+        tuple(violations),
     )

@@ -19,8 +19,10 @@ from typing import Any, Final, Protocol
 
 import grpc
 
+from latchkey_service.access import origin
 from latchkey_service.access.authenticator import Authenticator, check_account
 from latchkey_service.access.methods import (
+    IMPORTER,
     MANAGER,
     OPERATOR,
     REMOVALS,
@@ -42,7 +44,7 @@ from latchkey_service.errors import (
 )
 from latchkey_service.rpc.admission import ConcurrencyLimiter, Slot
 from latchkey_service.rpc.call_context import CallContext
-from latchkey_service.rpc.call_report import CallReporter, end_with, request_id_of
+from latchkey_service.rpc.call_report import NEW_IDS, CallReporter, end_with, given_id
 from latchkey_service.rpc.counters import Counts
 from latchkey_service.rpc.removals import may_narrow
 
@@ -54,6 +56,8 @@ CONCURRENCY_LIMITS: Mapping[str, tuple[int, int]] = {
     MANAGER: (8, 1_000),
     OPERATOR: (2, 100),
     REVOKER: (2, 100),
+    # An import sends one batch after the other.
+    IMPORTER: (1, 100),
 }
 # Limit for callers with a longer deadline, or none: longer than any healthy call takes.
 CALL_SECONDS_MAX = 10.0
@@ -83,12 +87,18 @@ class ManagedCall:
     it gives up waiting for confirmations.
     """
 
-    __slots__ = ("_slot", "audit_context", "change", "confirm_by", "deadline")
+    __slots__ = ("_slot", "audit_context", "caller", "change", "confirm_by", "deadline")
 
     def __init__(
-        self, audit_context: AuditContext, now: float, seconds: float, slot: Slot | None
+        self,
+        audit_context: AuditContext,
+        now: float,
+        seconds: float,
+        slot: Slot | None,
+        caller: Caller = ANONYMOUS,
     ) -> None:
         self.audit_context = audit_context
+        self.caller = caller
         self.deadline = now + seconds
         self.confirm_by = now + seconds * CONFIRMATION_SHARE
         self.change: AuditContext | None = None
@@ -157,6 +167,7 @@ class ManagedCalls:
             counts.started += 1
             caller = ANONYMOUS
             current: ManagedCall | None = None
+            describe = partial(_audit_context, path, context, authenticator)
             try:
                 if authorize is not None:
                     caller = authorize(path, context)
@@ -167,8 +178,8 @@ class ManagedCalls:
                 slot = None
                 if limiter is not None:
                     slot = limiter.slot(seconds, caller.name, removal=removal)
-                audit_context = _audit_context(path, context, request, caller.name)
-                current = ManagedCall(audit_context, self._clock(), seconds, slot)
+                audit_context = describe(request, caller.name, caller)
+                current = ManagedCall(audit_context, self._clock(), seconds, slot, caller)
                 current_call.set(current)
                 async with asyncio.timeout(seconds):
                     if slot is None:
@@ -190,7 +201,7 @@ class ManagedCalls:
                     start,
                     error,
                     caller,
-                    partial(_refused_context, rule, parse, data, path, context)
+                    partial(_refused_context, rule, parse, data, caller, describe)
                     if rule.audited
                     else None,
                     None if current is None else current.change,
@@ -279,7 +290,8 @@ class ManagedCalls:
                 code = code_of(error).name
                 audited = self._audit.would_record(caller, path, code, reason_of(error))
                 data = await _first(messages) if audited else b""
-                entry = partial(_refused_context, rule, parse, data, path, context)
+                describe = partial(_audit_context, path, context, authenticator)
+                entry = partial(_refused_context, rule, parse, data, ANONYMOUS, describe)
             status, _ = self._reporter.failed(
                 path, context, start, error, entry=entry, delayed=True
             )
@@ -315,14 +327,29 @@ def _parsed(rule: Rule, parse: Callable[[bytes], Any], data: bytes) -> Any:
         raise RequestNotParsed from None
 
 
-def _audit_context(path: str, context: CallContext, request: Any, caller: str) -> AuditContext:
+def _audit_context(
+    path: str,
+    context: CallContext,
+    authenticator: Authenticator | None,
+    request: Any,
+    name: str,
+    caller: Caller,
+) -> AuditContext:
+    metadata = context.invocation_metadata()
+    proxied = authenticator is not None and authenticator.trusts_proxy
+    # Without a policy, every caller is trusted alike.
+    reports_people = authenticator is None or caller.reports_people
+    call_id = next(NEW_IDS)
     return AuditContext.of(
-        caller,
+        name,
         path,
         context.peer(),
-        request_id_of(context.invocation_metadata()),
+        given_id(metadata) or call_id,
         getattr(request, "account_id", ""),
-        getattr(request, "id", ""),
+        getattr(request, "id", "") or getattr(request, "token_id", ""),
+        person=origin.person(metadata) if reports_people else "",
+        client_address=origin.client_address(metadata) if proxied else "",
+        call_id=call_id,
     )
 
 
@@ -330,9 +357,9 @@ def _refused_context(
     rule: Rule,
     parse: Callable[[bytes], Any],
     data: bytes,
-    path: str,
-    context: CallContext,
-    caller: str,
+    caller: Caller,
+    describe: Callable[[Any, str, Caller], AuditContext],
+    name: str,
 ) -> AuditContext:
     """Return the context of a refused call, for its audit entry.
 
@@ -343,4 +370,4 @@ def _refused_context(
         request = _parsed(rule, parse, data)
     except (RequestNotParsed, RequestTooLarge):
         request = None
-    return _audit_context(path, context, request, caller)
+    return describe(request, name, caller)

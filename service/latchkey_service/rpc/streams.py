@@ -1,7 +1,8 @@
 """The path of streams: Watch, health's Watch and reflection.
 
 Messages of a stream are parsed one by one, each after its size was checked, and none before the
-caller is authorized. A policy change ends the streams that it no longer allows.
+caller is authorized. A stream whose messages would cost the event loop too much time is ended. A
+policy change ends the streams that it no longer allows.
 """
 
 import asyncio
@@ -27,6 +28,14 @@ current_caller: contextvars.ContextVar[Caller] = contextvars.ContextVar("current
 
 Parse = Callable[[bytes], Any]
 
+# Bytes that a client may send at once on a Watch, and those that it may add per second. A message
+# costs time before it is known whether its report of uses is accepted: 100 kB take some 2 ms. More
+# than a client needs that reports as fast as it may (`use_reports.py`): 200,000 uses at once and
+# 25,000 per second, of up to 131 bytes each.
+STREAM_BYTES_BURST: Final = 32 * 1024 * 1024
+STREAM_BYTES_PER_SECOND: Final = 4 * 1024 * 1024
+# What a message costs besides, so that empty ones are limited too: to some 16,000 a second.
+MESSAGE_BYTES: Final = 256
 # Streams that need no identity, in a worker and from one address. Each takes some 20 kB. A prober
 # needs one.
 OPEN_STREAMS_MAX: Final = 1_000
@@ -117,12 +126,13 @@ class Streams:
                     if caller.rates is not None and rule.role is not None:
                         caller.rates.spend(rule.role, 1, start)
                 current_caller.set(caller)
-                requests = _each_parsed(rule, parse, messages)
+                messages = self._limited(messages)
                 if authenticator is None:
-                    await behaviour(requests, context)
+                    await behaviour(_each_parsed(rule, parse, messages), context)
                 else:
                     with self._tracked(_Stream(authenticator, path, context), caller):
-                        await behaviour(self._paced(rule, caller, requests), context)
+                        paced = self._paced(rule, caller, messages)
+                        await behaviour(_each_parsed(rule, parse, paced), context)
                 code = "OK"
             except grpc.aio.AbortError:
                 # The servicers abort streams only when the server stops.
@@ -154,21 +164,33 @@ class Streams:
                 stream.denied = error
                 stream.task.cancel()
 
+    async def _limited(self, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """Yield a stream's messages. Raises Overloaded if the client sends too many bytes."""
+        debt, counted_at = 0.0, self._monotonic()
+        async for data in messages:
+            now = self._monotonic()
+            debt = max(0.0, debt - (now - counted_at) * STREAM_BYTES_PER_SECOND)
+            counted_at = now
+            debt += len(data) + MESSAGE_BYTES
+            if debt > STREAM_BYTES_BURST:
+                raise Overloaded("The client sends more on this stream than any client needs.")
+            yield data
+
     async def _paced(
-        self, rule: Rule, caller: Caller, requests: AsyncIterator[Any]
-    ) -> AsyncIterator[Any]:
+        self, rule: Rule, caller: Caller, messages: AsyncIterator[bytes]
+    ) -> AsyncIterator[bytes]:
         """Yield a stream's messages no faster than the caller's rate.
 
         Messages above the rate are read later, so flow control slows the client down. The stream
         stays open: a Delete may be waiting for its confirmations.
         """
-        async for request in requests:
+        async for data in messages:
             while caller.rates is not None and rule.role is not None:
                 wait = caller.rates.charge(rule.role, 1, self._monotonic())
                 if not wait:
                     break
                 await self._sleep(wait)
-            yield request
+            yield data
 
     @contextlib.contextmanager
     def _counted(self, peer: str) -> Iterator[None]:

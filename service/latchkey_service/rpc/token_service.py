@@ -6,16 +6,19 @@ Verify and BatchVerify are not here: `verify_calls.py` has the whole of them.
 """
 
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, Literal
 
 import grpc
 from google.protobuf import duration_pb2, timestamp_pb2
+from google.protobuf.unknown_fields import UnknownFieldSet
 from latchkey_coherence.verdict_cache import Position
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
+from latchkey_service.coherence.share_questions import WANTED_MAX
 from latchkey_service.coherence.use_reports import USES_IN_REPORT_MAX
 from latchkey_service.coherence.watch_events import (
     Event,
@@ -25,19 +28,31 @@ from latchkey_service.coherence.watch_events import (
     ReportReceived,
     Request,
     Reset,
+    Shares,
+    WantedCalls,
 )
 from latchkey_service.coherence.watch_sessions import WatchSessions
 from latchkey_service.errors import FieldViolation, InvalidArgument
 from latchkey_service.rpc.managed_calls import ManagedCall, current_call
 from latchkey_service.rpc.streams import current_caller
-from latchkey_service.rpc.verify_calls import put_token
+from latchkey_service.rpc.verify_calls import put_rate_limit, put_token
 from latchkey_service.tokens.assembly import Management
 from latchkey_service.tokens.confirmation import Call
+from latchkey_service.tokens.filters import Filter
+from latchkey_service.tokens.listing import Query
 from latchkey_service.tokens.management import NewToken
 from latchkey_service.tokens.receipt_table import Deletion
 from latchkey_service.tokens.usage_table import UsageTable
 
-__all__ = ["TokenService", "call_of", "put_receipt", "to_datetime", "to_timedelta"]
+__all__ = [
+    "TokenService",
+    "call_of",
+    "put_receipt",
+    "rate_limit_of",
+    "to_datetime",
+    "to_filter",
+    "to_timedelta",
+]
 
 # Metadata in which a client library names its host and process. No decision depends on it.
 CLIENT_METADATA = "latchkey-client"
@@ -47,6 +62,10 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _TIMESTAMP_SECONDS = range(-62135596800, 253402300800)
 # Range of google/protobuf/duration.proto: about 10,000 years.
 _DURATION_SECONDS_MAX = 315_576_000_000
+
+# The fields of a filter that can be absent.
+_TimeField = Literal["expires_before", "unused_since", "secret_created_before"]
+_ChoiceField = Literal["can_write", "never_used", "never_expires"]
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[object, object]
@@ -61,10 +80,14 @@ class TokenService(pb_grpc.TokenServiceServicer):
         watch_sessions: WatchSessions,
         usage_table: UsageTable,
         unix_time: Callable[[], float],
+        imported_prefixes: Sequence[str] = (),
     ) -> None:
+        self._imported_prefixes = imported_prefixes
         self._tokens = management.tokens
         self._lifecycle = management.lifecycle
         self._bulk = management.bulk
+        self._listing = management.listing
+        self._importer = management.importer
         self._watch_sessions = watch_sessions
         self._usage_table = usage_table
         self._unix_time = unix_time
@@ -79,11 +102,23 @@ class TokenService(pb_grpc.TokenServiceServicer):
                 applied = Position(max(0, request.applied_revision), request.mark)
                 # Without a report, its number is 0.
                 report = request.use_report
-                uses = _reported_uses(report) if report.number else ()
-                yield Request(applied, request.number, request.released, report.number, uses)
+                shares = request.rate_shares_request
+                yield Request(
+                    applied,
+                    request.number,
+                    request.released,
+                    report.number,
+                    min(len(report.uses), USES_IN_REPORT_MAX) if report.number else 0,
+                    _reported_uses(report),
+                    shares.number,
+                    _wanted(shares) if shares.number else (),
+                )
 
         async def send(event: Event) -> None:
-            await context.write(_watch_response(event))
+            response = _watch_response(event)
+            if isinstance(event, Grant):
+                response.grant.imported_prefixes.extend(self._imported_prefixes)
+            await context.write(response)
 
         caller = current_caller.get().name
         await self._watch_sessions.serve(requests(), send, _client_of(context), caller)
@@ -101,6 +136,7 @@ class TokenService(pb_grpc.TokenServiceServicer):
             request.allowed_networks,
             request.permissions,
             request.request_id,
+            rate_limit_of(request),
         )
         created = await self._lifecycle.create(new, call_of(current_call.get()))
         response = pb.CreateResponse(secret=created.secret.reveal())
@@ -132,12 +168,34 @@ class TokenService(pb_grpc.TokenServiceServicer):
                 start.seconds = (day.toordinal() - _EPOCH.toordinal()) * 86_400
         return response
 
+    async def GetLimits(
+        self, request: pb.GetLimitsRequest, context: "Context"
+    ) -> pb.GetLimitsResponse:
+        call = call_of(current_call.get(), wait=False)
+        lifetime = self._lifecycle.lifetime(request.account_id, call)
+        response = pb.GetLimitsResponse(require_expiry=lifetime.requires_expiry)
+        if lifetime.max_ttl is not None:
+            response.max_ttl.FromTimedelta(lifetime.max_ttl)
+        return response
+
     async def List(self, request: pb.ListRequest, context: "Context") -> pb.ListResponse:
         deadline = current_call.get().deadline
-        page = await self._tokens.list(
-            request.account_id, request.page_size, request.page_token, deadline
+        query = Query(
+            request.account_id,
+            request.page_size,
+            request.page_token,
+            to_filter(request.filter),
+            request.order,
+            request.reverse,
+            request.include_total_size,
         )
-        response = pb.ListResponse(next_page_token=page.next_page_token)
+        page = await self._listing.list(query, deadline)
+        response = pb.ListResponse(
+            next_page_token=page.next_page_token,
+            total_size=page.total_size,
+            total_size_capped=page.total_size_capped,
+            filter_applied=True,
+        )
         for record in page.records:
             put_token(record, response.tokens.add())
         return response
@@ -168,6 +226,7 @@ def call_of(call: ManagedCall, *, wait: bool = True) -> Call:
         call.committed,
         # Waiting for verifiers uses nothing that other calls need.
         call.release_slot,
+        call.caller.lifetimes.limit(call.audit_context.account_id),
     )
 
 
@@ -185,8 +244,9 @@ def _client_of(context: "Context") -> str:
     return name
 
 
-def _reported_uses(report: pb.UseReport) -> list[ReportedUse]:
-    return [
+def _reported_uses(report: pb.UseReport) -> Iterator[ReportedUse]:
+    # Converted when they are read, so that a report that is ignored costs almost nothing.
+    return (
         ReportedUse(
             use.token_id,
             use.hint,
@@ -194,8 +254,22 @@ def _reported_uses(report: pb.UseReport) -> list[ReportedUse]:
             _seconds(use.first_use_age),
             _seconds(use.last_use_age),
         )
-        for use in report.uses[:USES_IN_REPORT_MAX]
-    ]
+        for use in islice(report.uses, USES_IN_REPORT_MAX)
+    )
+
+
+def _wanted(request: pb.RateSharesRequest) -> list[WantedCalls]:
+    return [WantedCalls(one.token_id, one.calls) for one in request.wanted[:WANTED_MAX]]
+
+
+def rate_limit_of(
+    message: pb.CreateRequest | pb.ImportedToken | pb.Token,
+) -> tuple[int, timedelta, int] | None:
+    """Return count, period and burst of the rate limit, or None. Raises InvalidArgument."""
+    if not message.HasField("rate_limit"):
+        return None
+    limit = message.rate_limit
+    return limit.count, to_timedelta("rate_limit.period", limit.period), limit.burst
 
 
 def _seconds(duration: duration_pb2.Duration) -> float:
@@ -218,6 +292,12 @@ def _watch_response(event: Event) -> pb.WatchResponse:
         response.reset.revision, response.reset.mark = event.position
     elif isinstance(event, ReportReceived):
         response.use_report_received.number = event.report
+    elif isinstance(event, Shares):
+        response.rate_shares.number = event.number
+        response.rate_shares.share_duration.nanos = min(int(event.seconds * 1e9), 999_999_999)
+        for token_id, calls, limit in event.calls:
+            share = response.rate_shares.shares.add(token_id=token_id, calls=calls)
+            put_rate_limit(limit, share.rate_limit)
     else:
         response.closing.SetInParent()
     return response
@@ -251,3 +331,37 @@ def to_timedelta(field: str, duration: duration_pb2.Duration) -> timedelta:
     ):
         raise InvalidArgument(FieldViolation(field, "is not a valid duration"))
     return timedelta(seconds=duration.seconds, microseconds=duration.nanos // 1_000)
+
+
+def to_filter(message: pb.TokenFilter) -> Filter:
+    """Return the filter. Raises InvalidArgument for a condition that this server does not know.
+
+    A newer client may send one. Without it, more tokens would match.
+    """
+    if len(UnknownFieldSet(message)):
+        raise InvalidArgument(
+            FieldViolation("filter", "contains a condition that this server does not know")
+        )
+
+    def time(field: _TimeField) -> datetime | None:
+        if not message.HasField(field):
+            return None
+        return to_datetime(f"filter.{field}", getattr(message, field))
+
+    def choice(field: _ChoiceField) -> bool | None:
+        return bool(getattr(message, field)) if message.HasField(field) else None
+
+    return Filter(
+        message.scope,
+        message.name_contains,
+        message.label,
+        message.state,
+        time("expires_before"),
+        time("unused_since"),
+        choice("can_write"),
+        tuple(message.ids),
+        message.search,
+        choice("never_used"),
+        choice("never_expires"),
+        time("secret_created_before"),
+    )

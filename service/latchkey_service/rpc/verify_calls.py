@@ -11,12 +11,14 @@ or the counts of uses (`tokens/`).
 """
 
 import asyncio
+import math
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any, Final
 
 from google.protobuf import timestamp_pb2
+from latchkey_coherence.rate import RateLimit
 from latchkey_coherence.verdict_cache import NOWHERE, Position
 from latchkey_proto.v1 import token_service_pb2 as pb
 
@@ -30,25 +32,27 @@ from latchkey_service.errors import (
     RequestNotParsed,
     RequestTooLarge,
 )
+from latchkey_service.rpc.batch_answer import encode_batch, varint
 from latchkey_service.rpc.call_context import CallContext
 from latchkey_service.rpc.call_report import NEW_IDS, CallReporter, Metadata, checked_id, end_with
 from latchkey_service.rpc.counters import Counts
 from latchkey_service.rpc.lenient_parsing import BATCH_MAX, REQUIRED_MAX, parse_non_utf8
 from latchkey_service.tokens.usage import PendingUses
-from latchkey_service.tokens.verdict import TokenRecord, Verdict
+from latchkey_service.tokens.verdict import CachedToken, TokenRecord, Verdict
 from latchkey_service.tokens.verifier import MALFORMED, UNKNOWN, Answer, Question, Verifier
 
-__all__ = ["VerifyCalls", "encode_token", "put_token"]
+__all__ = ["VerifyCalls", "encode_token", "put_rate_limit", "put_token"]
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _VERIFY_BYTES_MAX: Final = METHODS[VERIFY].bytes_max
 _BATCH_VERIFY_BYTES_MAX: Final = METHODS[BATCH_VERIFY].bytes_max
 # In Python 3.11, each access to a member of an Enum runs Python code.
 _VALID: Final = Verdict.VALID
+_RATE_LIMITED: Final = Verdict.RATE_LIMITED
 
 # Encoded fields: number and wire type, then the value.
 _VERDICT_FIELDS: Final = {verdict: bytes((0x08, verdict)) for verdict in Verdict}
-_REVISION_TAG, _MARK_TAG, _RESPONSES_TAG = b"\x18", b"\x21", b"\x0a"
+_REVISION_TAG, _MARK_TAG = b"\x18", b"\x21"
 
 Handler = Callable[[bytes, CallContext], Awaitable[bytes]]
 # Computes the encoded answer to an encoded request.
@@ -64,6 +68,7 @@ class VerifyCalls:
         reporter: CallReporter,
         counts: Counts,
         uses: PendingUses,
+        on_first_use: Callable[[CachedToken], None],
         log_share: float,
         monotonic: Callable[[], float],
         unix_time: Callable[[], float],
@@ -72,6 +77,8 @@ class VerifyCalls:
         self._reporter = reporter
         self._counts = counts
         self._count_first = uses.count
+        # Called with a record whose first use ends older secrets.
+        self._on_first_use = on_first_use
         self._log_share = log_share
         self._monotonic = monotonic
         self._unix_time = unix_time
@@ -113,9 +120,11 @@ class VerifyCalls:
                 counts.ok += 1
                 observe(monotonic() - start)
                 # As `request_id_of`, but most callers send no id, and this saves them a call.
-                metadata = metadata_of(context)
-                given = dict(metadata).get(REQUEST_ID_METADATA) if metadata else None
-                request_id = next(NEW_IDS) if given is None else checked_id(given)
+                request_id = ""
+                for key, value in metadata_of(context) or ():
+                    if key == REQUEST_ID_METADATA:
+                        request_id = checked_id(value)
+                request_id = request_id or next(NEW_IDS)
                 if share and random.random() < share:  # noqa: S311 - a sample
                     self._reporter.log(path, context, start, "OK", None, request_id)
                 context.set_trailing_metadata(((REQUEST_ID_METADATA, request_id),))
@@ -127,11 +136,12 @@ class VerifyCalls:
         return call
 
     async def _verify(self, data: bytes, context: CallContext, caller: Caller) -> bytes:
-        self._spend(caller, 1)
+        if caller.rates is not None:
+            self._spend(caller, 1)
         if len(data) > _VERIFY_BYTES_MAX:
             # The contract promises a verdict for every secret, however long. No secret, address and
             # permissions within their limits need as many bytes.
-            secret, answer = "", MALFORMED
+            secret, answer, request = "", MALFORMED, None
             self._counts.oversized += 1
         else:
             try:
@@ -145,17 +155,19 @@ class VerifyCalls:
             cached = self._verifier.verify_cached(secret, scope, address, required)
             if cached is None:
                 question = Question(secret, scope, address, required)
-                answer = await self._verifier.verify(question, context.time_remaining())
+                left = context.time_remaining()
+                answer = await self._verifier.verify(question, left, caller.name)
             else:
                 answer = cached
-        return self._completed(answer, secret, caller)
+        return self._completed(answer, secret, caller, request)
 
     async def _batch_verify(self, data: bytes, context: CallContext, caller: Caller) -> bytes:
         try:
-            requests = _parsed_batch(data)
+            batch = _parsed_batch(data)
         except InvalidArgument:
             self._spend(caller, 1)
             raise
+        requests = batch.requests
         # Charge at most the largest batch that is answered. A larger one is rejected, and must not
         # use up the rate of others. An empty batch costs time too.
         self._spend(caller, max(1, min(len(requests), BATCH_MAX)))
@@ -170,19 +182,26 @@ class VerifyCalls:
             Question(r.secret, r.required_scope, r.client_address, r.required_permissions)
             for r in requests
         ]
-        answers = await self._verifier.verify_batch(questions, context.time_remaining())
-        encoded: list[bytes] = []
-        for question, answer in zip(questions, answers, strict=True):
-            response = self._completed(answer, question.presented, caller)
-            encoded += (_RESPONSES_TAG, _varint(len(response)), response)
-        return b"".join(encoded)
+        left = context.time_remaining()
+        answers = await self._verifier.verify_batch(questions, left, caller.name)
+        responses = [
+            self._completed(answer, question.presented, caller, request)
+            for request, question, answer in zip(requests, questions, answers, strict=True)
+        ]
+        return encode_batch(responses, omit_details=batch.omit_details)
 
     def _spend(self, caller: Caller, count: int) -> None:
         """Charge questions to the caller's rate limit, if any. Raises RateLimited."""
         if caller.rates is not None:
             caller.rates.spend(VERIFIER, count, self._monotonic())
 
-    def _completed(self, answer: Answer, presented: str, caller: Caller) -> bytes:
+    def _completed(
+        self,
+        answer: Answer,
+        presented: str,
+        caller: Caller,
+        request: pb.VerifyRequest | None = None,
+    ) -> bytes:
         """Count the answer, and return the encoded VerifyResponse that `caller` gets.
 
         Building it from encoded parts takes a tenth of the time. The position stays the same from
@@ -191,9 +210,9 @@ class VerifyCalls:
         self._counts.verdicts[answer.verdict] += 1
         if caller.accounts is not None:
             answer = _restricted(answer, caller)
-        record = answer.record
-        if answer.verdict is _VALID and record is not None:
-            now = self._unix_time()
+        verdict, record = answer.verdict, answer.record
+        if verdict is _VALID and record is not None:
+            now = answer.decided_at or self._unix_time()
             use = record.use
             # Here and not in PendingUses, so that a warm Verify makes no further call.
             if use is not None and use.caller == caller.name:
@@ -201,22 +220,35 @@ class VerifyCalls:
                 use.last = now
             else:
                 self._count_first(record, presented, caller.name, now)
+                if record.retires_older is not None:
+                    self._on_first_use(record)
+        elif record is not None and record.retires_older is not None:
+            # A client that kept this answer could decide the next question by itself, and this
+            # server would not see the first use.
+            answer = answer._replace(position=NOWHERE)
         position = answer.position
+        if record is not None and record.share is not None and not _spends_shares(request):
+            # A client that does not know rate limits would cache the answer, and accept the token
+            # without limit.
+            position = NOWHERE
         if position != self._position:
             self._position = position
             self._position_fields = _position_fields(position)
-        return _VERDICT_FIELDS[answer.verdict] + answer.token + self._position_fields
+        fields: bytes = _VERDICT_FIELDS[verdict] + answer.token + self._position_fields
+        if verdict is _RATE_LIMITED:
+            fields += _retry_field(answer.retry_seconds)
+        return fields
 
 
-def _parsed_batch(data: bytes) -> Sequence[pb.VerifyRequest]:
-    """Return the questions of a BatchVerify. Raises RequestTooLarge and RequestNotParsed."""
+def _parsed_batch(data: bytes) -> pb.BatchVerifyRequest:
+    """Return the request of a BatchVerify. Raises RequestTooLarge and RequestNotParsed."""
     if len(data) > _BATCH_VERIFY_BYTES_MAX:
         raise RequestTooLarge(_BATCH_VERIFY_BYTES_MAX)
     try:
-        batch = pb.BatchVerifyRequest.FromString(data)
+        return pb.BatchVerifyRequest.FromString(data)
     except Exception:  # noqa: BLE001 - the bytes may raise anything in the parser
-        batch = _lenient(BATCH_VERIFY, data)
-    return batch.requests
+        lenient: pb.BatchVerifyRequest = _lenient(BATCH_VERIFY, data)
+        return lenient
 
 
 def _too_many_required(field: str) -> InvalidArgument:
@@ -275,6 +307,8 @@ def put_token(record: TokenRecord, token: pb.Token) -> None:
         token.permissions.extend(record.permissions)
     if record.description:
         token.description = record.description
+    if record.rate_limit is not None:
+        put_rate_limit(record.rate_limit, token.rate_limit)
     for secret in record.secrets:
         shown = token.secrets.add(hint=secret.hint, retire_on_first_use=secret.retire_on_first_use)
         _put_time(secret.create_time, shown.create_time)
@@ -282,6 +316,13 @@ def put_token(record: TokenRecord, token: pb.Token) -> None:
             _put_time(secret.expire_time, shown.expire_time)
         if secret.last_used_time is not None:
             _put_time(secret.last_used_time, shown.last_used_time)
+        if secret.leak_report_time is not None:
+            _put_time(secret.leak_report_time, shown.leak_report_time)
+
+
+def put_rate_limit(limit: RateLimit, message: pb.RateLimit) -> None:
+    """Fill `message`."""
+    message.count, message.period.seconds, message.burst = limit
 
 
 def _put_time(moment: datetime, timestamp: timestamp_pb2.Timestamp) -> None:
@@ -293,16 +334,20 @@ def _put_time(moment: datetime, timestamp: timestamp_pb2.Timestamp) -> None:
 
 def _position_fields(position: Position) -> bytes:
     """Return the encoded fields `revision` and `mark` of a VerifyResponse. Omits zeros."""
-    revision = _REVISION_TAG + _varint(position.revision) if position.revision else b""
+    revision = _REVISION_TAG + varint(position.revision) if position.revision else b""
     mark = _MARK_TAG + position.mark.to_bytes(8, "little") if position.mark else b""
     return revision + mark
 
 
-def _varint(number: int) -> bytes:
-    """Return the varint encoding of a number that is not negative, seven bits at a time."""
-    out = bytearray()
-    while number > 0x7F:
-        out.append(number & 0x7F | 0x80)
-        number >>= 7
-    out.append(number)
-    return bytes(out)
+def _spends_shares(request: pb.VerifyRequest | None) -> bool:
+    return request is not None and request.spends_shares
+
+
+def _retry_field(seconds: float) -> bytes:
+    """Return the encoded field `retry_after` of a VerifyResponse."""
+    message = pb.VerifyResponse()
+    # Rounded up: a client that is early is refused again.
+    microseconds = math.ceil(seconds * 1e6)
+    message.retry_after.seconds, rest = divmod(microseconds, 1_000_000)
+    message.retry_after.nanos = rest * 1_000
+    return message.SerializeToString()

@@ -14,7 +14,15 @@ from types import MappingProxyType
 from typing import Final
 from urllib.parse import parse_qsl, urlencode
 
-__all__ = ["DATABASE_URL", "file_problems", "for_driver", "problem", "tls_context", "warnings"]
+__all__ = [
+    "DATABASE_URL",
+    "file_problems",
+    "for_driver",
+    "problem",
+    "redacted",
+    "tls_context",
+    "warnings",
+]
 
 # Not urllib's urlsplit: some versions reject several hosts where one of them is [IPv6].
 DATABASE_URL: Final = re.compile(
@@ -152,3 +160,15 @@ def _parameters(url: str) -> dict[str, str]:
 def _shown(name: str) -> str:
     """Return a name as a message may quote it: the end of a password may have become part of it."""
     return name if re.fullmatch(r"\w{1,40}", name) else "with an unusual name"
+
+
+def redacted(url: str) -> str:
+    """Return a database URL without its password, wherever it is."""
+    match = DATABASE_URL.fullmatch(url)
+    if match is None:
+        return "***"
+    scheme, user, hosts, path, query = (part or "" for part in match.groups())
+    if user:
+        user = user.partition(":")[0] + (":***@" if ":" in user else "@")
+    query = re.sub(r"((?:^\?|&)(?:\w*password\w*)=)[^&]*", r"\1***", query, flags=re.IGNORECASE)
+    return scheme + user + hosts + path + query

@@ -19,6 +19,7 @@ __all__ = [
     "PEPPERS",
     "POLICY",
     "TLS_KEY",
+    "WEBHOOK_SECRETS",
     "Rule",
     "refusal",
     "warning",
@@ -47,6 +48,7 @@ class Rule:
 
 
 PEPPERS: Final = Rule(refused=0o077, refused_of_root=0o037)
+WEBHOOK_SECRETS: Final = PEPPERS
 # Kubernetes mounts a secret with 0644 by default. In a container, there are no other users.
 TLS_KEY: Final = Rule(refused=0o077, refused_of_root=0o033, warned_of_root=0o004)
 # May contain the password of the database.

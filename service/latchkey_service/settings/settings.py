@@ -16,7 +16,9 @@ from latchkey_coherence.lease import LEASE_SECONDS_MAX
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from latchkey_service.settings import database_url, exposure, file_access
+from latchkey_service.lifetime import Lifetime, duration_in
+from latchkey_service.secret_format import IMPORTED_PREFIX
+from latchkey_service.settings import database_url, exposure, file_access, webhook
 from latchkey_service.settings.data_dir import default_data_dir
 
 __all__ = [
@@ -75,6 +77,18 @@ def _database_url(value: SecretStr) -> SecretStr:
         raise ValueError("put several hosts before the database name: HOST:PORT,HOST:PORT")
     if (problem := database_url.problem(url)) is not None:
         raise ValueError(problem)
+    return value
+
+
+def _imported_prefixes(value: str) -> str:
+    prefixes = [prefix.strip() for prefix in value.split(",")]
+    if not all(prefix == "*" or IMPORTED_PREFIX.fullmatch(prefix) for prefix in prefixes):
+        raise ValueError("must be prefixes of 1-32 characters of A-Za-z0-9._~+/=-, or *")
+    return ",".join(prefixes)
+
+
+def _duration(value: str) -> str:
+    duration_in(value)
     return value
 
 
@@ -177,15 +191,56 @@ class Settings(BaseSettings):
     secret_prefix: str = Field(
         "lk", pattern=r"^[a-z]{2,10}$", description="prefix of new secrets: 2-10 of a-z"
     )
+    imported_prefixes: Annotated[str, AfterValidator(_imported_prefixes)] | None = Field(
+        None,
+        description="prefixes of imported secrets, such as sk_live_,sk_test_; *: imported secrets "
+        "may have any prefix or none; unset: none are accepted",
+    )
+    max_ttl: Annotated[str, AfterValidator(_duration)] | None = Field(
+        None,
+        description="longest time from a Create or Update until the expiry that it sets, such as "
+        "90d; a policy can only shorten it; unset: no limit",
+    )
+    require_expiry: Literal["off", "on"] = Field(
+        "off", description="off or on; on: each new token needs an expiry, as with MAX_TTL"
+    )
+    expired_retention_days: int = Field(
+        30,
+        ge=1,
+        le=36_500,
+        description="how many days an expired token stays in lists and keeps its verdict; then it "
+        "is removed, and its secret is UNKNOWN",
+    )
     tombstone_retention_days: int = Field(
         90,
         ge=1,
         le=36_500,
-        description="how many days a deleted or expired token, or an ended secret, keeps its "
-        "verdict instead of UNKNOWN",
+        description="how many days a deleted token, or an ended secret, keeps its verdict instead "
+        "of UNKNOWN",
     )
     audit_retention_days: int = Field(
         365, ge=1, le=36_500, description="how long audit entries are kept"
+    )
+    webhook_url: Annotated[SecretStr, AfterValidator(webhook.valid_url)] | None = Field(
+        None,
+        description="URL that receives events about tokens: https, or http on loopback; unset: "
+        "events are not recorded",
+    )
+    webhook_secret_file: Path | None = Field(
+        None,
+        description="file with the secrets that sign events, newest first: whsec_ and base64, one "
+        "per line",
+    )
+    webhook_events: Annotated[str, AfterValidator(webhook.valid_events)] = Field(
+        "all",
+        description="events to send, with commas between them: all, or some of "
+        + ", ".join(webhook.EVENTS),
+    )
+    webhook_expiring_days: Annotated[str, AfterValidator(webhook.valid_days)] = Field(
+        "7,1", description="how many days before its expiry a token is announced as expiring"
+    )
+    webhook_retry_days: int = Field(
+        3, ge=1, le=90, description="how long an event is sent again if the receiver fails"
     )
     lease_seconds: float = Field(
         3.0,
@@ -208,6 +263,12 @@ class Settings(BaseSettings):
     )
     notify: Literal["on", "off"] = Field(
         "on", description="on or off: LISTEN and NOTIFY, which let a Delete return in milliseconds"
+    )
+    drain_seconds: float = Field(
+        0.1,
+        ge=0,
+        le=3_600,
+        description="how long health reports NOT_SERVING before a stopping service refuses calls",
     )
     grace_seconds: float = Field(
         10.0, ge=0, le=3_600, description="how long calls in progress may take during shutdown"
@@ -237,6 +298,19 @@ class Settings(BaseSettings):
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         """Refuse to be pickled: the database's password would be in the result, unmasked."""
         raise TypeError("settings cannot be pickled; use to_json for the pipe to a worker")
+
+    @property
+    def accepted_prefixes(self) -> tuple[str, ...]:
+        """The prefixes of imported secrets. An empty one accepts any."""
+        if self.imported_prefixes is None:
+            return ()
+        return tuple("" if p == "*" else p for p in self.imported_prefixes.split(","))
+
+    @property
+    def lifetime(self) -> Lifetime:
+        """The limit for all tokens."""
+        ttl = None if self.max_ttl is None else duration_in(self.max_ttl)
+        return Lifetime(ttl, self.require_expiry == "on")
 
     @property
     def pepper_path(self) -> Path:
@@ -367,21 +441,10 @@ def describe(settings: Settings) -> list[tuple[str, str, str, str]]:
         if name == "transport":
             value = exposure.transport_of(settings)
         if isinstance(value, SecretStr):
-            text = _redacted(value.get_secret_value())
+            redacted = webhook.redacted if name == "webhook_url" else database_url.redacted
+            text = redacted(value.get_secret_value())
         else:
             text = "" if value is None else str(value)
         source = "set" if name in settings.model_fields_set else "default"
         rows.append((PREFIX + name.upper(), text, source, field.description or ""))
     return rows
-
-
-def _redacted(url: str) -> str:
-    """Return a database URL without its password, wherever it is."""
-    match = database_url.DATABASE_URL.fullmatch(url)
-    if match is None:
-        return "***"
-    scheme, user, hosts, path, query = (part or "" for part in match.groups())
-    if user:
-        user = user.partition(":")[0] + (":***@" if ":" in user else "@")
-    query = re.sub(r"((?:^\?|&)(?:\w*password\w*)=)[^&]*", r"\1***", query, flags=re.IGNORECASE)
-    return scheme + user + hosts + path + query

@@ -9,14 +9,20 @@ from latchkey_coherence.lease import boottime
 
 from latchkey_service.coherence.ack_waiter import AckWaiter
 from latchkey_service.coherence.reads import LeasedReads
+from latchkey_service.lifetime import UNLIMITED, Lifetime
 from latchkey_service.postgres.connections import Pool
 from latchkey_service.secret_format import Keyring
 from latchkey_service.tokens.bulk import Bulk
 from latchkey_service.tokens.bulk_store import BulkStore
 from latchkey_service.tokens.confirmation import Confirmations
+from latchkey_service.tokens.event_table import NO_EVENTS, Outbox
 from latchkey_service.tokens.first_use import FirstUse
+from latchkey_service.tokens.import_store import ImportStore
+from latchkey_service.tokens.importing import Importer
 from latchkey_service.tokens.lifecycle import Lifecycle
 from latchkey_service.tokens.lifecycle_store import LifecycleStore
+from latchkey_service.tokens.list_store import ListStore
+from latchkey_service.tokens.listing import Listing
 from latchkey_service.tokens.management import Tokens
 from latchkey_service.tokens.seal import SealGuard
 from latchkey_service.tokens.token_store import TokenStore
@@ -32,6 +38,8 @@ class Management:
     tokens: Tokens
     lifecycle: Lifecycle
     bulk: Bulk
+    listing: Listing
+    importer: Importer
     guard: SealGuard
     first_use: FirstUse
     upkeep_store: UpkeepStore
@@ -44,15 +52,36 @@ def build_management(
     reads: LeasedReads,
     secret_prefix: str,
     now: Callable[[], datetime],
+    lifetime: Lifetime = UNLIMITED,
+    outbox: Outbox = NO_EVENTS,
 ) -> Management:
     """Return the management of tokens on `pool`."""
     guard = SealGuard(keyring, boottime)
     confirmations = Confirmations(ack_waiter, now)
-    tokens = Tokens(TokenStore(pool), keyring, ack_waiter, reads, secret_prefix, now, os.urandom)
-    store = LifecycleStore(pool)
-    lifecycle = Lifecycle(
-        store, tokens, keyring, guard, confirmations, reads, secret_prefix, now, os.urandom
+    tokens = Tokens(
+        TokenStore(pool, outbox), keyring, ack_waiter, reads, secret_prefix, now, os.urandom
     )
-    bulk = Bulk(BulkStore(pool), store, keyring, confirmations, reads, now)
+    store = LifecycleStore(pool, outbox)
+    lifecycle = Lifecycle(
+        store,
+        tokens,
+        keyring,
+        guard,
+        confirmations,
+        reads,
+        secret_prefix,
+        now,
+        os.urandom,
+        lifetime,
+    )
+    bulk = Bulk(
+        BulkStore(pool, outbox), store, keyring, confirmations, reads, now, tokens.confirming
+    )
+    importer = Importer(
+        ImportStore(pool), store, keyring, guard, confirmations, reads, now, os.urandom, lifetime
+    )
+    listing = Listing(ListStore(pool), reads, now)
     first_use = FirstUse(lifecycle.retire_older, boottime)
-    return Management(tokens, lifecycle, bulk, guard, first_use, UpkeepStore(pool))
+    return Management(
+        tokens, lifecycle, bulk, listing, importer, guard, first_use, UpkeepStore(pool)
+    )

@@ -13,13 +13,16 @@ made batches smaller and each call more expensive (60 instead of 51 µs of CPU).
 """
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from latchkey_service.coherence.snapshot import Snapshot
+from latchkey_service.coherence.reads import LeasedReads
+from latchkey_service.coherence.snapshot import Snapshot, snapshot_of
 from latchkey_service.errors import (
     NO_ANSWER,
     TOO_LATE,
+    CacheStartedOver,
     LatchkeyError,
     Overloaded,
     StoreUnavailable,
@@ -32,12 +35,7 @@ from latchkey_service.postgres.connections import (
     translate_errors,
 )
 from latchkey_service.tokens.queue_limit import STUCK_SECONDS, QueueLimit
-from latchkey_service.tokens.token_table import (
-    FIND_BY_DIGEST,
-    record_of,
-    secret_of,
-    snapshot_of,
-)
+from latchkey_service.tokens.token_table import FIND_BY_DIGEST, record_of, secret_of
 from latchkey_service.tokens.verdict import SecretRecord, TokenRecord
 
 if TYPE_CHECKING:
@@ -45,7 +43,7 @@ if TYPE_CHECKING:
 
     Connection = asyncpg.Connection[asyncpg.Record]
 
-__all__ = ["Found", "Lookup"]
+__all__ = ["Found", "LeasedLookup", "Lookup"]
 
 # Digests per query: the limit of BatchVerify, so that a full batch is one query.
 BATCH_MAX = 1_000
@@ -60,6 +58,8 @@ SMOOTHING = 0.2
 # network to the time-out of a statement.
 BATCH_BOUNDS = (1, 2, 5, 10, 25, 50, 100, 250, 500, 1_000)
 SECONDS_BOUNDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2)
+# The cache rarely starts over, and hardly ever twice within one round trip.
+READS_MAX = 3
 # Longest delay between a deadline and its error. Calls reserve more than that for their answer.
 EXPIRY_CHECK_SECONDS = 0.02
 
@@ -116,7 +116,9 @@ class Lookup:
         self._expiry_timer: asyncio.TimerHandle | None = None
 
     async def find_all(self, digests: Sequence[bytes], deadline: float) -> list[Found]:
-        """Return the tokens with these 1 to 1,000 digests, in order, from one snapshot.
+        """Return the tokens with these digests, in order, from one snapshot.
+
+        Up to 1,000, or as many for each pepper if the secrets are imported ones.
 
         Raises StoreUnavailable, Overloaded, and Unavailable at `deadline` (monotonic seconds).
         """
@@ -233,6 +235,36 @@ class Lookup:
         self._expiry_timer = (
             self._loop.call_later(EXPIRY_CHECK_SECONDS, self._expire_waiters) if pending else None
         )
+
+
+class LeasedLookup:
+    """Look-ups whose results count only under the process's lease."""
+
+    def __init__(self, lookup: Lookup, reads: LeasedReads) -> None:
+        self._lookup = lookup
+        self._reads = reads
+
+    @property
+    def waiting(self) -> int:
+        """How many digests wait for a query."""
+        return self._lookup.waiting
+
+    async def find(self, digests: Sequence[bytes], deadline: float) -> list[Found]:
+        """Look up digests as `Lookup.find_all` does, and return the accepted records, in order.
+
+        If the cache starts over during the read, because of an `InvalidateAll` or a new timeline,
+        the read is not acceptable, and is repeated.
+        """
+        for _ in range(READS_MAX - 1):
+            with contextlib.suppress(CacheStartedOver):
+                return await self._find_once(digests, deadline)
+        return await self._find_once(digests, deadline)
+
+    async def _find_once(self, digests: Sequence[bytes], deadline: float) -> list[Found]:
+        began = await self._reads.begin(deadline)
+        found = await self._lookup.find_all(digests, deadline)
+        await self._reads.accept(found[0].snapshot, began, deadline)
+        return found
 
 
 class _LookupConnection:

@@ -1,36 +1,30 @@
-"""Ends many tokens or secrets at once: RevokeSecret and DeleteAll.
+"""Ends or marks many tokens or secrets at once: RevokeSecret, ReportSecret and DeleteAll.
 
 Owns the rules of these calls. Contains neither protobuf nor SQL (`bulk_store.py`).
 """
 
+import asyncio
 import enum
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 
 from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.errors import FieldViolation
-from latchkey_service.secret_format import SECRET_LENGTH_MAX, Keyring, Malformed
-from latchkey_service.tokens.bulk_store import BulkStore, Filter
+from latchkey_service.secret_format import IMPORTED_LENGTH_MAX, Keyring, Malformed
+from latchkey_service.tokens.bulk_store import BulkStore
 from latchkey_service.tokens.changes import require_new_rules
 from latchkey_service.tokens.confirmation import Call, Confirmations
+from latchkey_service.tokens.filters import Filter, filter_violations, folded
 from latchkey_service.tokens.lifecycle_store import LifecycleStore
-from latchkey_service.tokens.names import name_key
 from latchkey_service.tokens.receipt_table import Deletion
-from latchkey_service.tokens.validation import (
-    LABELS_MAX,
-    NAME_LENGTH_MAX,
-    account_violations,
-    check,
-    label_violations,
-    printable,
-)
+from latchkey_service.tokens.validation import account_violations, check
 from latchkey_service.tokens.verdict import TokenRecord
 
 __all__ = ["DELETED_MAX", "LISTED_MAX", "REVOKED_MAX", "Bulk", "Deletions", "Outcome"]
 
 REVOKED_MAX = 1_000
-"""Secrets in a call of RevokeSecret."""
+"""Secrets in a call of RevokeSecret or ReportSecret."""
 DELETED_MAX = 1_000
 """Tokens that one call of DeleteAll deletes. Other Deletes wait meanwhile, some 0.3 s."""
 LISTED_MAX = 500
@@ -38,12 +32,13 @@ LISTED_MAX = 500
 
 
 class Outcome(enum.IntEnum):
-    """What RevokeSecret did with a secret, numbered as in the contract."""
+    """What RevokeSecret or ReportSecret did with a secret, numbered as in the contract."""
 
     ENDED = 1
     ENDED_BEFORE = 2
     UNKNOWN = 3
     MALFORMED = 4
+    REPORTED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +67,7 @@ class Bulk:
         confirmations: Confirmations,
         reads: LeasedReads,
         now: Callable[[], datetime],
+        confirming: asyncio.Semaphore,
     ) -> None:
         self._store = store
         self._lifecycle_store = lifecycle_store
@@ -79,6 +75,8 @@ class Bulk:
         self._confirmations = confirmations
         self._reads = reads
         self._now = now
+        # Shared with Delete: its receipts need the same connections.
+        self._confirming = confirming
 
     async def revoke_secrets(
         self, secrets: Sequence[str], call: Call
@@ -88,10 +86,7 @@ class Bulk:
         Returns the outcomes in order, and a receipt if any secret belongs to a token. Raises
         FailedPrecondition while a server of an earlier release runs.
         """
-        if not 1 <= len(secrets) <= REVOKED_MAX:
-            check(FieldViolation("secrets", f"must have 1-{REVOKED_MAX} entries"))
-        parsed = [self._parse(secret) for secret in secrets]
-        digests = list(dict.fromkeys(digest for digest in parsed if isinstance(digest, bytes)))
+        parsed, digests = self._digests_of(secrets)
         if not digests:
             return [one for one in parsed if isinstance(one, Outcome)], None
         require_new_rules(old_verifiers=await self._lifecycle_store.has_old_verifiers())
@@ -101,7 +96,9 @@ class Bulk:
         )
         if audited:
             call.on_commit("")
-        if changed is None or len(ended) < len(digests):
+        if changed is None or not all(
+            isinstance(one, Outcome) or any(d in ended for d in one) for one in parsed
+        ):
             # A deposed primary must not report that a leaked secret never existed, or has ended.
             known, snapshot = await self._store.find_secrets(digests)
             await self._reads.accept(snapshot, began, call.deadline)
@@ -112,16 +109,31 @@ class Bulk:
         outcomes = [
             one
             if isinstance(one, Outcome)
-            else Outcome.UNKNOWN
-            if one not in ended
-            else Outcome.ENDED
-            if ended[one]
-            else Outcome.ENDED_BEFORE
+            else _outcome([ended[d] for d in one if d in ended], Outcome.ENDED)
             for one in parsed
         ]
         if not ended:
             return outcomes, None
         return outcomes, await self._confirmations.receipt(position, moment, call)
+
+    async def report_secrets(self, secrets: Sequence[str], call: Call) -> list[Outcome]:
+        """Mark secrets as leaked, without ending them; return the outcomes in order. Idempotent."""
+        parsed, digests = self._digests_of(secrets)
+        found: dict[bytes, bool] = {}
+        if digests:
+            began = await self._reads.begin(call.deadline)
+            found, audited, snapshot = await self._store.report_secrets(
+                digests, self._now(), call.audit_context
+            )
+            if audited:
+                call.on_commit("")
+            await self._reads.accept(snapshot, began, call.deadline)
+        return [
+            one
+            if isinstance(one, Outcome)
+            else _outcome([found[d] for d in one if d in found], Outcome.REPORTED)
+            for one in parsed
+        ]
 
     async def delete_all(
         self, account_id: str, selected: Filter, call: Call, *, dry_run: bool
@@ -130,8 +142,8 @@ class Bulk:
 
         Idempotent. With `dry_run`, returns what would be deleted.
         """
-        check(*account_violations(account_id), *_filter_violations(selected))
-        selected = replace(selected, name_contains=name_key(selected.name_contains))
+        check(*account_violations(account_id), *filter_violations(selected))
+        selected = folded(selected)
         began = await self._reads.begin(call.deadline)
         now = self._now()
         if dry_run:
@@ -154,38 +166,40 @@ class Bulk:
         if acknowledgements is None:
             receipt = Deletion(changed.position, changed.moment, None, 0, 0, 0, 0)
         else:
-            receipt = await self._store.confirm_deletions(ids, changed.position, acknowledgements)
+            async with self._confirming:
+                receipt = await self._store.confirm_deletions(
+                    ids, changed.position, acknowledgements
+                )
         return Deletions(len(ids), (), receipt, more=len(ids) == DELETED_MAX)
 
-    def _parse(self, secret: str) -> bytes | Outcome:
+    def _digests_of(
+        self, secrets: Sequence[str]
+    ) -> tuple[list[tuple[bytes, ...] | Outcome], list[bytes]]:
+        """Return the possible digests of each text, or why it has none, and the distinct ones."""
+        if not 1 <= len(secrets) <= REVOKED_MAX:
+            check(FieldViolation("secrets", f"must have 1-{REVOKED_MAX} entries"))
+        parsed = [self._parse(secret) for secret in secrets]
+        return parsed, list(
+            dict.fromkeys(d for one in parsed if isinstance(one, tuple) for d in one)
+        )
+
+    def _parse(self, secret: str) -> tuple[bytes, ...] | Outcome:
+        """Return the possible digests of a secret, or what is wrong with it."""
         # Longer texts are not secrets, and searching them would take time.
-        if len(secret) > SECRET_LENGTH_MAX:
+        if len(secret) > IMPORTED_LENGTH_MAX:
             return Outcome.MALFORMED
         try:
             digest = self._keyring.digest_of(secret)
         except Malformed:
-            return Outcome.MALFORMED
-        return Outcome.UNKNOWN if digest is None else digest
+            return self._keyring.imported_digests_of(secret) or Outcome.MALFORMED
+        return Outcome.UNKNOWN if digest is None else (digest,)
 
 
-def _filter_violations(selected: Filter) -> list[FieldViolation]:
-    violations = []
-    if selected.scope not in range(3):
-        violations.append(FieldViolation("scope", "must be a scope"))
-    if selected.state not in range(4):
-        violations.append(FieldViolation("state", "must be a state"))
-    if len(selected.name_contains) > NAME_LENGTH_MAX:
-        violations.append(
-            FieldViolation("name_contains", f"must have at most {NAME_LENGTH_MAX} characters")
-        )
-    if not printable(selected.name_contains):
-        violations.append(FieldViolation("name_contains", "must not contain control characters"))
-    elif selected.name_contains and not name_key(selected.name_contains):
-        # Every name contains it, and the call would delete every token.
-        violations.append(FieldViolation("name_contains", "must contain a visible character"))
-    labels = selected.labels or {}
-    if len(labels) > LABELS_MAX or label_violations(labels):
-        violations.append(
-            FieldViolation("label", f"must have at most {LABELS_MAX} pairs that a token can have")
-        )
-    return [FieldViolation(f"filter.{v.field}", v.description) for v in violations]
+def _outcome(working: Sequence[bool], done: Outcome) -> Outcome:
+    """Return the outcome for a secret, given for each of its digests whether it worked before.
+
+    `done` is the outcome if it worked.
+    """
+    if not working:
+        return Outcome.UNKNOWN
+    return done if any(working) else Outcome.ENDED_BEFORE

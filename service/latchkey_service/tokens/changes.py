@@ -5,23 +5,27 @@ call then waits for verifiers without need, which is safe.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Any
 
+from latchkey_coherence.rate import RateLimit
 from latchkey_coherence.verdict import includes
 
 from latchkey_service.errors import FailedPrecondition, FieldViolation
+from latchkey_service.lifetime import UNLIMITED, Lifetime
 from latchkey_service.tokens.lifecycle_store import Change, TokenState
 from latchkey_service.tokens.validation import (
     LABELS_MAX,
     description_violations,
     expire_time_violations,
     label_violations,
+    lifetime_violations,
     name_violations,
     networks_in,
     permissions_in,
+    rate_limit_in,
     secret_violations,
 )
 from latchkey_service.tokens.verdict import Scope, TokenRecord, TokenSecret
@@ -38,7 +42,7 @@ __all__ = [
 ]
 
 # The fields that a verdict depends on.
-DECIDING = frozenset({"scope", "expire_time", "allowed_networks", "permissions"})
+DECIDING = frozenset({"scope", "expire_time", "allowed_networks", "permissions", "rate_limit"})
 _PATHS = DECIDING | {"name", "labels", "description"}
 # More paths than fields. A request may repeat some.
 _PATHS_MAX = 32
@@ -56,9 +60,13 @@ class NewValues:
     description: str = ""
     allowed_networks: Sequence[str] = ()
     permissions: Sequence[str] = ()
+    rate_limit: tuple[int, timedelta, int] | None = None
+    """Count, period and burst."""
 
 
-def values_violations(new: NewValues, now: datetime) -> list[FieldViolation]:
+def values_violations(
+    new: NewValues, now: datetime, lifetime: Lifetime = UNLIMITED
+) -> list[FieldViolation]:
     """Check the paths and the fields that they list. Names the fields as in the request."""
     if not new.paths:
         return [FieldViolation("update_mask", "is required")]
@@ -72,7 +80,9 @@ def values_violations(new: NewValues, now: datetime) -> list[FieldViolation]:
     if "scope" in new.paths and new.scope not in (Scope.READ, Scope.WRITE):
         found.append(FieldViolation("scope", "must be SCOPE_READ or SCOPE_WRITE"))
     if "expire_time" in new.paths:
-        found += expire_time_violations(new.expire_time, now)
+        found += expire_time_violations(new.expire_time, now) or lifetime_violations(
+            "expire_time", new.expire_time, lifetime, now
+        )
     if "labels" in new.paths:
         found += label_violations(labels)
         if len(labels) <= LABELS_MAX:
@@ -84,7 +94,9 @@ def values_violations(new: NewValues, now: datetime) -> list[FieldViolation]:
         networks_in(new.allowed_networks, found)
     if "permissions" in new.paths:
         permissions_in(new.permissions, found)
-    return [FieldViolation(f"token.{v.field}", v.description) for v in found]
+    if "rate_limit" in new.paths:
+        rate_limit_in(new.rate_limit, found)
+    return [replace(v, field=f"token.{v.field}") for v in found]
 
 
 def updated(old: TokenRecord, new: NewValues) -> TokenRecord:
@@ -97,6 +109,7 @@ def updated(old: TokenRecord, new: NewValues) -> TokenRecord:
         "description": new.description,
         "allowed_networks": networks_in(new.allowed_networks, []),
         "permissions": permissions_in(new.permissions, []),
+        "rate_limit": rate_limit_in(new.rate_limit, []),
     }
     return old._replace(**{path: values[path] for path in new.paths})
 
@@ -109,6 +122,7 @@ def decides_alike(old: TokenRecord, new: TokenRecord) -> bool:
         and (old.disable_time is None) == (new.disable_time is None)
         and old.allowed_networks == new.allowed_networks
         and old.permissions == new.permissions
+        and old.rate_limit == new.rate_limit
     )
 
 
@@ -123,6 +137,7 @@ def narrows(old: TokenRecord, new: TokenRecord) -> bool:
         or (new.disable_time is not None and old.disable_time is None)
         or not includes(frozenset(new.permissions), old.permissions)
         or not _covers(new.allowed_networks, old.allowed_networks)
+        or _limits_more(new.rate_limit, old.rate_limit)
     )
 
 
@@ -152,6 +167,17 @@ def require_new_rules(*, old_verifiers: bool) -> None:
             "A server of an earlier release is still running and would not respect this change. "
             "Upgrade all servers first."
         )
+
+
+def _limits_more(new: RateLimit | None, old: RateLimit | None) -> bool:
+    """Return whether `new` may refuse a verify that `old` permits."""
+    if new is None:
+        return False
+    if old is None:
+        return True
+    # Compared as whole numbers, which are exact.
+    slower = new.calls * old.period_seconds < old.calls * new.period_seconds
+    return slower or new.burst < old.burst
 
 
 def _covers(new: Sequence[str], old: Sequence[str]) -> bool:

@@ -13,6 +13,7 @@ from latchkey_service.audit.audit_log import AuditContext
 from latchkey_service.coherence.ack_rules import NO_ACKNOWLEDGEMENTS, Acknowledgements
 from latchkey_service.coherence.ack_waiter import AckWaiter
 from latchkey_service.errors import ChangeNotConfirmed, NotConfirmed
+from latchkey_service.lifetime import UNLIMITED, Lifetime
 from latchkey_service.tokens.receipt_table import Deletion
 
 __all__ = ["Call", "Confirmations"]
@@ -31,6 +32,8 @@ class Call:
     if the change concerns several tokens."""
     on_wait: Callable[[], None] = lambda: None
     """Called when the change is committed and only the wait remains."""
+    lifetime: Lifetime = UNLIMITED
+    """The caller's limit for tokens of the account."""
 
 
 class Confirmations:

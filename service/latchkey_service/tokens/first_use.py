@@ -1,4 +1,4 @@
-"""Ends the older secrets of a token when a look-up first finds the new one.
+"""Ends the older secrets of a token after the first verify of the new one that is answered VALID.
 
 Verify does not wait for that. If it fails here, the next look-up of the secret repeats it.
 """
@@ -11,7 +11,7 @@ from latchkey_service.audit.audit_log import AuditContext
 from latchkey_service.errors import LatchkeyError
 from latchkey_service.settings.logs import logger
 from latchkey_service.tokens.confirmation import Call
-from latchkey_service.tokens.verdict import SecretRecord, TokenRecord
+from latchkey_service.tokens.verdict import CachedToken
 
 __all__ = ["FirstUse"]
 
@@ -37,13 +37,18 @@ class FirstUse:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._log = logger()
 
-    def seen(self, token: TokenRecord, secret: SecretRecord) -> None:
-        """Begin to retire the secrets of `token` that are older than `secret`."""
-        if token.id in self._tasks or len(self._tasks) >= TOKENS_MAX:
+    def seen(self, record: CachedToken) -> None:
+        """Begin to retire the secrets that are older than the one of `record`, unless this has
+        begun."""
+        digest, token_id = record.retires_older, record.token_id
+        if digest is None or token_id in self._tasks or len(self._tasks) >= TOKENS_MAX:
             return
-        task = asyncio.create_task(self._retire(token, secret), name="retire older secrets")
-        self._tasks[token.id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(token.id, None))
+        record.retires_older = None
+        task = asyncio.create_task(
+            self._retire(record.account_id, token_id, digest), name="retire older secrets"
+        )
+        self._tasks[token_id] = task
+        task.add_done_callback(lambda _: self._tasks.pop(token_id, None))
 
     async def close(self) -> None:
         """Stop. What has not been done is left to the next look-up of the secret."""
@@ -52,17 +57,17 @@ class FirstUse:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _retire(self, token: TokenRecord, secret: SecretRecord) -> None:
+    async def _retire(self, account_id: str, token_id: str, digest: bytes) -> None:
         for attempt in range(ATTEMPTS_MAX):
-            context = AuditContext("", METHOD, PEER, "", token.account_id, token.id)
+            context = AuditContext("", METHOD, PEER, "", account_id, token_id)
             call = Call(context, self._clock() + ATTEMPT_SECONDS)
             try:
-                await self._retire_older(token.account_id, token.id, secret.digest, call)
+                await self._retire_older(account_id, token_id, digest, call)
             except LatchkeyError as error:
                 self._log.warning(
                     "older secrets not retired yet",
-                    token_id=token.id,
-                    account_id=token.account_id,
+                    token_id=token_id,
+                    account_id=account_id,
                     error=type(error).__name__,
                 )
                 await asyncio.sleep(RETRY_SECONDS * math.pow(2, attempt))

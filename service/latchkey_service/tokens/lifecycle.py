@@ -12,11 +12,13 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 
 from latchkey_service.coherence.reads import LeasedReads
+from latchkey_service.coherence.verifier_table import RATE_RULES
 from latchkey_service.errors import (
     AlreadyExists,
     FailedPrecondition,
     FieldViolation,
 )
+from latchkey_service.lifetime import UNLIMITED, Lifetime
 from latchkey_service.secret_format import Keyring
 from latchkey_service.tokens.changes import (
     DECIDING,
@@ -42,6 +44,7 @@ from latchkey_service.tokens.token_store import Request
 from latchkey_service.tokens.validation import (
     account_violations,
     check,
+    grace_violations,
     id_violations,
     request_id_in,
 )
@@ -93,11 +96,18 @@ class Lifecycle(TokenChanger):
         secret_prefix: str,
         now: Callable[[], datetime],
         random_bytes: Callable[[int], bytes],
+        lifetime: Lifetime = UNLIMITED,
     ) -> None:
         super().__init__(
             store, keyring, guard, confirmations, reads, secret_prefix, now, random_bytes
         )
         self._tokens = tokens
+        self._lifetime = lifetime
+
+    def lifetime(self, account_id: str, call: Call) -> Lifetime:
+        """Return the limit for tokens of an account: the stricter of settings and policy."""
+        check(*account_violations(account_id))
+        return self._lifetime.stricter(call.lifetime)
 
     async def create(self, new: NewToken, call: Call) -> Created:
         """Create a token. With a request id, a retry replaces the secret of the first attempt.
@@ -109,18 +119,20 @@ class Lifecycle(TokenChanger):
         check(*violations)
         if new.allowed_networks or new.permissions:
             require_new_rules(old_verifiers=await self._store.has_old_verifiers())
+        await self._require_rate_rules(new.rate_limit)
+        lifetime = self._lifetime.stricter(call.lifetime)
         try:
             created = await self._tokens.create_once(
-                new, request, call.audit_context, call.deadline
+                new, request, call.audit_context, call.deadline, lifetime
             )
         except AlreadyExists:
             freed = await self._store.free_expired_name(
-                new.account_id, name_key(new.name.strip()), self._now()
+                new.account_id, name_key(new.name.strip()), self._now(), call.audit_context
             )
             if not freed:
                 raise
             created = await self._tokens.create_once(
-                new, request, call.audit_context, call.deadline
+                new, request, call.audit_context, call.deadline, lifetime
             )
         if created is not None:
             call.on_commit(created.record.id)
@@ -142,8 +154,10 @@ class Lifecycle(TokenChanger):
         check(
             *account_violations(account_id),
             *id_violations(token_id),
-            *values_violations(new, self._now()),
+            *values_violations(new, self._now(), self._lifetime.stricter(call.lifetime)),
         )
+        if "rate_limit" in new.paths:
+            await self._require_rate_rules(new.rate_limit)
 
         def change(state: TokenState) -> Change | None:
             record = updated(state.record, new)
@@ -160,7 +174,9 @@ class Lifecycle(TokenChanger):
         try:
             done = await self._change(account_id, token_id, change, call)
         except AlreadyExists:
-            if not await self._store.free_expired_name(account_id, names[0], self._now()):
+            if not await self._store.free_expired_name(
+                account_id, names[0], self._now(), call.audit_context
+            ):
                 raise
             done = await self._change(account_id, token_id, change, call)
         before, after = done.before.record, done.record
@@ -207,6 +223,8 @@ class Lifecycle(TokenChanger):
         violations = [*account_violations(rotation.account_id), *id_violations(rotation.token_id)]
         if rotation.grace is not None and not timedelta(0) <= rotation.grace <= GRACE_MAX:
             violations.append(FieldViolation("grace", f"must be 0 to {GRACE_MAX.days} days"))
+        elif rotation.grace is not None:
+            violations += grace_violations(rotation.grace, self._lifetime.stricter(call.lifetime))
         request = self._request(rotation, "Rotate", violations)
         check(*violations)
         grace = rotation.grace
@@ -265,6 +283,12 @@ class Lifecycle(TokenChanger):
 
         done = await self._change(account_id, token_id, change, call)
         self._confirmations.announce(done.changed.position)
+
+    async def _require_rate_rules(self, asked: object) -> None:
+        """Raise FailedPrecondition if a verifier would not respect the rate limit that is asked."""
+        if asked is not None:
+            old_verifiers = await self._store.has_old_verifiers(RATE_RULES)
+            require_new_rules(old_verifiers=old_verifiers)
 
     async def _replace_secret(
         self, account_id: str, token_id: str, request: Request, call: Call
@@ -328,6 +352,9 @@ def _body(request: NewToken | Rotation) -> bytes:
         # Too many to be valid, and too many to copy. The request is refused later.
         return b""
     fields = asdict(request) | {"request_id": None}
+    if fields.get("rate_limit") is None:
+        # A retry may reach a server of an earlier release, whose requests lack this field.
+        fields.pop("rate_limit", None)
     text = json.dumps(fields, sort_keys=True, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 

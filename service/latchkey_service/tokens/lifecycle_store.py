@@ -15,7 +15,9 @@ from uuid import UUID
 from latchkey_coherence.verdict_cache import Position
 
 from latchkey_service.audit.audit_log import AuditContext
-from latchkey_service.coherence.snapshot import Snapshot, mark_in
+from latchkey_service.audit.audit_table import DETAIL_COLUMNS, DETAIL_VALUES
+from latchkey_service.coherence.snapshot import SNAPSHOT, Snapshot, mark_in, snapshot_of
+from latchkey_service.coherence.verifier_table import LIFECYCLE_RULES
 from latchkey_service.postgres.connections import (
     DURABLE,
     Pool,
@@ -23,14 +25,15 @@ from latchkey_service.postgres.connections import (
     retry_on_conflict,
 )
 from latchkey_service.secret_format import Secret
+from latchkey_service.tokens.event_table import NO_EVENTS, ROTATED, Outbox
+from latchkey_service.tokens.seal import TokenSeal
 from latchkey_service.tokens.token_store import Request
 from latchkey_service.tokens.token_table import (
     COLUMNS,
     DETAILS,
-    SNAPSHOT,
     detailed_record_of,
+    rate_columns,
     record_of,
-    snapshot_of,
 )
 from latchkey_service.tokens.verdict import SecretRecord, TokenRecord, TokenSecret
 
@@ -43,7 +46,9 @@ __all__ = [
     "TokenState",
 ]
 
-_OLD_RULES = "EXISTS (SELECT FROM verifier v WHERE v.rules < 1)"
+NAME_FREED = "NAME_FREED"
+"""The reason in the audit entry of an expired token whose name another token has taken."""
+_OLD_RULES = f"EXISTS (SELECT FROM verifier v WHERE v.rules < {LIFECYCLE_RULES})"
 
 
 class StoredSecret(NamedTuple):
@@ -66,6 +71,10 @@ class TokenState(NamedTuple):
     """Of all its secrets."""
     old_verifiers: bool
     """Whether a verifier is registered that does not know the rules of this release."""
+    seal: TokenSeal
+    """Of the token's row."""
+    newest_pepper_id: str
+    """That of its newest secret."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +87,8 @@ class Change:
     """None: unchanged."""
     version: int
     """Of the state that this was computed from."""
+    seal: TokenSeal | None
+    """Of the token's row. None: unchanged."""
     kept: Sequence[SecretRecord]
     """The secrets that stay, with their new seals. Secrets that are listed nowhere stay as is."""
     retired: Sequence[bytes] = ()
@@ -114,8 +125,9 @@ class StoredRequest(NamedTuple):
 class LifecycleStore:
     """Changes tokens. Every method raises StoreUnavailable if Postgres is too slow."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, outbox: Outbox = NO_EVENTS) -> None:
         self._pool = pool
+        self._outbox = outbox
 
     @retry_on_conflict
     async def read_state(
@@ -126,7 +138,8 @@ class LifecycleStore:
             rows = await session.fetch(
                 f"""
                 SELECT h.revision, h.mark, h.timeline, t.version, {_OLD_RULES},
-                       (SELECT max(s.ordinal) FROM secret s WHERE s.token_id = t.id),
+                       (SELECT ROW(s.ordinal, s.pepper_id) FROM secret s
+                         WHERE s.token_id = t.id ORDER BY s.ordinal DESC LIMIT 1),
                        (SELECT array_agg(ROW(s.digest, s.pepper_id, s.expire_time, s.retire_time,
                                              s.retire_on_first_use, s.seal,
                                              coalesce(nullif(s.hint, ''), t.hint),
@@ -134,10 +147,11 @@ class LifecycleStore:
                                              s.ordinal, s.request_id,
                                              (SELECT max(u.last_time) FROM token_usage u
                                                WHERE u.token_id = t.id
-                                                 AND u.hint = coalesce(nullif(s.hint, ''), t.hint)))
+                                                 AND u.hint = coalesce(nullif(s.hint, ''), t.hint)),
+                                             s.leak_report_time)
                                          ORDER BY s.ordinal DESC)
                           FROM secret s WHERE s.token_id = t.id AND s.retire_time IS NULL),
-                       {COLUMNS}, {DETAILS}
+                       t.seal, t.seal_pepper_id, {COLUMNS}, {DETAILS}
                   FROM {SNAPSHOT}
                   LEFT JOIN token t
                     ON t.account_id = $1 AND t.id = $2 AND t.delete_time IS NULL
@@ -147,19 +161,23 @@ class LifecycleStore:
             )
         row = rows[0]
         snapshot = snapshot_of(row)
-        version, old_verifiers, newest, secrets = row[3:7]
+        version, old_verifiers, newest, secrets, *seal = row[3:9]
         if version is None:
             return None, snapshot
         stored = tuple(
             StoredSecret(
                 SecretRecord(*secret[:6]),
-                TokenSecret(secret[6], secret[7], secret[2], secret[4], secret[10]),
+                TokenSecret(secret[6], secret[7], secret[2], secret[4], *secret[10:12]),
                 *secret[8:10],
             )
             for secret in secrets or ()
         )
         record = detailed_record_of(row)
-        return TokenState(record, version, stored, newest or 0, old_verifiers), snapshot
+        ordinal, pepper_id = newest or (0, "")
+        state = TokenState(
+            record, version, stored, ordinal, old_verifiers, TokenSeal(*seal), pepper_id
+        )
+        return state, snapshot
 
     @retry_on_conflict
     async def change(self, change: Change, audit_context: AuditContext) -> Changed | None:
@@ -170,6 +188,16 @@ class LifecycleStore:
         row, then that of `head`, as Delete does.
         """
         record, minted, request = change.record, change.minted, change.request
+        rows = (
+            "SELECT s.moment, c.account_id, c.id, c.name, c.expire_time, $25"
+            " FROM stamped s, changed c"
+        )
+        announced = (
+            # A repeated Create changes a token that exists.
+            self._outbox.insert(ROTATED, rows)
+            if change.repeats
+            else self._outbox.insert_for(audit_context.method, rows)
+        )
         async with self._pool.session() as session:
             with require_durable_commit(session):
                 row = await session.fetchrow(
@@ -201,7 +229,9 @@ class LifecycleStore:
                            SET name = $4, name_key = coalesce($5, t.name_key), scope = $6,
                                expire_time = $7, labels = $8, description = $9,
                                allowed_networks = $10, permissions = $11, hint = $12,
-                               version = t.version + 1,
+                               rate_count = $37, rate_period_seconds = $38, rate_burst = $39,
+                               version = t.version + 1, seal = coalesce($35, t.seal),
+                               seal_pepper_id = coalesce($36, t.seal_pepper_id),
                                disable_time = CASE WHEN $13 THEN coalesce(t.disable_time, s.moment)
                                               END
                           FROM stamped s WHERE t.id = s.id
@@ -233,8 +263,10 @@ class LifecycleStore:
                         SELECT revision, mark, id FROM stamped),
                     audited AS (
                         INSERT INTO audit (time, account_id, token_id, caller, method, peer,
-                                           request_id)
-                        SELECT moment, $1, id, $25, $31, $32, $33 FROM stamped)
+                                           request_id, {DETAIL_COLUMNS})
+                        SELECT moment, $1, id, $25, $31, $32, $33, {DETAIL_VALUES[40]}
+                          FROM stamped)
+                    {announced}
                     SELECT s.revision, s.mark, s.moment, c.* FROM stamped s, changed c
                     """,  # noqa: S608 - constants only
                     record.account_id,
@@ -271,6 +303,9 @@ class LifecycleStore:
                     audit_context.peer,
                     audit_context.request_id,
                     change.repeats,
+                    *(change.seal or (None, None)),
+                    *rate_columns(record.rate_limit),
+                    audit_context.details,
                 )
         if row is None:
             return None
@@ -298,25 +333,45 @@ class LifecycleStore:
         return (None if row[3] is None else StoredRequest(*row[3:])), snapshot_of(row)
 
     @retry_on_conflict
-    async def has_old_verifiers(self) -> bool:
-        """Return whether a verifier is registered that does not know the rules of this release."""
+    async def has_old_verifiers(self, rules: int = LIFECYCLE_RULES) -> bool:
+        """Return whether a verifier is registered that does not know these rules."""
         async with self._pool.session() as session:
-            return bool(await session.fetchval(f"SELECT {_OLD_RULES}"))
+            return bool(
+                await session.fetchval(
+                    "SELECT EXISTS (SELECT FROM verifier v WHERE v.rules < $1)", rules
+                )
+            )
 
     @retry_on_conflict
-    async def free_expired_name(self, account_id: str, name_key: str, now: datetime) -> bool:
-        """Take the name from a token that has expired; return whether there was one."""
+    async def free_expired_name(
+        self, account_id: str, name_key: str, now: datetime, audit_context: AuditContext
+    ) -> bool:
+        """Take the name from a token that has expired; return whether there was one.
+
+        The expired token gets an entry of the call that takes its name.
+        """
         async with self._pool.session() as session:
             status = await session.execute(
-                """
-                UPDATE token
-                   -- Unique, and still found by a search for a part of the name.
-                   SET name_key = chr(1) || id || chr(1) || name_key, version = version + 1
-                 WHERE account_id = $1 AND name_key = $2 AND delete_time IS NULL
-                   AND expire_time <= $3
-                """,
+                f"""
+                WITH freed AS (
+                    UPDATE token
+                       -- Unique, and still found by a search for a part of the name.
+                       SET name_key = chr(1) || id || chr(1) || name_key, version = version + 1
+                     WHERE account_id = $1 AND name_key = $2 AND delete_time IS NULL
+                       AND expire_time <= $3
+                    RETURNING id)
+                INSERT INTO audit (account_id, token_id, caller, method, peer, request_id, reason,
+                                   {DETAIL_COLUMNS})
+                SELECT $1, id, $4, $5, $6, $7, $8, {DETAIL_VALUES[9]} FROM freed
+                """,  # noqa: S608 - constants only
                 account_id,
                 name_key,
                 now,
+                audit_context.caller,
+                audit_context.method,
+                audit_context.peer,
+                audit_context.request_id,
+                NAME_FREED,
+                audit_context.details,
             )
-        return bool(status != "UPDATE 0")
+        return bool(status != "INSERT 0 0")

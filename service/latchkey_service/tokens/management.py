@@ -1,8 +1,8 @@
-"""Creates, gets, lists and deletes tokens.
+"""Creates, gets and deletes tokens.
 
 Owns the rules of the contract: ids and the wait of a Delete. It contains neither protobuf
-(`rpc/token_service.py`), nor SQL (`token_store.py`), nor the later changes of a token
-(`lifecycle.py`).
+(`rpc/token_service.py`), nor SQL (`token_store.py`), nor lists (`listing.py`), nor the later
+changes of a token (`lifecycle.py`).
 """
 
 import asyncio
@@ -16,37 +16,31 @@ from latchkey_service.coherence.ack_waiter import AckWaiter
 from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.errors import (
     AlreadyExists,
-    FieldViolation,
     NotConfirmed,
     NotFound,
 )
-from latchkey_service.identifiers import TOKEN_ID
+from latchkey_service.lifetime import UNLIMITED, Lifetime
 from latchkey_service.secret_format import Keyring, Secret
-from latchkey_service.tokens import page_tokens
 from latchkey_service.tokens.names import name_key
 from latchkey_service.tokens.receipt_table import Deletion
 from latchkey_service.tokens.seal import Sealer
-from latchkey_service.tokens.token_store import PageStart, Request, TokenStore
+from latchkey_service.tokens.token_store import Request, TokenStore
 from latchkey_service.tokens.validation import (
-    LABELS_MAX,
     account_violations,
     check,
-    description_violations,
     expire_time_violations,
     id_violations,
-    label_violations,
-    name_violations,
+    lifetime_violations,
     networks_in,
+    new_token_violations,
     permissions_in,
-    secret_violations,
+    rate_limit_in,
     ttl_violations,
 )
 from latchkey_service.tokens.verdict import Scope, SecretRecord, TokenRecord, TokenSecret
 
-__all__ = ["Created", "NewToken", "Page", "Tokens"]
+__all__ = ["Created", "NewToken", "Tokens", "new_id"]
 
-PAGE_SIZE_DEFAULT = 50
-PAGE_SIZE_MAX = 500
 # Receipts written at once. Each takes a connection of the pool (`connections.POOL_SIZE_MAX`).
 CONFIRMING_MAX = 4
 # Crockford's base 32, in ASCII order, so that ids sort like the numbers that they encode.
@@ -68,6 +62,8 @@ class NewToken:
     allowed_networks: Sequence[str] = ()
     permissions: Sequence[str] = ()
     request_id: str = ""
+    rate_limit: tuple[int, timedelta, int] | None = None
+    """Count, period and burst."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +74,6 @@ class Created:
     secret: Secret
     receipt: Deletion | None = None
     """Of a call that ended other secrets."""
-
-
-@dataclass(frozen=True, slots=True)
-class Page:
-    """Tokens, newest first, and the token of the next page, which is empty on the last page."""
-
-    records: list[TokenRecord]
-    next_page_token: str
 
 
 class Tokens:
@@ -110,7 +98,8 @@ class Tokens:
         self._sealer = Sealer(keyring.peppers)
         self._ack_waiter = ack_waiter
         self._reads = reads
-        self._confirming = asyncio.Semaphore(CONFIRMING_MAX)
+        self.confirming = asyncio.Semaphore(CONFIRMING_MAX)
+        """Hold it while you write receipts. DeleteAll does so too."""
         self._secret_prefix = secret_prefix
         self._now = now
         self._random_bytes = random_bytes
@@ -122,7 +111,12 @@ class Tokens:
         return created
 
     async def create_once(
-        self, new: NewToken, request: Request | None, audit_context: AuditContext, deadline: float
+        self,
+        new: NewToken,
+        request: Request | None,
+        audit_context: AuditContext,
+        deadline: float,
+        lifetime: Lifetime = UNLIMITED,
     ) -> Created | None:
         """Create a token; return None if the account has used the request's id.
 
@@ -130,41 +124,24 @@ class Tokens:
         """
         now = self._now()
         name = new.name.strip()
-        violations = [
-            *account_violations(new.account_id),
-            *name_violations(name),
-            *label_violations(new.labels),
-            *description_violations(new.description),
-            # The service stores and shows all of these as they are.
-            *secret_violations(
-                [
-                    ("account_id", new.account_id),
-                    ("name", name),
-                    *(
-                        ("labels", text)
-                        for pair in new.labels.items()
-                        if len(new.labels) <= LABELS_MAX
-                        for text in pair
-                    ),
-                    ("description", new.description),
-                ]
-            ),
-        ]
-        if new.scope not in (Scope.READ, Scope.WRITE):
-            violations.append(FieldViolation("scope", "must be SCOPE_READ or SCOPE_WRITE"))
-        violations += expire_time_violations(new.expire_time, now)
+        violations = new_token_violations(
+            new.account_id, name, new.scope, new.labels, new.description
+        )
+        bad_expiry = expire_time_violations(new.expire_time, now)
         expire_time = new.expire_time
         if new.ttl is not None:
-            bad = ttl_violations(new.ttl, now)
-            violations += bad
-            expire_time = None if bad else now + new.ttl
+            bad_expiry += ttl_violations(new.ttl, now)
+            expire_time = None if bad_expiry else now + new.ttl
+        field = "expire_time" if new.ttl is None else "ttl"
+        violations += bad_expiry or lifetime_violations(field, expire_time, lifetime, now)
         networks = networks_in(new.allowed_networks, violations)
         permissions = permissions_in(new.permissions, violations)
+        rate_limit = rate_limit_in(new.rate_limit, violations)
         check(*violations)
         began = await self._reads.begin(deadline)
         minted = self._keyring.mint(self._secret_prefix, self._random_bytes)
         record = TokenRecord(
-            _new_id(now, self._random_bytes),
+            new_id(now, self._random_bytes),
             new.account_id,
             name,
             Scope(new.scope),
@@ -176,6 +153,7 @@ class Tokens:
             permissions=permissions,
             description=new.description,
             secrets=(TokenSecret(minted.hint, now, None),),
+            rate_limit=rate_limit,
         )
         digest = minted.digest
         secret = SecretRecord(digest.value, digest.pepper_id, None, None, False, None)  # noqa: FBT003 - by position
@@ -186,6 +164,7 @@ class Tokens:
                 digest,
                 audit_context,
                 self._sealer.seal(record, secret),
+                self._sealer.seal_token(record, [digest.pepper_id]).seal,
                 request,
             )
         except AlreadyExists:
@@ -204,25 +183,6 @@ class Tokens:
         if record is None:
             raise NotFound("The account has no live token with this id.")
         return record
-
-    async def list(self, account_id: str, page_size: int, page_token: str, deadline: float) -> Page:
-        """Return a page of live tokens, newest first (AIP-158)."""
-        violations = account_violations(account_id)
-        if page_size < 0:
-            violations.append(FieldViolation("page_size", "must not be negative"))
-        check(*violations)
-        after = None
-        if page_token:
-            after = PageStart(*page_tokens.decode(account_id, page_token, TOKEN_ID))
-        size = min(page_size or PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX)
-        # One token more than requested shows whether there is a next page.
-        began = await self._reads.begin(deadline)
-        records, snapshot = await self._store.list_tokens(account_id, after, size + 1)
-        await self._reads.accept(snapshot, began, deadline)
-        if len(records) <= size:
-            return Page(records, "")
-        last = records[size - 1]
-        return Page(records[:size], page_tokens.encode(account_id, last.create_time, last.id))
 
     async def delete(
         self,
@@ -272,7 +232,7 @@ class Tokens:
         on_wait()
         acknowledgements = await self._ack_waiter.wait(position, wait_until)
         # All Deletes that waited for the same hung verifier arrive here at once.
-        async with self._confirming:
+        async with self.confirming:
             return await self._store.confirm_deletion(token_id, deletion.position, acknowledgements)
 
     async def invalidate_all(
@@ -304,7 +264,7 @@ class Tokens:
         return Deletion(position, commit_time, max(commit_time, self._now()), *acknowledgements)
 
 
-def _new_id(now: datetime, random_bytes: Callable[[int], bytes]) -> str:
+def new_id(now: datetime, random_bytes: Callable[[int], bytes]) -> str:
     """Return a new id: 48 bits of milliseconds and 80 random bits, like UUIDv7 and ULID."""
     milliseconds = (now - _EPOCH) // timedelta(milliseconds=1)
     number = (milliseconds << 80) | int.from_bytes(random_bytes(10))

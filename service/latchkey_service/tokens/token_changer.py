@@ -14,7 +14,7 @@ from latchkey_service.tokens.changes import require_new_rules, secrets_after
 from latchkey_service.tokens.confirmation import Call, Confirmations
 from latchkey_service.tokens.lifecycle_store import Change, Changed, LifecycleStore, TokenState
 from latchkey_service.tokens.receipt_table import Deletion
-from latchkey_service.tokens.seal import Sealer, SealGuard
+from latchkey_service.tokens.seal import Sealer, SealGuard, TokenSeal
 from latchkey_service.tokens.token_store import Request
 from latchkey_service.tokens.verdict import SecretRecord, TokenRecord
 
@@ -112,13 +112,9 @@ class TokenChanger:
     def _keeping_secrets(
         self, state: TokenState, record: TokenRecord, key: str | None = None
     ) -> Change:
-        """Return the change to `record`, with new seals for all secrets."""
-        return Change(
-            record,
-            key,
-            state.version,
-            self._resealed(state, record, [secret.record for secret in state.secrets]),
-        )
+        """Return the change to `record`, with new seals for the token and all secrets."""
+        kept = self._resealed(state, record, [secret.record for secret in state.secrets])
+        return Change(record, key, state.version, self._token_seal(state, record), kept)
 
     def _retiring(self, state: TokenState, ordinal: int) -> Change | None:
         """Return the change that ends the secrets older than that with `ordinal`."""
@@ -126,7 +122,7 @@ class TokenChanger:
         if not older:
             return None
         require_new_rules(old_verifiers=state.old_verifiers)
-        return Change(state.record, None, state.version, (), older)
+        return Change(state.record, None, state.version, None, (), older)
 
     def _minting(
         self,
@@ -145,6 +141,7 @@ class TokenChanger:
             record,
             None,
             state.version,
+            self._token_seal(state, record, digest.pepper_id),
             self._resealed(state, record, kept),
             retired,
             secret._replace(seal=self._sealer.seal(record, secret)),
@@ -160,16 +157,29 @@ class TokenChanger:
     ) -> list[SecretRecord]:
         """Return the secrets with seals for `record`.
 
-        Raises FailedPrecondition if a present seal is wrong: a new one would make genuine what
-        somebody else has written into the row.
+        Raises FailedPrecondition if a present seal of the token or of a secret is wrong, or the
+        token lacks one: new seals would make genuine what somebody else has written into the row.
         """
-        if not all(self._guard.trusts(state.record, stored.record) for stored in state.secrets):
+        present = [stored.record for stored in state.secrets]
+        if not self._guard.trusts_token(state.record, state.seal, present):
             raise FailedPrecondition(
                 "The token's row was changed outside of Latchkey, or this server lacks its pepper. "
                 "Delete the token and create another one.",
                 "TOKEN_SEAL_INVALID",
             )
         return [secret._replace(seal=self._sealer.seal(record, secret)) for secret in secrets]
+
+    def _token_seal(
+        self, state: TokenState, record: TokenRecord, minted_pepper_id: str | None = None
+    ) -> TokenSeal:
+        """Return the seal of the token's row, with the pepper of its newest secret if possible.
+
+        So a host that may drop a pepper, because no secret of a live token needs it, can still
+        check the seal.
+        """
+        peppers = [stored.record.pepper_id for stored in state.secrets]
+        newest = minted_pepper_id or state.newest_pepper_id
+        return self._sealer.seal_token(record, [newest, *peppers, *self._guard.pepper_ids])
 
 
 def conflict() -> StoreConflict:

@@ -1,8 +1,9 @@
 """The SQL of tokens, secrets, peppers and deletions: one method per statement.
 
-`TokenStore` serves management calls from a pool. The columns are in `token_table.py`, and changes
-of existing tokens other than Delete in `lifecycle_store.py`. Does not own the SQL of verifiers
-(`coherence/verifier_table.py`) or the reading of audit entries (`audit/audit_table.py`).
+`TokenStore` serves management calls from a pool. The columns are in `token_table.py`, List in
+`list_store.py`, and changes of existing tokens other than Delete in `lifecycle_store.py`. Does not
+own the SQL of verifiers (`coherence/verifier_table.py`) or the reading of audit entries
+(`audit/audit_table.py`).
 """
 
 import json
@@ -15,8 +16,9 @@ from uuid import UUID
 from latchkey_coherence.verdict_cache import Position
 
 from latchkey_service.audit.audit_log import AuditContext
+from latchkey_service.audit.audit_table import DETAIL_COLUMNS, DETAIL_VALUES
 from latchkey_service.coherence.ack_rules import Acknowledgements
-from latchkey_service.coherence.snapshot import Snapshot, mark_in, mark_out
+from latchkey_service.coherence.snapshot import SNAPSHOT, Snapshot, mark_in, mark_out, snapshot_of
 from latchkey_service.coherence.verifier_state import EVERY_TOKEN
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.postgres.connections import (
@@ -28,21 +30,21 @@ from latchkey_service.postgres.connections import (
 )
 from latchkey_service.postgres.sessions import Pooler
 from latchkey_service.secret_format import Digest
+from latchkey_service.tokens.event_table import NO_EVENTS, Outbox
 from latchkey_service.tokens.fleet import KnownPepper
 from latchkey_service.tokens.receipt_table import RECEIPT, RECEIPT_COUNT, Deletion
 from latchkey_service.tokens.token_table import (
     COLUMNS,
     DETAILS,
-    SNAPSHOT,
     detailed_record_of,
-    snapshot_of,
+    rate_columns,
 )
 from latchkey_service.tokens.verdict import TokenRecord
 
 if TYPE_CHECKING:
     import asyncpg
 
-__all__ = ["PageStart", "Request", "TokenStore", "deletion_of"]
+__all__ = ["Request", "TokenStore", "deletion_of"]
 
 # The peppers, oldest first, each with whether live tokens and registered verifiers use it.
 _KNOWN_PEPPERS = """
@@ -58,13 +60,8 @@ _PEPPER_LOCK = 0x706570706572  # "pepper"
 # Each host of a new fleet holds the lock for a few round trips, and all of them may start at once.
 _PEPPER_LOCK_SECONDS = 10
 
-
-@dataclass(frozen=True, slots=True)
-class PageStart:
-    """A position in an account's list: after the token with this creation time and id."""
-
-    create_time: datetime
-    id: str
+_CREATED = "SELECT $6, account_id, id, $3, $7, $12 FROM token"
+_DELETED = "SELECT moment, $1, id, name, expire_time, $3 FROM stamped JOIN token USING (id)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +81,8 @@ class Request:
 class TokenStore:
     """Reads and writes tokens. Every method raises StoreUnavailable if Postgres is too slow."""
 
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
+    def __init__(self, pool: Pool, outbox: Outbox = NO_EVENTS) -> None:
+        self._pool, self._outbox = pool, outbox
 
     @classmethod
     async def open(cls, database_url: str, pooler: Pooler = "none") -> "TokenStore":
@@ -149,6 +146,7 @@ class TokenStore:
         digest: Digest,
         audit_context: AuditContext,
         seal: bytes | None = None,
+        token_seal: bytes | None = None,
         request: Request | None = None,
     ) -> bool:
         """Insert a token, its secret, the request's id and the audit entry in one statement.
@@ -173,15 +171,19 @@ class TokenStore:
                 token AS (
                     INSERT INTO token (id, account_id, name, name_key, scope, create_time,
                                        expire_time, hint, labels, description, allowed_networks,
-                                       permissions)
-                    SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $16, $17, $18
+                                       permissions, seal, seal_pepper_id, rate_count,
+                                       rate_period_seconds, rate_burst)
+                    SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $16, $17, $18, $26, $11, $27, $28,
+                           $29
                      WHERE $21::uuid IS NULL OR EXISTS (SELECT FROM asked)
                     RETURNING id, account_id),
                 audited AS (
-                    INSERT INTO audit (account_id, token_id, caller, method, peer, request_id)
-                    SELECT account_id, id, $12, $13, $14, $15 FROM token),
+                    INSERT INTO audit (account_id, token_id, caller, method, peer, request_id,
+                                       {DETAIL_COLUMNS})
+                    SELECT account_id, id, $12, $13, $14, $15, {DETAIL_VALUES[30]} FROM token),
                 -- A database restored while this process runs may lack the process's pepper.
                 known AS (INSERT INTO pepper (id) VALUES ($11) ON CONFLICT DO NOTHING)
+                {self._outbox.insert_for(audit_context.method, _CREATED)}
                 INSERT INTO secret (digest, pepper_id, token_id, hint, create_time, request_id,
                                     seal)
                 SELECT $10, $11, id, $8, $6, $19, $20 FROM token WHERE {DURABLE}
@@ -211,6 +213,9 @@ class TokenStore:
                     b"" if request is None else request.body,
                     None if request is None else request.asked,
                     None if request is None else request.reusable_before,
+                    token_seal,
+                    *rate_columns(record.rate_limit),
+                    audit_context.details,
                 )
         return status != "INSERT 0 0"
 
@@ -232,35 +237,6 @@ class TokenStore:
             )
         row = rows[0]
         return (None if row[3] is None else detailed_record_of(row)), snapshot_of(row)
-
-    @retry_on_conflict
-    async def list_tokens(
-        self, account_id: str, after: PageStart | None, limit: int
-    ) -> tuple[list[TokenRecord], Snapshot]:
-        """Return up to `limit` live tokens, newest first, and the snapshot of the read.
-
-        The tokens are those after the position `after` in the list, or the first ones.
-        """
-        # Two statements, because `$2 IS NULL OR ...` would keep the planner from starting the index
-        # scan at the position.
-        start = "AND (t.create_time, t.id) < ($3, $4)" if after else ""
-        arguments = [account_id, limit] + ([after.create_time, after.id] if after else [])
-        async with self._pool.session() as session:
-            rows = await session.fetch(
-                f"""
-                SELECT h.revision, h.mark, h.timeline, page.*
-                  FROM {SNAPSHOT}
-                  LEFT JOIN (
-                       SELECT {COLUMNS}, {DETAILS}
-                         FROM token t
-                        WHERE t.account_id = $1 AND t.delete_time IS NULL {start}
-                        ORDER BY t.create_time DESC, t.id DESC
-                        LIMIT $2) page ON true
-                 ORDER BY page.create_time DESC, page.id DESC
-                """,  # noqa: S608 - constants only
-                *arguments,
-            )
-        return [detailed_record_of(row) for row in rows if row[3] is not None], snapshot_of(rows[0])
 
     @retry_on_conflict
     async def delete_token(
@@ -292,7 +268,8 @@ class TokenStore:
                     stamped AS MATERIALIZED (
                         SELECT revision, mark, id, clock_timestamp() AS moment FROM next),
                     tombstone AS (
-                        UPDATE token t SET delete_time = s.moment FROM stamped s WHERE t.id = s.id),
+                        UPDATE token t SET delete_time = s.moment, seal = ''
+                          FROM stamped s WHERE t.id = s.id),
                     -- Removing the tombstone's delete_time does not revive the token.
                     unsealed AS (
                         UPDATE secret x SET seal = '' FROM stamped s WHERE x.token_id = s.id),
@@ -301,8 +278,9 @@ class TokenStore:
                         SELECT revision, mark, id FROM stamped),
                     audited AS (
                         INSERT INTO audit (time, account_id, token_id, caller, method, peer,
-                                           request_id)
-                        SELECT moment, $1, id, $3, $4, $5, $6 FROM stamped)
+                                           request_id, {DETAIL_COLUMNS})
+                        SELECT moment, $1, id, $3, $4, $5, $6, {DETAIL_VALUES[7]} FROM stamped)
+                    {self._outbox.insert_for(audit_context.method, _DELETED)}
                     INSERT INTO deletion AS d (token_id, revision, mark, commit_time)
                     SELECT id, revision, mark, moment FROM stamped
                     RETURNING {RECEIPT}
@@ -313,6 +291,7 @@ class TokenStore:
                     audit_context.method,
                     audit_context.peer,
                     audit_context.request_id,
+                    audit_context.details,
                 )
         return None if row is None else deletion_of(row)
 
@@ -399,8 +378,8 @@ class TokenStore:
                         SELECT revision, mark, $5 FROM stamped),
                     audited AS (
                         INSERT INTO audit (time, account_id, token_id, caller, method, peer,
-                                           request_id)
-                        SELECT moment, '', '', $1, $2, $3, $4 FROM stamped)
+                                           request_id, {DETAIL_COLUMNS})
+                        SELECT moment, '', '', $1, $2, $3, $4, {DETAIL_VALUES[6]} FROM stamped)
                     SELECT revision, mark, moment FROM stamped
                     """,  # noqa: S608 - constants only
                     audit_context.caller,
@@ -408,34 +387,11 @@ class TokenStore:
                     audit_context.peer,
                     audit_context.request_id,
                     EVERY_TOKEN,
+                    audit_context.details,
                 )
         if row is None:
             raise RuntimeError("the table `head` is empty")
         return Position(row[0], mark_in(row[1])), row[2]
-
-    @retry_on_conflict
-    async def purge_tombstones(self, before: datetime, limit: int) -> int:
-        """Remove up to `limit` tombstones of tokens deleted before a time; return how many.
-
-        Removes the uses of these tokens with them.
-        """
-        async with self._pool.session() as session:
-            status = await session.execute(
-                """
-                WITH gone AS MATERIALIZED (
-                    SELECT id FROM token
-                     WHERE delete_time < $1
-                     ORDER BY delete_time
-                     LIMIT $2
-                       FOR UPDATE SKIP LOCKED),
-                days AS (DELETE FROM token_usage_day WHERE token_id IN (SELECT id FROM gone)),
-                uses AS (DELETE FROM token_usage WHERE token_id IN (SELECT id FROM gone))
-                DELETE FROM token WHERE id IN (SELECT id FROM gone)
-                """,
-                before,
-                limit,
-            )
-        return int(status.removeprefix("DELETE "))
 
 
 def deletion_of(row: "asyncpg.Record") -> Deletion:

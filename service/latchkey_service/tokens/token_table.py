@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from latchkey_coherence.verdict_cache import Position
+from latchkey_coherence.rate import RateLimit
 
-from latchkey_service.coherence.snapshot import Snapshot, mark_in
+from latchkey_service.coherence.snapshot import SNAPSHOT
 from latchkey_service.tokens.verdict import Scope, SecretRecord, TokenRecord, TokenSecret
 
 if TYPE_CHECKING:
@@ -17,28 +17,30 @@ __all__ = [
     "COLUMNS",
     "DETAILS",
     "FIND_BY_DIGEST",
-    "SNAPSHOT",
     "detailed_record_of",
+    "rate_columns",
     "record_of",
     "secret_of",
-    "snapshot_of",
 ]
 
-# What every reader of a token needs, in the order of TokenRecord.
+# What every reader of a token needs, in the order of TokenRecord. Not `last_used_time`: nothing has
+# ever written that column, and a later release may drop it, once no host runs one that reads it.
 COLUMNS = """t.id, t.account_id, t.name, t.scope, t.create_time, t.expire_time, t.hint, t.labels,
-       t.last_used_time, t.delete_time, t.disable_time, t.allowed_networks, t.permissions"""
-_COLUMN_COUNT = 13
+       t.delete_time, t.disable_time, t.allowed_networks, t.permissions, t.rate_count,
+       t.rate_period_seconds, t.rate_burst"""
+_COLUMN_COUNT = 15
 # What owners see besides: the secrets that work and the newest one, newest first, each with its
 # last use, and the token's last use, from whichever of its secrets and callers it came.
 DETAILS = """t.description,
        (SELECT array_agg(ROW(s.hint, s.create_time, s.expire_time, s.retire_on_first_use,
                              (SELECT max(u.last_time) FROM token_usage u
-                               WHERE u.token_id = t.id AND u.hint = s.hint))
+                               WHERE u.token_id = t.id AND u.hint = s.hint),
+                             s.leak_report_time)
                          ORDER BY s.ordinal DESC)
           FROM (SELECT coalesce(nullif(x.hint, ''), t.hint) AS hint,
                        coalesce(x.create_time, t.create_time) AS create_time,
                        least(x.expire_time, x.retire_time) AS expire_time,
-                       x.retire_on_first_use, x.ordinal,
+                       x.retire_on_first_use, x.ordinal, x.leak_report_time,
                        max(x.ordinal) OVER () AS newest
                   FROM secret x
                  WHERE x.token_id = t.id) s
@@ -49,10 +51,6 @@ DETAILS = """t.description,
 _DETAIL_COUNT = 3
 _SCOPES = tuple(Scope)
 _NO_LABELS: Mapping[str, str] = MappingProxyType({})
-
-# The position and the timeline of a read, computed once per statement. It comes first in the join,
-# so the statement returns at least one row, with the snapshot, even if nothing matches.
-SNAPSHOT = """(SELECT revision, mark, server_timeline() AS timeline FROM head OFFSET 0) h"""
 
 # The tokens with up to 1,000 digests, and the snapshot of the read.
 FIND_BY_DIGEST = f"""
@@ -66,11 +64,6 @@ SELECT h.revision, h.mark, h.timeline,
   LEFT JOIN (secret s JOIN token t ON t.id = s.token_id) ON s.digest = ANY($1::bytea[])
 """  # noqa: S608 - constants only
 _SECRET = slice(3, 10)
-
-
-def snapshot_of(row: "asyncpg.Record") -> Snapshot:
-    """Return the snapshot in the first columns of a row: revision, mark, timeline."""
-    return Snapshot(Position(row[0], mark_in(row[1])), row[2])
 
 
 def secret_of(row: "asyncpg.Record") -> SecretRecord:
@@ -98,8 +91,8 @@ def detailed_record_of(row: "asyncpg.Record") -> TokenRecord:
 
 
 def _record(columns: tuple[Any, ...]) -> TokenRecord:
-    token_id, account, name, scope, created, expires, hint, labels, used, deleted, *rest = columns
-    disabled, networks, permissions = rest
+    token_id, account, name, scope, created, expires, hint, labels, deleted, *rest = columns
+    disabled, networks, permissions, *rate = rest
     return TokenRecord(
         token_id,
         account,
@@ -109,10 +102,16 @@ def _record(columns: tuple[Any, ...]) -> TokenRecord:
         expires,
         hint,
         _NO_LABELS if labels == "{}" else json.loads(labels),
-        used,
+        None,
         deleted,
         disabled,
         # Empty for most tokens: no copy.
         tuple(networks) if networks else (),
         tuple(permissions) if permissions else (),
+        rate_limit=None if rate[0] is None else RateLimit(*rate),
     )
+
+
+def rate_columns(limit: RateLimit | None) -> tuple[int | None, int | None, int | None]:
+    """Return the values of the columns of a rate limit."""
+    return (None, None, None) if limit is None else limit

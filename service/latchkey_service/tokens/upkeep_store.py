@@ -5,10 +5,11 @@ from datetime import datetime
 from typing import NamedTuple
 
 from latchkey_service.postgres.connections import Pool, retry_on_conflict
+from latchkey_service.tokens.seal import TokenSeal
 from latchkey_service.tokens.token_table import COLUMNS, record_of
 from latchkey_service.tokens.verdict import SecretRecord, TokenRecord
 
-__all__ = ["Unsealed", "UpkeepStore"]
+__all__ = ["Unsealed", "UnsealedToken", "UpkeepStore"]
 
 
 class Unsealed(NamedTuple):
@@ -18,6 +19,17 @@ class Unsealed(NamedTuple):
     secret: SecretRecord
     version: int
     """Of the token."""
+
+
+class UnsealedToken(NamedTuple):
+    """A live token whose row has no seal."""
+
+    token: TokenRecord
+    version: int
+    newest_pepper_id: str | None
+    """That of its newest secret. None: it has no secret, not even one that has ended."""
+    secrets: tuple[SecretRecord, ...]
+    """Those that are not retired."""
 
 
 class UpkeepStore:
@@ -93,10 +105,114 @@ class UpkeepStore:
         return bool(status == "UPDATE 1")
 
     @retry_on_conflict
-    async def purge_ended(self, before: datetime, limit: int) -> int:
-        """Remove tokens and secrets that ended before a time, `limit` of each; return how many.
+    async def token_seal_proofs(self, pepper_ids: Sequence[str]) -> dict[str, bytes | None]:
+        """Return the stored proofs that all tokens are sealed, by pepper."""
+        async with self._pool.session() as session:
+            rows = await session.fetch(
+                "SELECT id, tokens_sealed FROM pepper WHERE id = ANY($1::text[])", list(pepper_ids)
+            )
+        return {row[0]: row[1] for row in rows}
 
-        Keeps the newest secret of a token. Removes the uses of the tokens with them.
+    @retry_on_conflict
+    async def unsealed_tokens(self, after_id: str, limit: int) -> list[UnsealedToken]:
+        """Return up to `limit` live tokens that have no seal, in the order of their ids."""
+        async with self._pool.session() as session:
+            rows = await session.fetch(
+                f"""
+                SELECT t.version,
+                       (SELECT s.pepper_id FROM secret s
+                         WHERE s.token_id = t.id ORDER BY s.ordinal DESC LIMIT 1),
+                       (SELECT array_agg(ROW(s.digest, s.pepper_id, s.expire_time, s.retire_time,
+                                             s.retire_on_first_use, s.seal))
+                          FROM secret s WHERE s.token_id = t.id AND s.retire_time IS NULL),
+                       {COLUMNS}
+                  FROM token t
+                 WHERE t.seal IS NULL AND t.delete_time IS NULL AND t.id > $1
+                 ORDER BY t.id
+                 LIMIT $2
+                """,  # noqa: S608 - constants only
+                after_id,
+                limit,
+            )
+        return [
+            UnsealedToken(
+                record_of(row), row[0], row[1], tuple(SecretRecord(*one) for one in row[2] or ())
+            )
+            for row in rows
+        ]
+
+    @retry_on_conflict
+    async def store_token_seals(self, sealed: Sequence[tuple[UnsealedToken, TokenSeal]]) -> None:
+        """Store the seals, except for tokens that have changed since they were read."""
+        async with self._pool.session() as session:
+            await session.execute(
+                """
+                UPDATE token t SET seal = k.seal, seal_pepper_id = k.pepper_id
+                  FROM unnest($1::text[], $2::bigint[], $3::bytea[], $4::text[])
+                       AS k (id, version, seal, pepper_id)
+                 WHERE t.id = k.id AND t.version = k.version AND t.seal IS NULL
+                   AND t.delete_time IS NULL
+                """,
+                [one.token.id for one, _ in sealed],
+                [one.version for one, _ in sealed],
+                [seal.seal for _, seal in sealed],
+                [seal.pepper_id for _, seal in sealed],
+            )
+
+    @retry_on_conflict
+    async def store_token_seal_proof(
+        self, pepper_id: str, proof: bytes, *, known_sealed: bool
+    ) -> None:
+        """Store the proof that all tokens are sealed, if they are.
+
+        With `known_sealed`, the proof of another pepper says so. Otherwise not while a verifier of
+        an earlier release is registered, which changes tokens without sealing them.
+        """
+        async with self._pool.session() as session:
+            await session.execute(
+                """
+                UPDATE pepper SET tokens_sealed = $2
+                 WHERE id = $1
+                   AND ($3 OR (
+                       NOT EXISTS (SELECT FROM verifier v WHERE v.rules < 2)
+                       AND NOT EXISTS (SELECT FROM token t
+                                        WHERE t.seal IS NULL AND t.delete_time IS NULL)))
+                """,
+                pepper_id,
+                proof,
+                known_sealed,
+            )
+
+    @retry_on_conflict
+    async def purge_tombstones(self, before: datetime, limit: int) -> int:
+        """Remove up to `limit` tombstones of tokens deleted before a time; return how many.
+
+        Removes the uses of these tokens with them.
+        """
+        async with self._pool.session() as session:
+            status = await session.execute(
+                """
+                WITH gone AS MATERIALIZED (
+                    SELECT id FROM token
+                     WHERE delete_time < $1
+                     ORDER BY delete_time
+                     LIMIT $2
+                       FOR UPDATE SKIP LOCKED),
+                days AS (DELETE FROM token_usage_day WHERE token_id IN (SELECT id FROM gone)),
+                uses AS (DELETE FROM token_usage WHERE token_id IN (SELECT id FROM gone))
+                DELETE FROM token WHERE id IN (SELECT id FROM gone)
+                """,
+                before,
+                limit,
+            )
+        return int(status.removeprefix("DELETE "))
+
+    @retry_on_conflict
+    async def purge_ended(self, expired_before: datetime, before: datetime, limit: int) -> int:
+        """Remove expired tokens, and secrets that ended before a time; return how many.
+
+        Removes up to `limit` of each. Keeps the newest secret of a token. Removes the uses of the
+        tokens with them.
         """
         async with self._pool.session() as session:
             tokens = await session.execute(
@@ -109,7 +225,7 @@ class UpkeepStore:
                 uses AS (DELETE FROM token_usage WHERE token_id IN (SELECT id FROM gone))
                 DELETE FROM token WHERE id IN (SELECT id FROM gone)
                 """,
-                before,
+                expired_before,
                 limit,
             )
             secrets = await session.execute(

@@ -7,6 +7,7 @@ Postgres, with the SQL of `usage_table.py`.
 Times are seconds of Unix time, passed in.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Final, NamedTuple
@@ -24,9 +25,9 @@ DAYS_MAX: Final = 90
 USES_PENDING_MAX: Final = 100_000
 # At this share of the maximum, the uses are written early, so that there is room for new ones.
 EARLY_SHARE: Final = 0.25
-# One caller's reports may take this share of the maximum. A client that reports made-up uses then
-# cannot crowd out those of others.
-REPORTED_SHARE: Final = 0.5
+# All reports together may take this share of the maximum, because a client may report made-up uses.
+# The rest is for the verifies that this process answers.
+REPORTED_SHARE: Final = 0.75
 # More than all threads of a client can verify in a second. Limits a made-up count.
 USES_PER_SECOND_MAX: Final = 10_000_000
 # Of one entry. Sums of many entries still fit into the database's 64-bit counts.
@@ -54,10 +55,12 @@ _Key = tuple[str, str, str]
 class Pending:
     """The uses of one secret by one caller since they were last taken."""
 
-    __slots__ = ("_record", "caller", "count", "first", "last")
+    __slots__ = ("_record", "caller", "count", "first", "last", "reported")
 
-    def __init__(self, caller: str, first: float) -> None:
+    def __init__(self, caller: str, first: float, *, reported: bool) -> None:
         self.caller = caller
+        self.reported = reported
+        """Whether the entry began with a report."""
         self.first = self.last = first
         self.count = 0
         self._record: CachedToken | None = None
@@ -87,7 +90,8 @@ class PendingUses:
         self._reported_max = max(1, int(entries_max * REPORTED_SHARE))
         self._pending: dict[_Key, Pending] = {}
         # Entries that began with a report, by caller.
-        self._reported: dict[str, int] = {}
+        self._reported: Counter[str] = Counter()
+        self._reported_total = 0
 
     def __len__(self) -> int:
         return len(self._pending)
@@ -120,12 +124,13 @@ class PendingUses:
             count = min(max(use.uses, 0), count_max)
             pending = self._pending.get(key)
             if pending is None:
-                if self._reported.get(caller, 0) < self._reported_max:
-                    pending = self._add(key, now - last_age)
+                if self._may_report(caller):
+                    pending = self._add(key, now - last_age, reported=True)
                 if pending is None:
                     self.dropped += count
                     continue
-                self._reported[caller] = self._reported.get(caller, 0) + 1
+                self._reported[caller] += 1
+                self._reported_total += 1
             pending.first = min(pending.first, now - first_age)
             pending.last = max(pending.last, now - last_age)
             pending.count = min(pending.count + count, COUNT_MAX)
@@ -141,8 +146,11 @@ class PendingUses:
             pending = self._pending.pop(key)
             pending.point_from(None)
             uses.append(Use(*key, pending.first, pending.last, pending.count))
-        if not self._pending:
-            self._reported.clear()
+            if pending.reported:
+                self._reported[pending.caller] -= 1
+                self._reported_total -= 1
+        # Only callers with entries share the room.
+        self._reported = +self._reported
         return uses
 
     def take_dropped(self) -> int:
@@ -150,11 +158,21 @@ class PendingUses:
         dropped, self.dropped = self.dropped, 0
         return dropped
 
-    def _add(self, key: _Key, now: float) -> Pending | None:
+    def _may_report(self, caller: str) -> bool:
+        """Return whether a report of `caller` may begin another entry.
+
+        Of n callers with reports, each may have one of n+1 equal parts of the room: the last part
+        is for the next caller.
+        """
+        own = self._reported[caller]
+        callers = len(self._reported) + (own == 0)
+        return own * (callers + 1) < self._entries_max and self._reported_total < self._reported_max
+
+    def _add(self, key: _Key, now: float, *, reported: bool = False) -> Pending | None:
         """Return a new entry, or None if there is no room."""
         if len(self._pending) >= self._entries_max:
             return None
-        pending = self._pending[key] = Pending(key[2], now)
+        pending = self._pending[key] = Pending(key[2], now, reported=reported)
         if len(self._pending) == self._early_at:
             self.on_filling()
         return pending

@@ -6,7 +6,7 @@ Owns when batches are written, and that each is written once. It does not own wh
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from latchkey_service.coherence.watch_events import ReportedUse
@@ -46,7 +46,7 @@ class UsageWriter:
         self._number = 0
         self._failing = False
 
-    def report(self, caller: str, uses: Sequence[ReportedUse]) -> None:
+    def report(self, caller: str, uses: Iterable[ReportedUse]) -> None:
         """Add uses that a client of `caller` reports."""
         self.pending.report(caller, uses, self._unix_time())
 

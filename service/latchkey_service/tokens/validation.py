@@ -10,12 +10,15 @@ from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Network, ip_network
 from uuid import UUID
 
+from latchkey_coherence.rate import RateLimit
 from latchkey_coherence.verdict import PERMISSION
 
-from latchkey_service.errors import FieldViolation, InvalidArgument
+from latchkey_service.errors import FieldViolation, InvalidArgument, ViolationReason
 from latchkey_service.identifiers import ACCOUNT_ID
+from latchkey_service.lifetime import Lifetime, in_words
 from latchkey_service.secret_format import contains_secret
 from latchkey_service.tokens.names import is_visible
+from latchkey_service.tokens.verdict import Scope
 
 __all__ = [
     "LABELS_MAX",
@@ -25,12 +28,16 @@ __all__ = [
     "check",
     "description_violations",
     "expire_time_violations",
+    "grace_violations",
     "id_violations",
     "label_violations",
+    "lifetime_violations",
     "name_violations",
     "networks_in",
+    "new_token_violations",
     "permissions_in",
     "printable",
+    "rate_limit_in",
     "request_id_in",
     "secret_violations",
     "ttl_violations",
@@ -39,6 +46,8 @@ __all__ = [
 DESCRIPTION_LENGTH_MAX = 256
 NETWORKS_MAX = 32
 PERMISSIONS_MAX = 64
+RATE_MAX = 1_000_000
+RATE_PERIODS = (timedelta(seconds=1), timedelta(minutes=1), timedelta(hours=1))
 NAME_LENGTH_MAX = 64
 LABELS_MAX = 16
 LABEL_KEY_LENGTH_MAX = 63
@@ -47,6 +56,8 @@ ID_LENGTH_MAX = 64
 # The last whole second that a Timestamp can hold. asyncpg converts the last microsecond of datetime
 # to infinity.
 END_OF_TIME = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
+# Clients compute a time from a duration by their own clocks, which may be ahead of this one.
+CLOCK_TOLERANCE = timedelta(minutes=1)
 # Longer texts are rejected for their length.
 SCANNED_LENGTH_MAX = 1_000
 # A label key that an error message may repeat.
@@ -58,6 +69,40 @@ def expire_time_violations(expire_time: datetime | None, now: datetime) -> list[
     if expire_time is None or now < expire_time <= END_OF_TIME:
         return []
     return [FieldViolation("expire_time", "must be in the future and before the year 10000")]
+
+
+def lifetime_violations(
+    field: str, expire_time: datetime | None, lifetime: Lifetime, now: datetime
+) -> list[FieldViolation]:
+    """Check an expiry, which is valid otherwise, against a limit. None means never."""
+    ttl_max = lifetime.max_ttl
+    longest = "" if ttl_max is None else f": at most {in_words(ttl_max)} from now"
+    if expire_time is None:
+        if not lifetime.requires_expiry:
+            return []
+        problem = f"is required, because this service limits how long tokens live{longest}"
+        return [_beyond(field, problem, "EXPIRY_REQUIRED", ttl_max)]
+    if ttl_max is None or expire_time - now <= ttl_max + CLOCK_TOLERANCE:
+        return []
+    problem = f"is too late for this service{longest}"
+    return [_beyond(field, problem, "EXPIRY_TOO_LATE", ttl_max)]
+
+
+def grace_violations(grace: timedelta, lifetime: Lifetime) -> list[FieldViolation]:
+    """Check the grace of a Rotate against a limit."""
+    if lifetime.max_ttl is None or grace <= lifetime.max_ttl:
+        return []
+    problem = f"is too long for this service: at most {in_words(lifetime.max_ttl)}"
+    return [_beyond("grace", problem, "EXPIRY_TOO_LATE", lifetime.max_ttl)]
+
+
+def _beyond(
+    field: str, problem: str, reason: ViolationReason, ttl_max: timedelta | None
+) -> FieldViolation:
+    if ttl_max is None:
+        return FieldViolation(field, problem, reason)
+    seconds = str(int(ttl_max.total_seconds()))
+    return FieldViolation(field, problem, reason, (("max_ttl_seconds", seconds),))
 
 
 def ttl_violations(ttl: timedelta, now: datetime) -> list[FieldViolation]:
@@ -80,7 +125,7 @@ def account_violations(account_id: str) -> list[FieldViolation]:
     if not account_id:
         return [FieldViolation("account_id", "is required")]
     if not ACCOUNT_ID.fullmatch(account_id):
-        return [FieldViolation("account_id", "must be 1-64 characters of A-Za-z0-9._:-")]
+        return [FieldViolation("account_id", "must be 1-128 characters of A-Za-z0-9._:@|+=/~-")]
     return []
 
 
@@ -159,6 +204,26 @@ def secret_violations(texts: Iterable[tuple[str, str]]) -> list[FieldViolation]:
     return [FieldViolation(field, "must not contain a secret") for field in fields]
 
 
+def new_token_violations(
+    account_id: str, name: str, scope: int, labels: Mapping[str, str], description: str
+) -> list[FieldViolation]:
+    """Check the fields of a new token that are plain texts, and its scope."""
+    texts = [("account_id", account_id), ("name", name)]
+    if len(labels) <= LABELS_MAX:
+        texts += [("labels", text) for pair in labels.items() for text in pair]
+    violations = [
+        *account_violations(account_id),
+        *name_violations(name),
+        *label_violations(labels),
+        *description_violations(description),
+        # The service stores and shows all of these as they are.
+        *secret_violations([*texts, ("description", description)]),
+    ]
+    if scope not in (Scope.READ, Scope.WRITE):
+        violations.append(FieldViolation("scope", "must be SCOPE_READ or SCOPE_WRITE"))
+    return violations
+
+
 def networks_in(texts: Sequence[str], violations: list[FieldViolation]) -> tuple[str, ...]:
     """Return the networks in canonical form, without repetitions. Adds to `violations`."""
     if len(texts) > NETWORKS_MAX:
@@ -218,6 +283,29 @@ def permissions_in(texts: Sequence[str], violations: list[FieldViolation]) -> tu
         if not PERMISSION.fullmatch(text)
     ]
     return tuple(dict.fromkeys(texts))
+
+
+def rate_limit_in(
+    asked: tuple[int, timedelta, int] | None, violations: list[FieldViolation]
+) -> RateLimit | None:
+    """Return the limit for a count, a period and a burst. Adds to `violations`.
+
+    A burst of 0 stands for the count.
+    """
+    if asked is None:
+        return None
+    count, period, burst = asked
+    found = []
+    if not 1 <= count <= RATE_MAX:
+        found.append(FieldViolation("rate_limit.count", f"must be 1 to {RATE_MAX:,}"))
+    if period not in RATE_PERIODS:
+        found.append(
+            FieldViolation("rate_limit.period", "must be one second, one minute or one hour")
+        )
+    if not 0 <= burst <= RATE_MAX:
+        found.append(FieldViolation("rate_limit.burst", f"must be 0 to {RATE_MAX:,}"))
+    violations += found
+    return None if found else RateLimit(count, round(period.total_seconds()), burst or count)
 
 
 def request_id_in(text: str, violations: list[FieldViolation]) -> UUID | None:

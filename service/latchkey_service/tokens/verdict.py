@@ -11,6 +11,7 @@ from sys import intern
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from latchkey_coherence.rate import RateLimit, Share
 from latchkey_coherence.verdict import Networks, Verdict, decide
 from latchkey_coherence.verdict_cache import Entry
 
@@ -42,6 +43,7 @@ class TokenSecret(NamedTuple):
     """When it stops or stopped working. None: it works as long as the token."""
     retire_on_first_use: bool = False
     last_used_time: datetime | None = None
+    leak_report_time: datetime | None = None
 
 
 class TokenRecord(NamedTuple):
@@ -69,6 +71,8 @@ class TokenRecord(NamedTuple):
     """Newest first."""
     last_used_by: str = ""
     """This and the two before are empty in look-ups of Verify, as is `last_used_time`."""
+    rate_limit: RateLimit | None = None
+    """How often it may be used. None: any number of times."""
 
 
 class SecretRecord(NamedTuple):
@@ -97,7 +101,9 @@ class CachedToken(Entry):
         "expires",
         "networks",
         "permissions",
+        "retires_older",
         "scope",
+        "share",
         "token",
         "use",
     )
@@ -114,6 +120,8 @@ class CachedToken(Entry):
         disabled: bool = False,
         networks: Networks | None = None,
         permissions: frozenset[str] | None = None,
+        retires_older: bytes | None = None,
+        share: Share | None = None,
         keep_until: float,
     ) -> None:
         super().__init__(token_id, keep_until)
@@ -129,5 +137,9 @@ class CachedToken(Entry):
         self.disabled = disabled
         self.networks = networks
         self.permissions = permissions
+        self.share = share
+        """The calls that this process may accept. None: the token has no rate limit."""
+        self.retires_older = retires_older
+        """The digest of the secret, if its first use ends older secrets and has not been seen."""
         self.use: Any = None
         """The entry of `usage.PendingUses` that counts the secret's uses, if there is one."""

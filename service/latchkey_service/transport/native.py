@@ -33,12 +33,10 @@ from pygrpc_native import EVENT_CANCEL, STREAM_CLOSED, STREAM_FULL
 
 from latchkey_service.access.methods import (
     BATCH_VERIFY,
-    MANAGER,
     METHODS,
     OPEN,
-    OPERATOR,
     REMOVALS,
-    REVOKER,
+    ROLES,
     VERIFIER,
     Rule,
 )
@@ -167,12 +165,8 @@ class Server(pygrpc_native.aio.Server):
         self._open = _Queue(OPEN_IN_TURN)
         self._verifies = _Queue(VERIFIES_IN_TURN)
         self._batches = _Queue(BATCHES_IN_TURN)
-        self._by_role = {
-            VERIFIER: self._verifies,
-            MANAGER: _Queue(OTHERS_IN_TURN),
-            OPERATOR: _Queue(OTHERS_IN_TURN),
-            REVOKER: _Queue(OTHERS_IN_TURN),
-        }
+        self._by_role = {role: _Queue(OTHERS_IN_TURN) for role in ROLES}
+        self._by_role[VERIFIER] = self._verifies
         self._queues = (self._open, self._removals, self._batches, *self._by_role.values())
         # A cancellation may overtake its call: the library's thread and this one both fetch.
         self._cancelled: OrderedDict[int, None] = OrderedDict()
@@ -259,7 +253,7 @@ class Server(pygrpc_native.aio.Server):
             return
         caller, rule = "", self._rule_of[event[2]]
         # Without load, the handler refuses anonymous calls, because it also audits their accounts.
-        loaded = self._in_turn or len(queue.waiting)
+        loaded = self._in_turn or queue.waiting.size
         if loaded and self._screen is not None and rule.role is not None:
             try:
                 caller = self._screen(event[5][0])

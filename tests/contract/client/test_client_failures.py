@@ -30,11 +30,16 @@ if TYPE_CHECKING:
     from tests.contract.client.conftest import FakeLatchkey
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
+IMPORTED = latchkey.ImportedToken(
+    account_id="acme", name="ci", scope=Scope.READ, secret_sha256=bytes(32)
+)
 
 METHODS: dict[str, Callable[..., Awaitable[object]]] = {
     "Create": lambda c, **kw: c.create("acme", "ci", Scope.READ, **kw),
     "Get": lambda c, **kw: c.get("acme", "t1", **kw),
     "GetUsage": lambda c, **kw: c.get_usage("acme", "t1", **kw),
+    "Import": lambda c, **kw: c.import_tokens([IMPORTED], **kw),
+    "GetLimits": lambda c, **kw: c.get_limits("acme", **kw),
     "List": lambda c, **kw: c.list_page("acme", **kw),
     "Delete": lambda c, **kw: c.delete("acme", "t1", **kw),
     "Update": lambda c, **kw: c.update("acme", "t1", name="x", **kw),
@@ -43,6 +48,7 @@ METHODS: dict[str, Callable[..., Awaitable[object]]] = {
     "Rotate": lambda c, **kw: c.rotate("acme", "t1", **kw),
     "RetireSecrets": lambda c, **kw: c.retire_secrets("acme", "t1", **kw),
     "RevokeSecret": lambda c, **kw: c.revoke_secrets(["x"], **kw),
+    "ReportSecret": lambda c, **kw: c.report_secrets(["x"], **kw),
     "DeleteAll": lambda c, **kw: c.delete_all("acme", **kw),
     "Verify": lambda c, **kw: c.verify("x", **kw),
     "BatchVerify": lambda c, **kw: c.batch_verify([("x", None)], **kw),
@@ -53,6 +59,8 @@ ANSWERS: dict[str, Message] = {
     "Create": pb.CreateResponse(),
     "Get": pb.GetResponse(),
     "GetUsage": pb.GetUsageResponse(),
+    "GetLimits": pb.GetLimitsResponse(),
+    "Import": pb.ImportResponse(results=[pb.ImportResult()]),
     "List": pb.ListResponse(),
     "Delete": pb.DeleteResponse(),
     "Update": pb.UpdateResponse(),
@@ -61,6 +69,7 @@ ANSWERS: dict[str, Message] = {
     "Rotate": pb.RotateResponse(),
     "RetireSecrets": pb.RetireSecretsResponse(),
     "RevokeSecret": pb.RevokeSecretResponse(results=[pb.RevokeSecretResult()]),
+    "ReportSecret": pb.ReportSecretResponse(results=[pb.ReportSecretResult()]),
     "DeleteAll": pb.DeleteAllResponse(),
     "Verify": pb.VerifyResponse(verdict=pb.VERDICT_UNKNOWN),
     "BatchVerify": pb.BatchVerifyResponse(responses=[pb.VerifyResponse()]),

@@ -36,7 +36,10 @@ async def test_a_valid_token_is_accepted(
             assert len(answers) == (2 if kind in ("us", "sync_us") else 1)
     assert demo.reached == [kind, kind]
     assert fake.calls[0].request == pb.VerifyRequest(
-        secret=secret, required_scope=pb.SCOPE_READ, client_address="127.0.0.1"
+        secret=secret,
+        required_scope=pb.SCOPE_READ,
+        client_address="127.0.0.1",
+        spends_shares=True,
     )
 
 

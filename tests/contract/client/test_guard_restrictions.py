@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import latchkey
 import pytest
+from google.protobuf import duration_pb2
 from google.rpc import error_details_pb2
 from latchkey import Scope
 from latchkey.guards.grpc import GuardInterceptor
@@ -30,7 +31,10 @@ async def test_permissions_and_address_reach_the_service(
     async with service(Demo(), guard) as channel:
         await ask(channel, kind, f"Bearer {secret}", forwarded_for=["192.0.2.1"])
     assert fake.calls[0].request == pb.VerifyRequest(
-        secret=secret, client_address="127.0.0.1", required_permissions=["orders:cancel"]
+        secret=secret,
+        client_address="127.0.0.1",
+        required_permissions=["orders:cancel"],
+        spends_shares=True,
     )
 
 
@@ -68,6 +72,20 @@ async def test_a_live_token_that_does_not_suffice(
         error = await refused(channel, "uu", f"Bearer {secret}")
     assert error.code() is grpc.StatusCode.PERMISSION_DENIED
     assert detail(error, error_details_pb2.ErrorInfo).reason == reason
+
+
+async def test_a_token_that_is_used_too_often(
+    verifier: latchkey.Verifier, fake: FakeLatchkey, secret: str
+) -> None:
+    """The holder learns when to try again."""
+    seven = duration_pb2.Duration(seconds=7)
+    limited = pb.VerifyResponse(verdict=pb.VERDICT_RATE_LIMITED, retry_after=seven)
+    fake.on("Verify", fake.says(limited))
+    async with service(Demo(), GuardInterceptor(verifier, Scope.READ)) as channel:
+        error = await refused(channel, "uu", f"Bearer {secret}")
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert detail(error, error_details_pb2.ErrorInfo).reason == "TOKEN_RATE_LIMITED"
+    assert detail(error, error_details_pb2.RetryInfo).retry_delay.seconds == 7
 
 
 def test_a_guard_with_a_typing_error_cannot_be_created(verifier: latchkey.Verifier) -> None:

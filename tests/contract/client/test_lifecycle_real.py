@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import latchkey
 import pytest
-from latchkey import Scope, Secret, SecretOutcome, TokenFilter, Verdict, Verification
+from latchkey import Scope, Secret, SecretOutcome, TokenFilter, TokenOrder, Verdict, Verification
 from latchkey_proto.v1 import token_service_pb2 as pb
 
 from tests.contract.client.fake_watch import watching
@@ -194,6 +194,20 @@ async def test_lost_answers_leave_no_orphan(address: str) -> None:
         ]
 
 
+async def test_list_by_filter(client: latchkey.Client) -> None:
+    """Filters, orders and counts of a real service reach the caller."""
+    first = await client.create("acme", "first", Scope.READ, ttl=timedelta(days=2))
+    second = await client.create("acme", "second", Scope.WRITE, ttl=timedelta(days=1))
+    await client.create("acme", "third", Scope.READ)
+    wanted = TokenFilter(never_expires=False)
+    found = client.list("acme", wanted, order=TokenOrder.EXPIRY, page_size=1)
+    assert [token.id async for token in found] == [second.token.id, first.token.id]
+    page = await client.list_page("acme", wanted, page_size=1, include_total_size=True)
+    assert (page.total_size, page.total_size_capped) == (2, False)
+    by_id = await client.list_page("acme", TokenFilter(ids=(second.token.id,)))
+    assert [token.id for token in by_id.tokens] == [second.token.id]
+
+
 async def test_delete_all_by_filter(client: latchkey.Client) -> None:
     """A dry run names what the call then deletes, and nothing else goes."""
     kept = await client.create("acme", "kept", Scope.READ)
@@ -205,3 +219,30 @@ async def test_delete_all_by_filter(client: latchkey.Client) -> None:
     assert (deleted.count, deleted.more) == (1, False)
     assert deleted.receipt is not None
     assert [token.id async for token in client.list("acme")] == [kept.token.id]
+
+
+async def test_a_refused_verify_is_not_the_first_use(address: str, client: latchkey.Client) -> None:
+    """A verifier that was refused the new secret asks the service again for a use that is allowed,
+    which then ends the old secret."""
+    created = await client.create("acme", "ci", Scope.READ)
+    async with latchkey.Verifier(address, timeout_seconds=WAIT_SECONDS) as verifier:
+        await watching(verifier)
+
+        async def cached() -> bool:
+            await verifier.verify(created.secret)
+            return verifier.verify_nowait(created.secret) is not None
+
+        await eventually(cached, "the verifier to cache answers")
+        rotated = await client.rotate("acme", created.token.id, retire_on_first_use=True)
+        for _ in range(3):
+            refused = await verifier.verify(rotated.secret, Scope.WRITE)
+            assert refused.verdict is Verdict.INSUFFICIENT_SCOPE
+            assert verifier.verify_nowait(rotated.secret) is None
+        assert (await verifier.verify(created.secret)).allowed
+        assert (await verifier.verify(rotated.secret)).allowed
+
+        async def ended() -> bool:
+            return (await verifier.verify(created.secret)).verdict is Verdict.EXPIRED
+
+        await eventually(ended, "the older secret to end")
+        assert (await verifier.verify(rotated.secret)).allowed

@@ -26,7 +26,9 @@ async def test_a_live_secret_is_allowed(
         assert answer.allowed
         assert answer.token is not None
         assert answer.token.id == "t1"
-    assert fake.calls[0].request == pb.VerifyRequest(secret=secret, required_scope=pb.SCOPE_WRITE)
+    assert fake.calls[0].request == pb.VerifyRequest(
+        secret=secret, required_scope=pb.SCOPE_WRITE, spends_shares=True
+    )
 
 
 async def test_no_safe_answer_is_an_exception(

@@ -187,7 +187,7 @@ async def test_no_answer_exits_6_promptly(run: Run, scripted: tuple[str, Scripte
     assert "('latchkey serve'), then try again\n" in listed.err
     assert "('latchkey serve'), then try again: nothing was changed\n" in refused.err
     assert "('latchkey serve'); the token may exist: look for 'x' in" in lost.err
-    assert "'latchkey list -a acme'" in lost.err
+    assert "'latchkey list -a acme' and rotate it" in lost.err
     assert deleted.error["code"] == "UNAVAILABLE"
     assert "('latchkey serve'), then try again: nothing was changed" in deleted.error["to_do"]
     assert "('latchkey serve'); treat the secret as invalid" in verified.err
@@ -298,7 +298,7 @@ async def test_closed_pipe_is_quiet(run: Run, address: str, scripted: tuple[str,
         os.close(writer)
     assert (listed.code, listed.err) == (141, "")
     assert created.code == 1
-    assert re.search(r"'latchkey delete tok_[0-9a-z]{26} -a acme'", created.err)
+    assert re.search(r"'latchkey rotate tok_[0-9a-z]{26} -a acme'", created.err)
 
 
 async def test_completion_works(run: Run) -> None:
@@ -312,9 +312,8 @@ async def test_completion_works(run: Run) -> None:
         assert variable in script.out
     words = await run(**{variable: "complete_bash", "COMP_WORDS": "latchkey ", "COMP_CWORD": "1"})
     commands = "create list get delete update disable enable rotate retire-secrets usage revoke"
-    commands += (
-        " delete-all verify status invalidate-all audit console serve policy dev-ca proto config"
-    )
+    commands += " delete-all import verify status invalidate-all audit console receiver serve"
+    commands += " policy dev-ca migrate proto config"
     assert words.out.split() == commands.split()
     in_bash = """
         source /dev/stdin

@@ -376,6 +376,7 @@ async def test_missing_notifications_are_noticed(
 
     woken = asyncio.Event()
     listener = NotifyListener("test", connection, table.notify, woken.set, 0.6, enabled=True)
+    kept = await listener.connect()
     task = asyncio.create_task(listener.run())
     await eventually(lambda: listener.state is state, f"notifications are {state.name}")
     if state is Notifications.ARRIVE:
@@ -384,4 +385,5 @@ async def test_missing_notifications_are_noticed(
         await eventually(woken.is_set, "the renewer is woken")
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+    kept.terminate()
     await pool.close()

@@ -364,20 +364,18 @@ async def test_a_swallowed_listen_is_noticed(pgbouncer: Start, size: int) -> Non
     # Do not measure the pool's first connection.
     async with pool.session() as own:
         await own.execute("SELECT 1")
+    notify = VerifierTable(pool).notify
     listener = NotifyListener(
-        "test",
-        connector.connect,
-        VerifierTable(pool).notify,
-        lambda: None,
-        LEASE_SECONDS / 3,
-        enabled=True,
+        "test", connector.connect, notify, lambda: None, LEASE_SECONDS / 3, enabled=True
     )
+    connection = await listener.connect()
     began = time.monotonic()
     listening = asyncio.create_task(listener.run())
     await eventually(lambda: listener.state is Notifications.SILENT, "the verifier notices")
     assert time.monotonic() - began < LEASE_SECONDS / 3
     listening.cancel()
     await asyncio.gather(listening, return_exceptions=True)
+    connection.terminate()
     await pool.close()
 
 

@@ -3,20 +3,21 @@
 import asyncio
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from latchkey_service.postgres.connections import Connector
+from latchkey_service.postgres.connections import Connector, Pool
 from latchkey_service.secret_format import Keyring, Pepper
 from latchkey_service.tokens import pepper_file
 from latchkey_service.tokens.batched_lookup import Lookup
 from latchkey_service.tokens.management import Created, NewToken, Tokens
 from latchkey_service.tokens.pepper_file import PepperFileError
 from latchkey_service.tokens.token_store import TokenStore
+from latchkey_service.tokens.upkeep_store import UpkeepStore
 from latchkey_service.tokens.verdict import Scope, Verdict
 
 from tests.helpers.databases import session
@@ -52,6 +53,14 @@ def run(tmp_path: Path, database_url: str) -> Iterator[Run]:
     yield run
     for service in started:
         service.clean_up()
+
+
+@pytest.fixture
+async def upkeep(database_url: str) -> AsyncIterator[UpkeepStore]:
+    """The store that removes rows."""
+    pool = await Pool.open(Connector(database_url))
+    yield UpkeepStore(pool)
+    await pool.close()
 
 
 async def make(store: TokenStore, keyring: Keyring, name: str = "first") -> Created:
@@ -213,7 +222,9 @@ def test_threads_that_start_at_once_share_one_pepper(tmp_path: Path) -> None:
     assert len({keyring.peppers[0].id for keyring in made}) == 1
 
 
-async def test_old_tombstones_are_purged(store: TokenStore, database_url: str) -> None:
+async def test_old_tombstones_are_purged(
+    store: TokenStore, upkeep: UpkeepStore, database_url: str
+) -> None:
     """Only tombstones older than the retention are removed, at most a batch at a time, with
     everything that belongs to them. Afterwards their secrets are UNKNOWN; those of remaining
     tombstones are DELETED."""
@@ -229,11 +240,11 @@ async def test_old_tombstones_are_purged(store: TokenStore, database_url: str) -
                 created.record.id,
                 now - days * DAY,
             )
-        assert await store.purge_tombstones(now - 90 * DAY, 2) == 2
+        assert await upkeep.purge_tombstones(now - 90 * DAY, 2) == 2
         # The oldest first.
         assert await verdict(database_url, keyring, old[0]) is Verdict.DELETED
-        assert await store.purge_tombstones(now - 90 * DAY, 2) == 1
-        assert await store.purge_tombstones(now - 90 * DAY, 2) == 0
+        assert await upkeep.purge_tombstones(now - 90 * DAY, 2) == 1
+        assert await upkeep.purge_tombstones(now - 90 * DAY, 2) == 0
         for created in old:
             assert await verdict(database_url, keyring, created) is Verdict.UNKNOWN
         assert await verdict(database_url, keyring, young) is Verdict.DELETED
@@ -242,7 +253,9 @@ async def test_old_tombstones_are_purged(store: TokenStore, database_url: str) -
             assert await connection.fetchval(f"SELECT count(*) FROM {table}") == left  # noqa: S608
 
 
-async def test_purges_do_not_wait_for_each_other(store: TokenStore, database_url: str) -> None:
+async def test_purges_do_not_wait_for_each_other(
+    store: TokenStore, upkeep: UpkeepStore, database_url: str
+) -> None:
     """A purge skips rows that another purge or a repeated Delete has locked. Many purges at once
     remove each tombstone exactly once."""
     keyring = Keyring([OLD])
@@ -254,9 +267,9 @@ async def test_purges_do_not_wait_for_each_other(store: TokenStore, database_url
         await connection.execute("SELECT FROM token WHERE id = $1 FOR UPDATE", made[0].record.id)
         # A purge that waited would fail long before this, after lock_timeout.
         async with asyncio.timeout(WAIT_SECONDS):
-            gone = await asyncio.gather(*(store.purge_tombstones(before, 10) for _ in range(8)))
+            gone = await asyncio.gather(*(upkeep.purge_tombstones(before, 10) for _ in range(8)))
             # Each purge may skip rows that others had locked, so repeat until none are left.
-            while more := await store.purge_tombstones(before, 10):
+            while more := await upkeep.purge_tombstones(before, 10):
                 gone.append(more)
         assert sum(gone) == len(made) - 1
-    assert await store.purge_tombstones(before, 10) == 1
+    assert await upkeep.purge_tombstones(before, 10) == 1

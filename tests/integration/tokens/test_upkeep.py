@@ -55,7 +55,8 @@ async def test_what_ended_long_ago_is_removed(stub: Any, database_url: str) -> N
     store = UpkeepStore(pool)
     now = datetime.now(UTC)
     try:
-        assert await store.purge_ended(now - timedelta(days=1), 10) == 0
+        before = now - timedelta(days=1)
+        assert await store.purge_ended(before, before, 10) == 0
         async with session(database_url) as connection:
             await connection.execute(
                 "UPDATE token SET expire_time = now() - interval '2 days' WHERE id = $1",
@@ -70,8 +71,15 @@ async def test_what_ended_long_ago_is_removed(stub: Any, database_url: str) -> N
             await connection.execute(
                 "UPDATE secret SET retire_time = retire_time - interval '2 days'"
             )
-        assert await store.purge_ended(now - timedelta(days=1), 10) == 2
-        assert await store.purge_ended(now - timedelta(days=1), 10) == 0
+        # Each kind has a retention: neither removes what the other one keeps.
+        early = now - timedelta(days=9)
+        assert await store.purge_ended(early, early, 10) == 0
+        assert await store.purge_ended(before, early, 10) == 1
+        assert await store.purge_ended(early, before, 10) == 1
+        assert await store.purge_ended(before, before, 10) == 0
+        listed = await stub.List(pb.ListRequest(account_id="acme"), timeout=5)
+        assert {token.name for token in listed.tokens} == {"kept", "revoked"}
+        assert await verdict(stub, expired.secret) == "UNKNOWN"
         async with session(database_url) as connection:
             for table in ("token_usage", "token_usage_day"):
                 rows = await connection.fetch(f"SELECT token_id FROM {table}")  # noqa: S608 - ours

@@ -2,6 +2,7 @@
 
 import contextlib
 import textwrap
+from datetime import timedelta
 
 import pytest
 from hypothesis import given
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from latchkey_service.access.credentials import DIGEST, digest_of, mint, policy_digest
 from latchkey_service.access.methods import METHODS, OPEN, rule_of
 from latchkey_service.access.policy import WATCHES_MAX, PolicyError, parse
+from latchkey_service.lifetime import UNLIMITED, Lifetime
 
 DIGEST_A, DIGEST_B = ("sha256:" + letter * 64 for letter in "ab")
 GOOD = f"""\
@@ -46,7 +48,7 @@ def test_policy_contents():
     assert admin.methods == {
         tokens + name
         for name in (
-            *("Create", "Get", "GetUsage", "List", "Delete", "DeleteAll"),
+            *("Create", "Get", "GetLimits", "GetUsage", "List", "Delete", "DeleteAll"),
             *("Update", "Disable", "Enable", "Rotate", "RetireSecrets"),
         )
     }
@@ -64,6 +66,21 @@ def test_policy_contents():
         "my-team-red": False,
     }.items():
         assert shop.accounts.allow(account) is allowed, account
+
+
+def test_lifetimes() -> None:
+    """A caller's tokens have the limit of the caller, and those of accounts and prefixes."""
+    policy = parse(
+        '[callers.a]\ncertificates = ["a.internal"]\nmax_ttl = "90d"\n'
+        '[callers.b]\ncertificates = ["b.internal"]\n'
+        '[accounts.acme]\nrequire_expiry = true\n[accounts."team-*"]\nmax_ttl = "12h"\n'
+    )
+    limited, free = (policy.certificates[f"{name}.internal"].lifetimes for name in "ab")
+    assert limited.limit("other") == Lifetime(timedelta(days=90))
+    assert limited.limit("acme") == Lifetime(timedelta(days=90), require_expiry=True)
+    assert free.limit("other") == UNLIMITED
+    assert free.limit("acme") == Lifetime(require_expiry=True)
+    assert free.limit("team-red") == limited.limit("team-red") == Lifetime(timedelta(hours=12))
 
 
 def test_empty_policy_allows_nothing():
@@ -88,7 +105,7 @@ SHOP = "[callers.shop]\n"
         (SHOP + "roles = []\nroles = []\n", "is not TOML", "line 3"),
         (SHOP + "roles = [" + "[" * 10_000, "is not TOML", "nested too deeply"),
         (SHOP + "roles = [" + "9" * 5_000, "is not TOML", "too many digits"),
-        ("x = 1", "x", "unknown key; known: callers, roles"),
+        ("x = 1", "x", "unknown key; known: accounts, callers, roles"),
         (SHOP + "role = []", "callers.shop.role", "known: accounts, certificates, credentials"),
         ("[roles.x]\nrole = []", "roles.x.role", "unknown key; known: methods"),
         ("callers = 1", "callers", "must be a table"),
@@ -100,6 +117,17 @@ SHOP = "[callers.shop]\n"
         (SHOP + 'roles = "verifier"', "callers.shop.roles", "must be a list"),
         (SHOP + "roles = [1]", "callers.shop.roles.0", "valid string"),
         (SHOP + 'roles = ["verifier", "verifier"]', "callers.shop.roles", "duplicate"),
+        (SHOP + 'max_ttl = "90"', "callers.shop.max_ttl", "a duration such as 90d, 12h"),
+        (SHOP + "max_ttl = 90", "callers.shop.max_ttl", "valid string"),
+        (SHOP + 'require_expiry = "yes"', "callers.shop.require_expiry", "valid boolean"),
+        (
+            SHOP + 'max_ttl = "9d"\nrequire_expiry = false',
+            "callers.shop",
+            "max_ttl requires an expiry; remove require_expiry = false",
+        ),
+        ('[accounts."te*am"]', "accounts.'te*am'", "neither an account nor a prefix"),
+        ('[accounts."*"]', "accounts.'*'", "neither an account nor a prefix"),
+        ("[accounts.acme]\nroles = []", "accounts.acme.roles", "known: max_ttl, require_expiry"),
         (SHOP + 'accounts = ["a", "te*am"]', "callers.shop.accounts.1", "te*am"),
         (SHOP + 'accounts = ["*"]', "callers.shop.accounts.0", "omit accounts"),
         (SHOP + 'accounts = [""]', "callers.shop.accounts.0", "neither"),

@@ -1,7 +1,9 @@
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from latchkey_cli.restrictions import past
 from latchkey_cli.times import NEVER, Expiry, local, parse_expiry, relative
+from latchkey_console.forms import last_second
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
@@ -24,12 +26,14 @@ def test_expiry_is_a_duration_a_moment_or_never(text: str, expiry: Expiry) -> No
     assert parse_expiry(text) == expiry
 
 
-def test_expiry_date_starts_at_local_midnight() -> None:
-    """A token expires at the earliest moment that a date can mean."""
+def test_a_token_works_until_the_end_of_its_last_day() -> None:
+    """A date means its last second in local time, as on the page. In a filter, it means the first
+    moment of the day."""
     moment = parse_expiry("2030-01-31").expire_time
     assert moment is not None
-    assert moment.tzinfo is not None
-    assert moment.replace(tzinfo=None) == datetime(2030, 1, 31)
+    assert moment == last_second("2030-01-31", moment.isoformat(), NOW)
+    assert moment.replace(tzinfo=None) == datetime(2030, 1, 31, 23, 59, 59)
+    assert past("2026-01-31").replace(tzinfo=None) == datetime(2026, 1, 31)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,11 @@ def account(monkeypatch: pytest.MonkeyPatch) -> None:
         ("update x --label a=1 --no-labels", "exclude each other"),
         ("update x --network 10.0.0.0/8 --any-network", "exclude each other"),
         ("update x --permission a:b --no-permissions", "exclude each other"),
+        ("update x --rate 5/second --no-rate", "exclude each other"),
+        ("update x --burst 5", "give --rate too"),
+        ("update x --rate 100", "100/minute"),
+        ("create x --scope read --rate 5/day", "100/minute"),
+        ("create x --scope read --rate 5/hour,burst", "100/minute"),
         ("update x --scope admin", "'admin' is not one of 'read', 'write'"),
         ("update x --expires soon", "30d"),
         ("rotate x --grace soon", "90m"),
@@ -98,7 +103,7 @@ def test_secrets_are_refused_in_any_argument(
 
 COMMANDS = (
     "create list get delete update disable enable rotate retire-secrets usage revoke delete-all "
-    "verify status audit console serve policy config"
+    "verify status audit console receiver serve policy migrate config"
 )
 
 

@@ -58,6 +58,8 @@ class SyncStub:
 
     def __init__(self, failure: Exception | None = None) -> None:
         self.failure = failure
+        self.answer: Verification | None = None
+        """The answer about TOKEN to a question without requirements. None: VALID."""
         self.calls = 0
         self.addresses: list[str] = []
 
@@ -82,7 +84,7 @@ class SyncStub:
             return Verification(verdict=Verdict.INSUFFICIENT_PERMISSIONS, token=TOKEN)
         if scope is Scope.WRITE:
             return Verification(verdict=Verdict.INSUFFICIENT_SCOPE, token=TOKEN)
-        return Verification(verdict=Verdict.VALID, token=TOKEN)
+        return self.answer or Verification(verdict=Verdict.VALID, token=TOKEN)
 
 
 class Stub:

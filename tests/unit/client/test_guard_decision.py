@@ -124,6 +124,7 @@ async def test_only_valid_is_accepted(verdict: Verdict) -> None:
         Verdict.INSUFFICIENT_SCOPE: Outcome.FORBIDDEN,
         Verdict.INSUFFICIENT_PERMISSIONS: Outcome.UNPERMITTED,
         Verdict.ADDRESS_NOT_ALLOWED: Outcome.WRONG_ADDRESS,
+        Verdict.RATE_LIMITED: Outcome.RATE_LIMITED,
     }
     assert decision == Decision(live.get(verdict, Outcome.INVALID))
 

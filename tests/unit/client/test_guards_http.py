@@ -1,6 +1,7 @@
 """All guards for HTTP behave alike, in the real frameworks."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -9,14 +10,23 @@ import pytest
 from django.core.exceptions import ImproperlyConfigured
 from django.test.utils import override_settings
 from fastapi import FastAPI, WebSocket
-from latchkey import Scope, Unavailable
+from latchkey import RateLimit, Scope, Unavailable, Verdict, Verification
 from latchkey.guards import asgi, current_token, current_token_or_none, fastapi, wsgi
 from latchkey.guards import django as django_guard
 from latchkey.guards._http import has_prefix
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
-from tests.unit.client.guarded import BEARER, KINDS, SECRET, Kind, Stub, SyncStub, fastapi_app
+from tests.unit.client.guarded import (
+    BEARER,
+    KINDS,
+    SECRET,
+    TOKEN,
+    Kind,
+    Stub,
+    SyncStub,
+    fastapi_app,
+)
 
 every_guard = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 WHOLE = {name: kind for name, kind in KINDS.items() if kind.whole}
@@ -76,6 +86,43 @@ async def test_no_safe_answer_is_503(kind: Kind, failure: Exception, wait: str) 
         answer = await client.get("/", headers=BEARER)
     assert (answer.status_code, answer.headers["retry-after"]) == (503, wait)
     assert "S3cr3t" not in answer.text
+
+
+@every_guard
+@pytest.mark.parametrize(
+    ("retry_after", "seconds"),
+    [(timedelta(seconds=4.2), 5), (timedelta(milliseconds=3), 1), (timedelta(days=9), 3600)],
+)
+async def test_too_many_uses_are_429(kind: Kind, retry_after: timedelta, seconds: int) -> None:
+    """A token that is used too often gets a bounded time to try again, and its limit."""
+    stub = SyncStub()
+    limit = RateLimit(100, timedelta(minutes=1), 20)
+    stub.answer = Verification(
+        verdict=Verdict.RATE_LIMITED,
+        token=replace(TOKEN, rate_limit=limit),
+        retry_after=retry_after,
+    )
+    async with kind.serve(stub) as client:
+        answer = await client.get("/", headers=BEARER)
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, str(seconds))
+    assert "www-authenticate" not in answer.headers
+    if kind is not KINDS["drf"]:  # the framework sends no other headers of an exception
+        assert answer.headers["ratelimit"] == f'"token";r=0;t={seconds}'
+        assert answer.headers["ratelimit-policy"] == '"token";q=100;w=60'
+    assert "S3cr3t" not in answer.text
+
+
+@every_guard
+async def test_request_counts_once_against_the_limit(kind: Kind) -> None:
+    """However many parts of a guard judge a request, a token with a limit is verified once."""
+    stub = SyncStub()
+    limit = RateLimit(100, timedelta(minutes=1), 20)
+    stub.answer = Verification(verdict=Verdict.VALID, token=replace(TOKEN, rate_limit=limit))
+    async with kind.serve(stub) as client:
+        assert (await client.get("/", headers=BEARER)).status_code == 200
+        assert stub.calls == 1
+        assert (await client.post("/", headers=BEARER)).status_code == 403
+        assert stub.calls == 2
 
 
 @every_guard

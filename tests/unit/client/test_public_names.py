@@ -36,14 +36,19 @@ def test_public_names_are_pinned() -> None:
         "Deletions",
         "FailedPrecondition",
         "FieldViolation",
+        "ImportOutcome",
+        "ImportResult",
+        "ImportedToken",
         "InternalError",
         "InvalidArgument",
         "LatchkeyError",
+        "Limits",
         "NotFound",
         "Notifications",
         "Outcome",
         "Page",
         "PermissionDenied",
+        "RateLimit",
         "Receipt",
         "ResourceExhausted",
         "Revocation",
@@ -54,6 +59,7 @@ def test_public_names_are_pinned() -> None:
         "Status",
         "Token",
         "TokenFilter",
+        "TokenOrder",
         "TokenSecret",
         "TokenState",
         "Unauthenticated",
@@ -66,6 +72,7 @@ def test_public_names_are_pinned() -> None:
         "VerifierStats",
         "VerifierStatus",
         "__version__",
+        "current_person",
     ]
     assert latchkey.__all__ == sorted(latchkey.__all__)
     assert all(hasattr(latchkey, name) for name in latchkey.__all__)
@@ -117,6 +124,8 @@ def test_every_rpc_has_a_client_method() -> None:
             "get_status": "status",
             "audit_service._list": "audit_page",
             "revoke_secret": "revoke_secrets",
+            "report_secret": "report_secrets",
+            "import": "import_tokens",
         }.get(snake, snake)
         method = getattr(latchkey.Client, ours)
         assert inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method), name

@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from latchkey import FieldViolation, Scope, Token
+from latchkey import FieldViolation, RateLimit, Scope, Token
 from latchkey_console.editing import ENDS, EditForm, ReplaceForm, Replacement
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
@@ -18,6 +18,7 @@ TOKEN = Token(
     expire_time=NOW + timedelta(days=90),
     description="two\nlines",
     allowed_networks=("192.0.2.0/24", "2001:db8::/32"),
+    rate_limit=RateLimit(100, timedelta(minutes=1), 20),
 )
 
 
@@ -41,6 +42,9 @@ def edit(**fields: Any) -> "dict[str, Any] | EditForm":
             {"networks": "198.51.100.7, 10.0.0.0/8"},
             {"allowed_networks": ["198.51.100.7", "10.0.0.0/8"]},
         ),
+        ({"rate": " 100/minute, burst 20 "}, {}),
+        ({"rate": ""}, {"rate_limit": None}),
+        ({"rate": "5/second"}, {"rate_limit": RateLimit(5, timedelta(seconds=1))}),
         ({"expiry": "never"}, {"expire_time": None}),
         ({"expiry": "30"}, {"expire_time": NOW + timedelta(days=30)}),
         (
@@ -67,6 +71,9 @@ def test_a_save_contains_only_what_was_changed(
         ({"description": "x" * 257}, "description", "257 characters"),
         ({"description": "a\x00b"}, "description", "control character"),
         ({"networks": "office"}, "networks", "“office” is not a network"),
+        ({"rate": "100"}, "rate", "100/minute"),
+        ({"rate": "100/day"}, "rate", "100/minute"),
+        ({"rate": "-1/hour"}, "rate", "100/minute"),
         ({"networks": "10.1.2.3/8"}, "networks", "Did you mean 10.0.0.0/8?"),
         ({"networks": "\n".join(f"10.0.0.{n}" for n in range(33))}, "networks", "33 networks"),
     ],
@@ -83,7 +90,7 @@ def test_errors_appear_at_their_field(typed: dict[str, str], place: str, words: 
 def test_the_form_survives_the_browser() -> None:
     """What the page sends back is the form that it showed."""
     form = EditForm.of(TOKEN)
-    names = ("name", "scope", "description", "networks", "expiry")
+    names = ("name", "scope", "description", "networks", "rate", "expiry")
     sent = {name: getattr(form, name) for name in names}
     sent |= {f"was_{name}": value for name, value in form.before.items()}
     assert EditForm.read(sent) == form
@@ -95,12 +102,14 @@ def test_service_errors_appear_at_their_field() -> None:
     form = EditForm.of(TOKEN).refused(
         [
             FieldViolation("token.allowed_networks[0]", "is odd."),
+            FieldViolation("token.rate_limit.burst", "must be 0 to 1,000,000"),
             FieldViolation("description", "must not contain a secret"),
             FieldViolation("labels", "are odd"),
         ]
     )
     assert form.errors == {
         "networks": "An allowed network is odd.",
+        "rate": "The burst of the rate limit must be 0 to 1,000,000.",
         "description": "The description must not contain a secret.",
         "": "labels are odd.",
     }
@@ -119,7 +128,9 @@ def test_replacing_a_token_that_ends_soon_offers_a_later_expiry() -> None:
     ("form", "wanted"),
     [
         (ReplaceForm("now", "keep"), Replacement("tok_1", "now", None)),
-        (ReplaceForm("use", "365"), Replacement("tok_1", "use", 365)),
+        (ReplaceForm("use", "365"), Replacement("tok_1", "use", timedelta(days=365))),
+        (ReplaceForm("use", "43200s"), Replacement("tok_1", "use", timedelta(hours=12))),
+        (ReplaceForm("use", "0s"), None),
         (ReplaceForm("", "keep"), None),
         (ReplaceForm("later", "keep"), None),
         (ReplaceForm("now", "never"), None),

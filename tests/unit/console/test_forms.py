@@ -1,12 +1,17 @@
 """The form for a new token: how it interprets its input."""
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from latchkey import FieldViolation, Scope
-from latchkey_console.forms import NewToken, TokenForm, parse_body
+from latchkey import FieldViolation, Limits, Scope
+from latchkey_console.forms import NewToken, TokenForm, expiries, last_day, parse_body
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
+
+
+def limited(**duration: int) -> Limits:
+    return Limits(max_ttl=timedelta(**duration), require_expiry=True)
 
 
 def errors(form: TokenForm) -> dict[str, str]:
@@ -41,6 +46,33 @@ def test_expiry(expiry: str, ttl: timedelta | None) -> None:
     """Each choice is a duration, which starts on the service's clock, or no expiry."""
     new = made(TokenForm(name=" x ", scope="write", expiry=expiry))
     assert new == NewToken("x", Scope.WRITE, None, ttl)
+
+
+@pytest.mark.parametrize(
+    ("limits", "offered", "chosen", "last"),
+    [
+        (Limits(), ["30", "90", "365", "never", "date"], "90", ""),
+        (Limits(require_expiry=True), ["30", "90", "365", "date"], "90", ""),
+        (limited(days=1_000), ["30", "90", "365", "date"], "90", "2029-02-24"),
+        (limited(days=365), ["30", "90", "365", "date"], "90", "2027-05-31"),
+        (limited(days=180), ["30", "90", "15552000s", "date"], "90", "2026-11-27"),
+        (limited(days=30), ["30", "date"], "30", "2026-06-30"),
+        (limited(hours=12), ["43200s"], "43200s", "2026-06-01"),
+    ],
+)
+def test_form_offers_only_what_is_allowed(
+    limits: Limits, offered: list[str], chosen: str, last: str
+) -> None:
+    """Within the service's limit, the form offers its durations, the limit itself, and dates that
+    end within it. The preselected choice is one of them."""
+    assert [value for value, _ in expiries(limits)] == offered
+    form = TokenForm.within(limits)
+    assert form.expiry == chosen
+    assert last_day(limits, NOW) == last
+    new = made(replace(form, name="x"))
+    assert new.ttl is not None
+    assert limits.max_ttl is None or new.ttl <= limits.max_ttl
+    assert dict(expiries(limits)).get("43200s", "12 hours") == "12 hours"
 
 
 @pytest.mark.parametrize(
@@ -125,6 +157,11 @@ def test_body() -> None:
         "scope": "read",
         "date": "",
     }
+    ids = b"ids=a&ids=b+c&name=x&ids=d"
+    assert parse_body(ids, "ids") == {"ids": "a b c d", "name": "x"}
+    assert parse_body(b"", "ids") == {"ids": ""}
+    with pytest.raises(ValueError, match="duplicate"):
+        parse_body(ids + b"&name=y", "ids")
     for body in (b"a=1&a=2", b"a=%ff", b"\xff=1", b"&".join(b"a%d=1" % n for n in range(40))):
         with pytest.raises(ValueError, match=r".+"):
             parse_body(body)

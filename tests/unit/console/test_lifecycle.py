@@ -20,6 +20,17 @@ def edited(**typed: str) -> dict[str, str]:
     return fields | {"description": "", "networks": ""} | typed
 
 
+async def test_leaked_token_is_marked() -> None:
+    """List and details say that a secret was reported as leaked, and no other token has that."""
+    leaked = secret("newX", 9, leak_report_time=NOW - timedelta(hours=2))
+    for secrets, marked in (((leaked,), True), ((secret("newX", 9),), False)):
+        async with console(Scripted(token(secrets=secrets))) as browser:
+            rows = text((await browser.get("/")).text)
+            details = text(await dialog(browser, "/token?id=tok_1"))
+        assert ("Leaked" in rows) == marked
+        assert ("Leaked: " in details) == marked
+
+
 async def test_details_show_the_whole_token() -> None:
     """The details have the id, both secrets, networks, permissions, labels and who uses it."""
     client = Scripted(
@@ -291,3 +302,49 @@ async def test_row_shows_use_and_both_secrets() -> None:
         "End the old secrets now",
     ):
         assert words in said
+
+
+async def test_forms_offer_only_lifetimes_that_latchkey_allows() -> None:
+    """The forms for a new token, for changes and for a new secret offer only what is allowed, and
+    name the limit. Without an answer about it, they offer everything."""
+    limits = latchkey.Limits(max_ttl=timedelta(days=3), require_expiry=True)
+    client = Scripted(limits=limits)
+    async with console(client) as browser:
+        for path in ("/new", "/edit?id=tok_1", "/replace?id=tok_1"):
+            shown = await dialog(browser, path)
+            assert "at most 3 days here" in text(shown)
+            for refused in ('value="never"', 'value="30"', 'value="90"', 'value="week"'):
+                assert refused not in shown
+            assert 'name="expiry" value="259200s"' in shown
+        assert 'max="2026-06-03"' in await dialog(browser, "/edit?id=tok_1")
+
+        replaced = await dialog(browser, "/replace?id=tok_1")
+        await submit(browser, "/replace", replaced, ends="day", expiry="259200s")
+        assert client.called("update") == [{"expire_time": NOW + timedelta(days=3)}]
+
+        client.errors["get_limits"] = [latchkey.PermissionDenied("no")]
+        assert 'value="never"' in await dialog(browser, "/new")
+
+
+async def test_lifetime_that_became_too_long() -> None:
+    """If the limit has changed since the form was shown, the page names it, and where a form has a
+    field for the expiry, there."""
+    refusal = latchkey.InvalidArgument("no", reason="EXPIRY_TOO_LATE")
+    refusal.metadata = {"max_ttl_seconds": "259200"}
+    refusal.field_violations = (
+        latchkey.FieldViolation("token.expire_time", "is too late for this service"),
+    )
+    client = Scripted(errors={"update": [refusal, refusal]})
+    async with console(client) as browser:
+        shown = await dialog(browser, "/edit?id=tok_1")
+        answer = await submit(browser, "/edit", shown, **edited(expiry="90"))
+        assert answer.status_code == 422
+        assert 'id="error-expiry"' in answer.text
+        assert "The expiry is too late for this service." in text(answer)
+
+        shown = await dialog(browser, "/replace?id=tok_1")
+        answer = await submit(browser, "/replace", shown, ends="day", expiry="90")
+        assert answer.status_code == 400
+        assert "longer than allowed" in text(answer)
+        assert "at most 3 days here" in text(answer)
+        assert not client.called("rotate")

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from latchkey_cli.times import relative
-from latchkey_console.text import folded, name_key, visible
+from latchkey_console.listing import Filter
+from latchkey_console.text import visible
 from latchkey_console.times import ago, exact, iso, minute
-from latchkey_service.tokens import names
+from latchkey_service.tokens import filters
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 
@@ -71,14 +72,8 @@ def test_visible(text: str, shown: str) -> None:
     assert visible(text) == shown
 
 
-def test_folding() -> None:
-    """Search is lenient. Name comparison equals the service's."""
-    assert folded("ＡＢ②") == "ab2"
-    assert name_key(" STRASSE ") == name_key("straße")
-    assert name_key("x²") == name_key("x2")
-
-
-@given(st.text(max_size=64))
-def test_names_are_compared_as_in_the_service(name: str) -> None:
-    """The console and the service agree on which names are the same."""
-    assert name_key(name) == names.name_key(name)
+@given(st.text(max_size=100))
+def test_every_search_is_valid(text: str) -> None:
+    """Whatever a visitor types, the service accepts the search."""
+    search = Filter.read({"q": text}).text
+    assert filters.filter_violations(filters.Filter(search=search)) == []

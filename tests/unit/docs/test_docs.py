@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from datetime import timedelta
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -113,7 +114,12 @@ def test_policy() -> None:
     match = re.search(r"<!-- test: policy -->\n```toml\n(.+?)```", text, re.DOTALL)
     assert match is not None
     policy = parse(match[1])
-    assert policy.callers == {"shop", "team-red"}
+    assert policy.callers == {"shop", "team-red", "portal"}
+    limit = policy.certificates["portal.internal"].lifetimes.limit
+    assert [limit(account).max_ttl for account in ("acme", "red-1")] == [
+        timedelta(days=90),
+        timedelta(days=30),
+    ]
     for role in ROLES:
         row = re.search(rf"^ *\| `{role}` \| (.+) \|$", text, re.MULTILINE)
         assert row is not None, role
@@ -255,3 +261,10 @@ def test_changelog() -> None:
     for section in (first, *sections):
         kinds = re.findall(r"^### (.+)$", section, re.MULTILINE)
         assert len(kinds) == len(set(kinds)), kinds
+
+
+def test_the_threat_model_names_existing_tests() -> None:
+    """Every test that SECURITY.md names exists."""
+    named = re.findall(r"`(tests/[^`]*)`", (ROOT / "SECURITY.md").read_text("utf-8"))
+    assert len(named) > 10
+    assert [path for path in named if not (ROOT / path).exists()] == []

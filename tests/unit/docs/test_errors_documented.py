@@ -5,10 +5,11 @@ import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import grpc
 import pytest
-from latchkey import _status
+from latchkey import _filters, _status
 from latchkey.guards import _grpc as guard
 from latchkey_service import errors
 from latchkey_service.access.methods import METHODS
@@ -73,13 +74,16 @@ def test_reasons_of_the_service() -> None:
     """The table lists each reason of the service once, with its code, and no others."""
     rows = table(SERVICE)
     assert len(rows) == len(set(rows))
-    assert set(rows) == {*by_class(), *where_made()}
+    # The reasons that a violation gives its error.
+    violations = {("INVALID_ARGUMENT", reason) for reason in get_args(errors.ViolationReason)}
+    assert set(rows) == {*by_class(), *where_made(), *violations}
 
 
 def test_reasons_of_the_library() -> None:
     """The same holds for the client library and its guard."""
     given = {(code.name, reason) for code, _, reason in guard._REFUSALS.values()}
     given |= {(grpc.StatusCode.UNAVAILABLE.name, reason) for _, reason, _ in _status._NO_CONNECTION}
+    given.add((grpc.StatusCode.FAILED_PRECONDITION.name, _filters.NOT_APPLIED))
     rows = table(LIBRARY)
     assert len(rows) == len(set(rows))
     assert set(rows) == given

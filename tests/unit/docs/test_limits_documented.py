@@ -96,6 +96,14 @@ ROWS: dict[str, tuple[tuple[str, ...], tuple[object, ...]]] = {
         (TRANSPORT + "test_no_window",),
         (f"{transports.AGE_GRACE_SECONDS:g}",),
     ),
+    "answer of `BatchVerify`": (
+        (
+            "tests/unit/rpc/test_batch_answer.py::test_the_largest_answer_fits_into_grpcs_default_limit",
+            "tests/unit/rpc/test_batch_answer.py::test_answers_without_details_are_small",
+        ),
+        (),
+    ),
+    "concurrent calls with large answers": ((ENVOY + "test_limits_of_connections",), ()),
     "age of a connection": (
         (TRANSPORT + "test_age", TRANSPORT + "test_age_grace"),
         (f"{transports.AGE_GRACE_SECONDS:g}",),
@@ -126,10 +134,18 @@ ROWS: dict[str, tuple[tuple[str, ...], tuple[object, ...]]] = {
         ),
         (USES_IN_REPORT_MAX,),
     ),
+    "messages on a Watch": (
+        ("tests/unit/rpc/test_paced_streams.py::test_a_stream_that_sends_too_much_is_ended",),
+        (
+            streams.STREAM_BYTES_BURST // MIB,
+            streams.STREAM_BYTES_PER_SECOND // MIB,
+            streams.MESSAGE_BYTES,
+        ),
+    ),
     "uses that wait to be written": (
         (
             "tests/unit/tokens/test_usage.py::test_a_full_buffer_drops_new_entries_only",
-            "tests/unit/tokens/test_usage.py::test_one_caller_cannot_fill_the_buffer_with_reports",
+            "tests/unit/tokens/test_usage.py::test_callers_share_the_room_for_reports",
         ),
         (USES_PENDING_MAX,),
     ),
@@ -195,6 +211,13 @@ ROWS: dict[str, tuple[tuple[str, ...], tuple[object, ...]]] = {
             "tests/integration/tokens/test_batched_lookup.py::test_a_standing_queue_is_limited",
         ),
         (WAITING_MAX, BUSY + STANDING),
+    ),
+    "verifies of imported secrets that read the database": (
+        (
+            "tests/unit/tokens/test_imported.py::test_caller_cannot_fill_the_queue",
+            "tests/unit/tokens/test_imported.py::test_stuck_look_ups_of_imported_secrets_delay_no_others",
+        ),
+        (),
     ),
     "silence of a worker's event loop": (
         ("tests/integration/process/test_worker_watch.py::test_a_worker_that_hangs",),

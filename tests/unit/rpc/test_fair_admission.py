@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from google.protobuf import duration_pb2
+from google.protobuf.field_mask_pb2 import FieldMask
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_service.access.methods import ROTATE, UPDATE
 from latchkey_service.access.policy import parse
@@ -126,10 +127,10 @@ async def test_removals_are_bounded() -> None:
         (ROTATE, pb.RotateRequest(grace=duration_pb2.Duration(nanos=1)), False),
         (ROTATE, pb.RotateRequest(grace=duration_pb2.Duration(seconds=60)), False),
         (ROTATE, pb.RotateRequest(retire_on_first_use=True), False),
-        (UPDATE, pb.UpdateRequest(update_mask={"paths": ["name", "labels"]}), False),
-        (UPDATE, pb.UpdateRequest(update_mask={"paths": ["name", "scope"]}), True),
-        (UPDATE, pb.UpdateRequest(update_mask={"paths": ["expire_time"]}), True),
-        (UPDATE, pb.UpdateRequest(update_mask={"paths": ["permissions"]}), True),
+        (UPDATE, pb.UpdateRequest(update_mask=FieldMask(paths=["name", "labels"])), False),
+        (UPDATE, pb.UpdateRequest(update_mask=FieldMask(paths=["name", "scope"])), True),
+        (UPDATE, pb.UpdateRequest(update_mask=FieldMask(paths=["expire_time"])), True),
+        (UPDATE, pb.UpdateRequest(update_mask=FieldMask(paths=["permissions"])), True),
         (UPDATE, pb.UpdateRequest(), False),
     ],
 )

@@ -1,7 +1,8 @@
 """The short path of verifies, with the verifier replaced: limits, rates, and restricted answers."""
 
+import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,7 +16,7 @@ from latchkey_service.errors import InvalidArgument, RateLimited, RequestTooLarg
 from latchkey_service.rpc.counters import Counts
 from latchkey_service.rpc.verify_calls import VerifyCalls, encode_token
 from latchkey_service.tokens.usage import PendingUses
-from latchkey_service.tokens.verdict import Scope, TokenRecord, Verdict
+from latchkey_service.tokens.verdict import CachedToken, Scope, TokenRecord, Verdict
 from latchkey_service.tokens.verifier import MALFORMED, UNKNOWN, Answer, Question
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -35,7 +36,9 @@ class Verifier:
         self.asked.append(presented)
         return self.answers.get(presented, MALFORMED)
 
-    async def verify_batch(self, questions: Sequence[Question], _: float | None) -> list[Answer]:
+    async def verify_batch(
+        self, questions: Sequence[Question], _: float | None, _caller: str
+    ) -> list[Answer]:
         return [self.verify_cached(*question) for question in questions]
 
 
@@ -44,11 +47,13 @@ class Context:
         return None
 
 
-def path_with(answers: dict[str, Answer]) -> tuple[Any, Verifier]:
+def path_with(
+    answers: dict[str, Answer], seen: Callable[[CachedToken], None] = lambda _: None
+) -> tuple[Any, Verifier]:
     verifier = Verifier(answers)
     unused: Any = None
     uses = PendingUses(lambda: None)
-    calls = VerifyCalls(verifier, unused, Counts(), uses, 0.0, time.monotonic, time.time)  # type: ignore[arg-type]  # a stand-in
+    calls = VerifyCalls(verifier, unused, Counts(), uses, seen, 0.0, time.monotonic, time.time)  # type: ignore[arg-type]  # a stand-in
     return calls, verifier
 
 
@@ -142,3 +147,34 @@ def test_answers_without_a_position_omit_it() -> None:
     """An answer that needed no read has no revision and no mark."""
     calls, _ = path_with({})
     assert calls._completed(Answer(Verdict.UNKNOWN, position=NOWHERE), "", ANONYMOUS) == b"\x08\x03"
+
+
+async def test_only_a_valid_answer_is_a_first_use() -> None:
+    """A verify that is refused, or whose caller may not see the token, does not use the secret.
+    Its answer has no position, so no client keeps it and hides the first use."""
+    record = CachedToken(
+        "t1", "acme", 1, math.inf, b"", deleted=False, retires_older=b"d", keep_until=math.inf
+    )
+    refused = answer_for("acme", Verdict.INSUFFICIENT_SCOPE)._replace(record=record)
+    valid = answer_for("acme", Verdict.VALID)._replace(record=record)
+    seen: list[CachedToken] = []
+    calls, _ = path_with({"refused": refused, "valid": valid}, seen.append)
+    stranger = Caller("a", frozenset(), accounts=Accounts(frozenset({"globex"}), ()))
+
+    async def ask(secret: str, caller: Caller = ANONYMOUS) -> pb.VerifyResponse:
+        data = pb.VerifyRequest(secret=secret).SerializeToString()
+        return pb.VerifyResponse.FromString(await calls._verify(data, Context(), caller))
+
+    answer = await ask("refused")
+    assert answer.verdict == pb.VERDICT_INSUFFICIENT_SCOPE
+    assert (answer.revision, answer.mark) == NOWHERE
+    assert (await ask("valid", stranger)).verdict == pb.VERDICT_UNKNOWN
+    assert seen == []
+    answer = await ask("valid")
+    assert (answer.revision, answer.mark) == POSITION
+    assert seen == [record]
+    # Once the first use has been seen, refusals may be kept again.
+    record.retires_older = None
+    assert (await ask("refused")).mark == POSITION.mark
+    await ask("valid")
+    assert seen == [record]

@@ -27,7 +27,9 @@ class Recorder:
     def __init__(self):
         self.inserted = []
 
-    async def insert_token(self, record, name_key, digest, audit_context, seal, request):
+    async def insert_token(
+        self, record, name_key, digest, audit_context, seal, token_seal, request
+    ):
         self.inserted.append((record, name_key, digest))
         return True
 
@@ -69,8 +71,8 @@ def new(**fields: Any) -> NewToken:
     ("field", "bad"),
     [
         ("account_id", {"account_id": ""}),
-        ("account_id", {"account_id": "a" * 65}),
-        ("account_id", {"account_id": "a/b"}),
+        ("account_id", {"account_id": "a" * 129}),
+        ("account_id", {"account_id": "a*"}),
         ("account_id", {"account_id": "acme\n"}),
         ("account_id", {"account_id": "ácme"}),
         ("name", {"name": ""}),

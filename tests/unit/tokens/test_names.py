@@ -1,8 +1,12 @@
 """Which names a person can see, and which count as the same."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from latchkey_coherence.names import IGNORABLE
+from latchkey_service.postgres.migrate import bundled
 from latchkey_service.tokens.names import is_visible, name_key
 
 
@@ -76,3 +80,13 @@ def test_visible(name: str) -> None:
 def test_invisible(name: str) -> None:
     """Spaces, zero-width and tag characters, fillers, blanks and marks alone are not visible."""
     assert not is_visible(name)
+
+
+def test_the_migration_has_the_same_characters() -> None:
+    """0008_names.sql removed exactly the characters from old names that are removed from new
+    ones."""
+    (sql,) = (migration.sql for migration in bundled() if migration.version == 8)
+    quoted = re.search(r"regexp_replace\(name_key,\s*((?:'[^']*'\s*)+),", sql)
+    assert quoted is not None
+    pattern = "".join(re.findall(r"'([^']*)'", quoted[1]))
+    assert re.compile(pattern.encode().decode("unicode_escape")).pattern == IGNORABLE.pattern

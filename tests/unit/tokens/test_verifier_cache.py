@@ -1,26 +1,33 @@
 """What the server's verifier caches, for how long, and which reads it answers with."""
 
+import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from latchkey_coherence.rate import RateLimit
 from latchkey_coherence.verdict_cache import Position, VerdictCache
 from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.coherence.snapshot import Snapshot
 from latchkey_service.coherence.verifier_state import VerifierState
 from latchkey_service.errors import CacheStartedOver, StoreUnavailable
 from latchkey_service.secret_format import Keyring, Pepper
-from latchkey_service.tokens.batched_lookup import Found
+from latchkey_service.tokens.batched_lookup import READS_MAX, Found, LeasedLookup
+from latchkey_service.tokens.imported import ImportedSecrets
+from latchkey_service.tokens.rate_draws import Drawn
+from latchkey_service.tokens.rate_table import Want
 from latchkey_service.tokens.seal import Sealer, SealGuard
+from latchkey_service.tokens.token_rates import TokenRates
 from latchkey_service.tokens.verdict import CachedToken, Scope, SecretRecord, TokenRecord, Verdict
-from latchkey_service.tokens.verifier import READS_MAX, Question, Verifier
+from latchkey_service.tokens.verifier import Question, Verifier
 
 from tests.helpers.positions import at
 from tests.unit.coherence.scene import PRIMARY, Scene
 
 CACHE_SECONDS = 2.0
-KEYRING = Keyring([Pepper(b"p" * 32)])
+LIMIT = RateLimit(120, 60, 5)
+KEYRING = Keyring([Pepper(b"p" * 32)], ("sk_",))
 SECRET = KEYRING.mint("lk", lambda size: bytes(range(size))).secret.reveal()
 TOKEN = TokenRecord("t1", "acme", "ci", Scope.READ, datetime(2026, 1, 1, tzinfo=UTC), None, "hint")
 
@@ -65,12 +72,31 @@ class FakeRenewer:
         self.woken += 1
 
 
+class Buckets:
+    """Replaces draws: issues `calls` of a token, and then says when there are more."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.ends = math.inf
+        self.asked: list[Want] = []
+
+    async def draw(self, wants: Sequence[Want], deadline: float) -> list[Drawn]:
+        self.asked += wants
+        drawn = []
+        for want in wants:
+            taken = min(want.needed, self.calls)
+            self.calls -= taken
+            drawn.append(Drawn(True, LIMIT, taken, 0, 0.5, self.ends))
+        return drawn
+
+
 class Bench:
     """A verifier with its cache, and fakes for everything around it."""
 
     def __init__(self, draw: float = 0.0) -> None:
         self.renewer = FakeRenewer()
         self.database = Database()
+        self.draws = Buckets()
         self.scene = self.renewer.scene
         self.state: VerifierState[CachedToken] = self.scene.state
         self.cache: VerdictCache[CachedToken] = self.state.cache
@@ -78,11 +104,17 @@ class Bench:
         def disconnect() -> None:
             self.database.disconnected += 1
 
-        reads = LeasedReads(
+        self.reads = reads = LeasedReads(
             self.renewer,  # type: ignore[arg-type]  # all that reads use of it
             self.state,
             lambda: self.scene.now,
             disconnect,
+        )
+        self.imported = ImportedSecrets(
+            KEYRING,
+            LeasedLookup(self.database, reads),  # type: ignore[arg-type]  # all that it uses of it
+            self.state,
+            lambda: self.scene.now,
         )
         self.verifier = Verifier(
             KEYRING,
@@ -95,6 +127,8 @@ class Bench:
             cache_seconds=CACHE_SECONDS,
             randomness=lambda: draw,
             guard=SealGuard(KEYRING, lambda: self.scene.now),
+            rates=TokenRates(self.draws, lambda: self.scene.now),  # type: ignore[arg-type]  # all that it uses
+            imported=self.imported,
         )
 
     async def verify(self) -> Verdict:
@@ -231,3 +265,50 @@ async def test_a_lease_lost_during_the_read_permits_no_answer() -> None:
     assert bench.database.reads == 2 + READS_MAX
     assert len(bench.cache) == 0
     assert bench.database.disconnected == 0
+
+
+async def test_limited_token_spends_a_call_for_each_verify() -> None:
+    """Without calls, a verify waits for a draw. While the bucket is empty, this process refuses
+    without asking. Then it asks again."""
+    bench = Bench()
+    bench.database.record = TOKEN._replace(rate_limit=LIMIT)
+    bench.draws.calls = 2
+    assert await bench.verify() is Verdict.VALID
+    assert bench.verify_cached() is None
+    assert await bench.verify() is Verdict.VALID
+    assert await bench.verify() is Verdict.RATE_LIMITED
+    refused = bench.verify_cached()
+    assert (refused.verdict, refused.retry_seconds) == (Verdict.RATE_LIMITED, pytest.approx(0.5))
+    assert [want.needed for want in bench.draws.asked] == [1, 1, 1]
+    bench.scene.now += 0.5
+    assert bench.verify_cached() is None
+    bench.draws.calls = 1
+    assert await bench.verify() is Verdict.VALID
+
+
+async def test_limit_comes_after_every_other_verdict() -> None:
+    """A verify that is refused for another reason neither spends a call nor asks for one."""
+    bench = Bench()
+    bench.database.record = TOKEN._replace(rate_limit=LIMIT)
+    question = Question(SECRET, int(Scope.WRITE))
+    answer = await bench.verifier.verify(question, None)
+    assert answer.verdict is Verdict.INSUFFICIENT_SCOPE
+    cached = bench.verifier.verify_cached(SECRET, int(Scope.WRITE))
+    assert cached is not None
+    assert cached.verdict is Verdict.INSUFFICIENT_SCOPE
+    assert not bench.draws.asked
+
+
+async def test_changed_limit_does_not_spend_earlier_calls() -> None:
+    """Calls that were issued under another limit are not spent after the token is read again."""
+    bench = Bench()
+    record = bench.database.record = TOKEN._replace(rate_limit=LIMIT)
+    bench.draws.calls = 1
+    assert await bench.verify() is Verdict.VALID
+    (entry,) = bench.cache.entries.values()
+    assert entry.share is not None
+    entry.share.add(5, math.inf)
+    bench.database.record = record._replace(rate_limit=LIMIT._replace(burst=4))
+    bench.scene.apply((at(6), "t1"))
+    bench.database.snapshot = bench.database.snapshot._replace(position=at(6))
+    assert await bench.verify() is Verdict.RATE_LIMITED

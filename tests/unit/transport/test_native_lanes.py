@@ -101,3 +101,10 @@ async def test_health_checks_are_bounded() -> None:
     one.come(VERIFY, [-1], by("a"))
     await turn()
     assert -1 in one.started
+
+
+def test_every_method_has_a_lane() -> None:
+    """Only the methods that need no identity share the lane of health checks."""
+    one = server()
+    for path, rule in METHODS.items():
+        assert (one._queue_for(path) is one._open) == (rule.role is None), path

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final, Protocol
 
-from latchkey_coherence.verdict import PERMISSION
+from latchkey_coherence.verdict import PERMISSION, includes
 
+from latchkey._rate_limit import RateLimit
 from latchkey.errors import LatchkeyError
 from latchkey.models import Scope, Token, Verdict, Verification
 from latchkey.secret import Secret
@@ -102,6 +103,8 @@ class Outcome(enum.Enum):
     """The token is live, but lacks a required permission."""
     WRONG_ADDRESS = enum.auto()
     """The token is live, but may not be used from the client's address."""
+    RATE_LIMITED = enum.auto()
+    """The token is live, but its rate limit is used up."""
     UNAVAILABLE = enum.auto()
     """There is no safe answer."""
 
@@ -111,6 +114,7 @@ _REFUSED: Final = {
     Verdict.INSUFFICIENT_SCOPE: Outcome.FORBIDDEN,
     Verdict.INSUFFICIENT_PERMISSIONS: Outcome.UNPERMITTED,
     Verdict.ADDRESS_NOT_ALLOWED: Outcome.WRONG_ADDRESS,
+    Verdict.RATE_LIMITED: Outcome.RATE_LIMITED,
 }
 
 
@@ -121,6 +125,8 @@ class Decision:
     outcome: Outcome
     token: Token | None = None
     retry_after: timedelta | None = None
+    limit: RateLimit | None = None
+    """With RATE_LIMITED: the token's limit, if it is known."""
 
 
 def checked_scope(scope: object) -> Scope | None:
@@ -277,4 +283,22 @@ def _judge(verification: Verification) -> Decision:
     """Translate a verification. Only VALID with a token is ALLOWED."""
     if verification.verdict is Verdict.VALID and isinstance(verification.token, Token):
         return Decision(Outcome.ALLOWED, token=verification.token)
-    return Decision(_REFUSED.get(verification.verdict, Outcome.INVALID))
+    outcome = _REFUSED.get(verification.verdict, Outcome.INVALID)
+    if outcome is not Outcome.RATE_LIMITED:
+        return Decision(outcome)
+    limit = None if verification.token is None else verification.token.rate_limit
+    return Decision(outcome, retry_after=verification.retry_after, limit=limit)
+
+
+def judge_again(
+    token: Token, required_scope: Scope | None, permissions: Collection[str]
+) -> Decision:
+    """Decide about a further requirement of a request whose token was just allowed.
+
+    A verify would count the request twice against the token's rate limit.
+    """
+    if required_scope is not None and token.scope not in (required_scope, Scope.WRITE):
+        return Decision(Outcome.FORBIDDEN)
+    if not includes(frozenset(token.permissions), permissions):
+        return Decision(Outcome.UNPERMITTED)
+    return Decision(Outcome.ALLOWED, token=token)

@@ -43,6 +43,11 @@ _REFUSALS: Final[Mapping[Outcome, tuple[grpc.StatusCode, str, str]]] = {
         "The bearer token may not be used from this address.",
         "TOKEN_ADDRESS_NOT_ALLOWED",
     ),
+    Outcome.RATE_LIMITED: (
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "The bearer token is used too often. Try again later.",
+        "TOKEN_RATE_LIMITED",
+    ),
     Outcome.UNAVAILABLE: (
         grpc.StatusCode.UNAVAILABLE,
         "The bearer token cannot be verified now. Try again later.",

@@ -32,6 +32,10 @@ _SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 
 # The delay if Latchkey does not request one.
 RETRY_AFTER_SECONDS: Final = 1
+# The longest period of a limit. Latchkey never requests a longer delay.
+RETRY_AFTER_SECONDS_MAX: Final = 3_600
+# The name of the policy in the headers of a limited request.
+_POLICY: Final = "token"
 # The usual name of the header for an API key.
 API_KEY_HEADER: Final = "x-api-key"
 
@@ -63,6 +67,10 @@ _REFUSALS: Final[Mapping[Outcome, tuple[HTTPStatus, str]]] = {
     Outcome.WRONG_ADDRESS: (
         HTTPStatus.FORBIDDEN,
         "The bearer token may not be used from this address.",
+    ),
+    Outcome.RATE_LIMITED: (
+        HTTPStatus.TOO_MANY_REQUESTS,
+        "The bearer token is used too often. Try again later.",
     ),
     Outcome.UNAVAILABLE: (
         HTTPStatus.SERVICE_UNAVAILABLE,
@@ -99,7 +107,7 @@ class Refusal:
     status: HTTPStatus
     detail: str
     headers: tuple[tuple[str, str], ...]
-    """The headers that say what the client can do: WWW-Authenticate or Retry-After."""
+    """The headers that say what the client can do, such as WWW-Authenticate or Retry-After."""
 
     @property
     def body(self) -> bytes:
@@ -172,8 +180,11 @@ class HttpRules:
         status, detail = _REFUSALS[decision.outcome]
         if decision.outcome is Outcome.MISSING and self.api_key_header is not None:
             detail = f"{detail.rstrip('.')} or '{self.api_key_header}: <token>'."
+        headers: tuple[tuple[str, str], ...]
         if decision.outcome is Outcome.UNAVAILABLE:
             headers = (("retry-after", str(retry_after_seconds(decision))),)
+        elif decision.outcome is Outcome.RATE_LIMITED:
+            headers = rate_limit_headers(decision)
         else:
             headers = (
                 ("www-authenticate", self.challenge(decision.outcome, required, permissions)),
@@ -213,9 +224,23 @@ class HttpRules:
 
 
 def retry_after_seconds(decision: Decision) -> int:
-    """Return when a client may try again after UNAVAILABLE, in whole seconds."""
+    """Return when a client may try again, in whole seconds."""
     asked = decision.retry_after.total_seconds() if decision.retry_after else 0.0
-    return max(RETRY_AFTER_SECONDS, math.ceil(asked))
+    return min(max(RETRY_AFTER_SECONDS, math.ceil(asked)), RETRY_AFTER_SECONDS_MAX)
+
+
+def rate_limit_headers(decision: Decision) -> tuple[tuple[str, str], ...]:
+    """Return the headers of an answer to a request whose token is used too often.
+
+    RateLimit and RateLimit-Policy are those of draft-ietf-httpapi-ratelimit-headers-10: a quota (q)
+    in a window (w), what remains of it (r), and the seconds until there is more (t).
+    """
+    seconds = retry_after_seconds(decision)
+    headers = (("retry-after", str(seconds)), ("ratelimit", f'"{_POLICY}";r=0;t={seconds}'))
+    if decision.limit is None:
+        return headers
+    window = math.ceil(decision.limit.period.total_seconds())
+    return (*headers, ("ratelimit-policy", f'"{_POLICY}";q={decision.limit.count};w={window}'))
 
 
 def has_prefix(path: str, prefixes: Collection[str]) -> bool:

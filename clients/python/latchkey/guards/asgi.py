@@ -175,6 +175,6 @@ async def _refuse_websocket(
         await _refuse_http(refusal, scope, send, prefix="websocket.http.response")
         return
     # Before acceptance, servers answer the handshake with 403 for every code.
-    unavailable = decision.outcome is Outcome.UNAVAILABLE
+    unavailable = decision.outcome in (Outcome.UNAVAILABLE, Outcome.RATE_LIMITED)
     code = _CLOSE_UNAVAILABLE if unavailable else _CLOSE_REFUSED
     await send({"type": "websocket.close", "code": code, "reason": ""})

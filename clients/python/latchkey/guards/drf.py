@@ -25,14 +25,26 @@ except ModuleNotFoundError as error:
     raise not_installed("drf", "djangorestframework") from None
 
 from latchkey.guards import _http
-from latchkey.guards._decision import Decision, Outcome, checked_permissions, checked_scope
+from latchkey.guards._decision import (
+    Decision,
+    Outcome,
+    checked_permissions,
+    checked_scope,
+    judge_again,
+)
 from latchkey.guards.django import configured
 from latchkey.models import Scope, Token
 
 if TYPE_CHECKING:
     from django.http import HttpRequest
 
-__all__ = ["Account", "HasScope", "TokenAuthentication", "VerifierUnavailable"]
+__all__ = [
+    "Account",
+    "HasScope",
+    "TokenAuthentication",
+    "TokenRateLimited",
+    "VerifierUnavailable",
+]
 
 # Where a failed authentication leaves its challenge for `authenticate_header`.
 _CHALLENGE: Final = "_latchkey_challenge"
@@ -73,12 +85,25 @@ class VerifierUnavailable(exceptions.APIException):
         """The seconds for Retry-After, which the framework reads here."""
 
 
+class TokenRateLimited(exceptions.Throttled):
+    """The token is used too often, so the request is refused: 429 with Retry-After."""
+
+    default_code = "token_rate_limited"
+
+    def __init__(self, wait: int, detail: str) -> None:
+        super().__init__()
+        # The framework would add the delay to the text.
+        self.detail = exceptions.ErrorDetail(detail, self.default_code)
+        self.wait = wait
+
+
 class TokenAuthentication(BaseAuthentication):
     """Authenticates a request by its bearer token: `request.user` is an `Account`, `request.auth`
     the `latchkey.Token`.
 
     A request without a bearer token stays anonymous, and permission classes judge it. `HasScope`
-    refuses it. A token that is not valid gets 401. Without a safe answer, the request gets 503.
+    refuses it. A token that is not valid gets 401, and one that is used too often 429. Without a
+    safe answer, the request gets 503.
     """
 
     def authenticate(self, request: Request) -> tuple[Any, Any] | None:
@@ -110,9 +135,12 @@ class HasScope(BasePermission):
             return False
         by_method = _http.scope_of_method(request.method or "")
         required: Scope | None = checked_scope(getattr(view, "required_scope", by_method))
-        # The verifier judges again, from its cache: scopes are compared in one place only.
         permissions = checked_permissions(getattr(view, "required_permissions", ()))
-        decision = configured().decide(cast("HttpRequest", request), required, permissions)
+        if request.auth.rate_limit is None:
+            # The verifier judges again, from its cache.
+            decision = configured().decide(cast("HttpRequest", request), required, permissions)
+        else:
+            decision = judge_again(request.auth, required, permissions)
         _allowed(request, decision, required, permissions)
         return True
 
@@ -130,6 +158,8 @@ def _allowed(
     if decision.outcome is Outcome.UNAVAILABLE:
         raise VerifierUnavailable(_http.retry_after_seconds(decision))
     detail = rules.refusal(decision, required, permissions).detail
+    if decision.outcome is Outcome.RATE_LIMITED:
+        raise TokenRateLimited(_http.retry_after_seconds(decision), detail)
     challenge = rules.challenge(decision.outcome, required, permissions)
     setattr(request, _CHALLENGE, challenge)
     if decision.outcome in (Outcome.FORBIDDEN, Outcome.UNPERMITTED, Outcome.WRONG_ADDRESS):

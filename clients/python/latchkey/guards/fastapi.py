@@ -138,7 +138,7 @@ class Guard:
         if decision.outcome is Outcome.ALLOWED and decision.token is not None:
             return decision.token
         if connection.scope["type"] == "websocket":
-            unavailable = decision.outcome is Outcome.UNAVAILABLE
+            unavailable = decision.outcome in (Outcome.UNAVAILABLE, Outcome.RATE_LIMITED)
             raise WebSocketException(_CLOSE_UNAVAILABLE if unavailable else _CLOSE_REFUSED)
         refusal = self._rules.refusal(decision, required, permissions)
         raise HTTPException(
