@@ -43,6 +43,7 @@ from latchkey_service.access.methods import (
 from latchkey_service.errors import LatchkeyError, StatusParts, TimeoutMalformed
 from latchkey_service.tokens.fair_queue import SMALL_BYTES, FairQueue
 from latchkey_service.tokens.queue_limit import QueueLimit
+from latchkey_service.transport.transports import MESSAGE_BYTES_MAX
 
 __all__ = ["Reject", "Screen", "Server", "metadata_of"]
 
@@ -261,8 +262,9 @@ class Server(pygrpc_native.aio.Server):
                 self._reject_event(event, error)
                 return
         size_bytes = len(event[3])
-        if size_bytes > rule.bytes_max:
+        if rule.bytes_max < size_bytes <= MESSAGE_BYTES_MAX:
             # The handler will see that the request is too large. The rest need not wait for that.
+            # The library itself rejects a message above its own limit.
             size_bytes = rule.bytes_max + 1
             event = (*event[:3], event[3][:size_bytes], *event[4:])
         if not queue.has_room(size_bytes, now):
