@@ -43,7 +43,6 @@ from latchkey_service.access.methods import (
 from latchkey_service.errors import LatchkeyError, StatusParts, TimeoutMalformed
 from latchkey_service.tokens.fair_queue import SMALL_BYTES, FairQueue
 from latchkey_service.tokens.queue_limit import QueueLimit
-from latchkey_service.transport.transports import MESSAGE_BYTES_MAX
 
 __all__ = ["Reject", "Screen", "Server", "metadata_of"]
 
@@ -262,7 +261,7 @@ class Server(pygrpc_native.aio.Server):
                 self._reject_event(event, error)
                 return
         size_bytes = len(event[3])
-        if rule.bytes_max < size_bytes <= MESSAGE_BYTES_MAX:
+        if rule.bytes_max < size_bytes <= (self._receive_limit or size_bytes):
             # The handler will see that the request is too large. The rest need not wait for that.
             # The library itself rejects a message above its own limit.
             size_bytes = rule.bytes_max + 1
