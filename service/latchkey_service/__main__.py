@@ -25,7 +25,8 @@ usage: python -m latchkey_service [serve | config [--json] | policy ... | dev-ca
                            append the section with --output FILE; --role and --account
   dev-ca [--help]          write a CA and certificates for trying TLS
   policy check [FILE]      validate a policy file, by default LATCHKEY_POLICY
-  migrate [--grant ROLE]   bring the database to this release, as the owner of its tables,
+  migrate [--check | --dry-run] [--grant ROLE] [--database-url-file FILE]
+                           bring the database to this release, as the owner of its tables,
                            and give the role of the service its rights
   audit verify [--noted NUMBER:DIGEST]
                            check that no sealed entry of the audit log was changed or removed

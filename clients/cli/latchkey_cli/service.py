@@ -124,14 +124,34 @@ def migrate(
             "--grant", metavar="ROLE", show_default=False, help="Database role of the service."
         ),
     ] = None,
+    url_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--database-url-file",
+            metavar="FILE",
+            show_default="LATCHKEY_MIGRATION_URL",
+            help="File with the database URL of the owner; - for standard input.",
+        ),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit with 1 if a migration is missing.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the SQL, and change nothing.")
+    ] = False,
 ) -> None:
     """Bring the database to this release, as the owner of its tables.
 
-    Needed only if the service runs with a role that may not change tables.
-    LATCHKEY_DATABASE_URL names the owner. --grant gives the role of the service
-    its rights, and no others. The service itself migrates if it owns the tables.
+    Needed only if the service runs with a role that may not change tables, or
+    with LATCHKEY_MIGRATE=off. LATCHKEY_MIGRATION_URL or --database-url-file has
+    the URL of the owner, otherwise LATCHKEY_DATABASE_URL. --grant gives the role
+    of the service its rights, and no others.
     """
-    _become("migrate", *([] if role is None else [f"--grant={role}"]))
+    options = [] if role is None else [f"--grant={role}"]
+    options += [] if url_file is None else [f"--database-url-file={url_file}"]
+    options += ["--check"] if check else []
+    options += ["--dry-run"] if dry_run else []
+    _become("migrate", *options)
 
 
 def verify_audit(noted: str | None) -> None:
