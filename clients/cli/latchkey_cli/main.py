@@ -81,6 +81,7 @@ app.command("serve", cls=Command)(service.serve)
 app.command("policy", cls=Command)(service.policy)
 app.command("dev-ca", cls=Command)(service.dev_ca)
 app.command("migrate", cls=Command)(service.migrate)
+app.command("doctor", cls=Command)(service.doctor)
 app.command("proto", cls=Command)(proto.proto)
 app.command("config", cls=Command)(service.config)
 

@@ -15,7 +15,7 @@ import typer
 from latchkey_cli.failures import Exit, Failure
 from latchkey_cli.options import JsonOption
 
-__all__ = ["config", "dev_ca", "migrate", "policy", "serve", "verify_audit"]
+__all__ = ["config", "dev_ca", "doctor", "migrate", "policy", "serve", "verify_audit"]
 
 _MODULE = "latchkey_service"
 
@@ -152,6 +152,36 @@ def migrate(
     options += ["--check"] if check else []
     options += ["--dry-run"] if dry_run else []
     _become("migrate", *options)
+
+
+def doctor(
+    as_json: JsonOption = False,
+    host: Annotated[
+        str | None,
+        typer.Option(
+            "--host",
+            metavar="NAME",
+            show_default="host of LATCHKEY_TLS_LISTEN",
+            help="Name by which clients reach the TLS listener.",
+        ),
+    ] = None,
+    ca: Annotated[
+        Path | None,
+        typer.Option(
+            "--ca", metavar="FILE", show_default=False, help="CAs that clients trust, in PEM."
+        ),
+    ] = None,
+) -> None:
+    """Check this host's settings, files, database and addresses.
+
+    Run it where the service runs, with its environment and as its user. It
+    changes nothing, and works while the service is down. It exits with 1 if a
+    check failed.
+    """
+    options = ["--json"] if as_json else []
+    options += [] if host is None else [f"--host={host}"]
+    options += [] if ca is None else [f"--ca={ca}"]
+    _become("doctor", *options)
 
 
 def verify_audit(noted: str | None) -> None:

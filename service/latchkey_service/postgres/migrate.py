@@ -45,6 +45,7 @@ __all__ = [
     "grant_statements",
     "migrate",
     "pending",
+    "refusal",
 ]
 
 # Any number works, as long as every release uses the same one.
@@ -162,7 +163,7 @@ async def _connect(hosts: Hosts) -> "asyncpg.Connection[asyncpg.Record]":
             break
         except CONNECT_ERRORS as error:
             if is_permanent(error):
-                raise MigrationError(_refusal(error)) from error
+                raise MigrationError(refusal(error)) from error
             if loop.time() > give_up:
                 message = f"cannot connect to the database: {type(error).__name__}: {error}"
                 raise MigrationError(message) from error
@@ -193,7 +194,7 @@ async def _attempt(hosts: Hosts) -> "asyncpg.Connection[asyncpg.Record]":
     )
 
 
-def _refusal(error: Exception) -> str:
+def refusal(error: Exception) -> str:
     """Return the message, with advice, for a permanent failure to connect."""
     message = f"cannot connect to the database: {error}"
     if isinstance(error, asyncpg.ProtocolViolationError):
