@@ -22,10 +22,6 @@ class Server:
     timeline: str
     role: str
     database: str
-    tls: str | None
-    """The protocol's version; None: the session is not encrypted, as far as Postgres knows."""
-    local: bool
-    """Whether the session is on a UNIX socket or the loopback interface."""
     connections: int
     connections_max: int
     standbys_missing: bool
@@ -50,10 +46,6 @@ async def server_of(connection: "Connection") -> Server:
         SELECT current_setting('server_version') AS version,
                substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) AS timeline,
                current_user AS role, current_database() AS database,
-               (SELECT s.version FROM pg_catalog.pg_stat_ssl s
-                 WHERE s.pid = pg_backend_pid() AND s.ssl) AS tls,
-               coalesce(inet_server_addr() <<= '127.0.0.0/8' OR inet_server_addr() = '::1', true)
-                   AS local,
                (SELECT count(*) FROM pg_catalog.pg_stat_activity
                  WHERE backend_type = 'client backend') AS connections,
                current_setting('max_connections')::int AS connections_max,

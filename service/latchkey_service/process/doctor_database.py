@@ -14,7 +14,7 @@ from latchkey_service.errors import StoreUnavailable
 from latchkey_service.postgres import inspection, migrate, preflight, schema
 from latchkey_service.postgres.hosts import CONNECT_ERRORS, Hosts, is_permanent
 from latchkey_service.postgres.migrate import SERVER_VERSION_MIN
-from latchkey_service.postgres.sessions import driver_options
+from latchkey_service.postgres.sessions import driver_options, protection
 from latchkey_service.process.finding import Finding, failure, ok, split, warning
 from latchkey_service.settings import database_url
 from latchkey_service.settings.settings import PREFIX, Settings
@@ -67,9 +67,9 @@ async def database_findings(
         async with _reported(found):
             found.append(await _clock(primary, clock))
         async with _reported(found):
-            migrations = await _migrations(primary, settings)
+            migrations, usable = await _migrations(primary, settings)
             found.append(migrations)
-            if migrations.state != "failure" and pepper_ids is not None:
+            if usable and pepper_ids is not None:
                 found.append(await _peppers(settings, url, pepper_ids))
     return found
 
@@ -155,9 +155,10 @@ async def _server(connection: "Connection", _: Settings, hosts: Hosts) -> list[F
             f"{server.role}, database {server.database}"
         )
         found = [ok("database", text)]
-    if server.tls is not None:
-        found.append(ok("database TLS", f"the connection uses {server.tls}"))
-    elif server.local:
+    tls, local = protection(connection)
+    if tls is not None:
+        found.append(ok("database TLS", f"the connection uses {tls}"))
+    elif local:
         found.append(ok("database TLS", "the connection does not leave this machine"))
     else:
         text = "the connection is not encrypted: the network can read and change everything"
@@ -256,7 +257,8 @@ async def _clock(connection: "Connection", clock: Clock) -> Finding:
     return ok(check, f"the clocks of this host and the database agree within {off + trip:.1g} s")
 
 
-async def _migrations(connection: "Connection", settings: Settings) -> Finding:
+async def _migrations(connection: "Connection", settings: Settings) -> tuple[Finding, bool]:
+    """Check the schema. Return whether this release works with it, too."""
     check = "migrations"
     own = schema.bundled()
     number = f"{schema.newest(own):04}"
@@ -264,21 +266,23 @@ async def _migrations(connection: "Connection", settings: Settings) -> Finding:
     try:
         lacking = schema.missing(own, applied)
     except schema.MigrationError as error:
-        return split(failure, check, str(error))
+        return split(failure, check, str(error)), False
     if not lacking:
         newest = max((row.version for row in applied), default=0)
-        return ok(check, f"the database has schema {newest:04}, and this release {number}")
+        return ok(check, f"the database has schema {newest:04}, and this release {number}"), True
     text = f"the database lacks {len(lacking)} migrations, from {lacking[0]}, to schema {number}"
+    usable = not any(migration.needed for migration in lacking)
     if settings.migrate == "on":
-        return warning(check, text, "the service applies them when it starts, if it may")
-    make = failure if any(migration.needed for migration in lacking) else warning
-    return make(check, text, "run 'latchkey migrate' as the owner of the tables")
+        return warning(check, text, "the service applies them when it starts, if it may"), usable
+    make = warning if usable else failure
+    return make(check, text, "run 'latchkey migrate' as the owner of the tables"), usable
 
 
 async def _peppers(settings: Settings, url: str, own_ids: list[str]) -> Finding:
     """Compare the host's peppers with those that live tokens need."""
     check = "peppers"
-    store = await TokenStore.open(url, settings.pooler)
+    # As through a pooler, which would lend settings of this session to others.
+    store = await TokenStore.open(url, "transaction")
     try:
         async with asyncio.timeout(STATEMENT_SECONDS):
             known = await store.known_peppers()
