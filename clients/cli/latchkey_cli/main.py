@@ -98,6 +98,8 @@ def _print_version(wanted: bool) -> None:
             file = importlib.resources.files("latchkey_cli").joinpath("BUILD")
             version += f"+{file.read_text('ascii').strip()}"
         output.write(sys.stdout, f"{NAME} {version}\n")
+        if (schema := service.schema_number()) is not None:
+            output.write(sys.stdout, f"service with schema {schema}\n")
         raise typer.Exit
 
 

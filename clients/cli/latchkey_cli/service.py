@@ -15,7 +15,16 @@ import typer
 from latchkey_cli.failures import Exit, Failure
 from latchkey_cli.options import JsonOption
 
-__all__ = ["config", "dev_ca", "doctor", "migrate", "policy", "serve", "verify_audit"]
+__all__ = [
+    "config",
+    "dev_ca",
+    "doctor",
+    "migrate",
+    "policy",
+    "schema_number",
+    "serve",
+    "verify_audit",
+]
 
 _MODULE = "latchkey_service"
 
@@ -187,6 +196,15 @@ def doctor(
 def verify_audit(noted: str | None) -> None:
     """Check the audit log on the host of the service."""
     _become("audit", "verify", *([] if noted is None else [f"--noted={noted}"]))
+
+
+def schema_number() -> str | None:
+    """Return the number of the newest migration of the service here, or None without a service."""
+    spec = importlib.util.find_spec(_MODULE)
+    if spec is None or spec.origin is None:
+        return None
+    files = Path(spec.origin).parent.glob("postgres/migrations/[0-9][0-9][0-9][0-9]_*.sql")
+    return max((file.name[:4] for file in files), default=None)
 
 
 def _become(*arguments: str) -> NoReturn:

@@ -343,3 +343,4 @@ async def test_serve_and_config_become_the_service(run: Run) -> None:
     assert "LATCHKEY_LISTEN" in serve.err
     assert version.code == 0
     assert version.out.startswith("latchkey ")
+    assert re.search(r"^service with schema \d{4}$", version.out, re.MULTILINE)
