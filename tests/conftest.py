@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 import shlex
@@ -61,11 +62,16 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # test starts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# hypothesis' own settings for CI, which apply everywhere here: a busy machine is not a bug.
-hypothesis.settings.register_profile(
-    "latchkey", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
-hypothesis.settings.load_profile("latchkey")
+# hypothesis' own settings for CI, which apply everywhere here: a busy machine is not a bug. Each
+# run draws other examples. HYPOTHESIS_PROFILE=thorough draws as many as a search for a bug needs.
+for profile, examples in (("quick", 40), ("thorough", 2_000)):
+    hypothesis.settings.register_profile(
+        profile,
+        deadline=None,
+        max_examples=examples,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 # How long the service waits for its database. Tests and fixtures in this process wait longer by
 # default: where time-outs are not the subject, a machine that stalls for a second is not an outage.
@@ -85,6 +91,12 @@ INSTALLING = {"axe", "grpcurl", "one_browser", "pgbouncer", "signed"}
 _numbers = itertools.count(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--screens", action="store_true", help="save screenshots of the console to build/screens"
+    )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_turn)
     for item in items:
@@ -96,6 +108,13 @@ def _turn(item: pytest.Item) -> int:
     group = item.get_closest_marker("xdist_group")
     name = group.args[0] if group else item.path.relative_to(TESTS).parts[0]
     return FIRST.index(name) if name in FIRST else len(FIRST)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector away from modules and tests, which stay until the end."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

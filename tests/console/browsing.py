@@ -55,7 +55,7 @@ return visible ? found : null;
 class Browser:
     """Chromium with one tab. The methods take CSS selectors."""
 
-    def __init__(self, found: tools.Browser, profile: Path) -> None:
+    def __init__(self, found: tools.Browser, profile: Path, *, saves_screens: bool = False) -> None:
         options = ChromeOptions()
         options.binary_location = found.binary
         for flag in _FLAGS:
@@ -68,6 +68,7 @@ class Browser:
         self.driver.set_script_timeout(30)
         self.url = ""
         self._scripted = True
+        self._saves_screens = saves_screens
 
     def reset(self, url: str, account: str | None) -> None:
         """Start a test: clear all earlier state, then set the page's URL and the account."""
@@ -202,7 +203,10 @@ class Browser:
             time.sleep(POLL_SECONDS)
 
     def screen(self, name: str) -> None:
-        """Save screenshots to build/screens, in both colour schemes and both widths."""
+        """Save screenshots to build/screens, in both colour schemes and both widths, if the run
+        asks for them."""
+        if not self._saves_screens:
+            return
         for width in (PHONE, DESK):
             for dark in (False, True):
                 self.look(width, dark=dark)
@@ -210,7 +214,9 @@ class Browser:
         self.look(DESK)
 
     def picture(self, name: str) -> None:
-        """Save one screenshot to build/screens, as the window is."""
+        """Save one screenshot to build/screens, as the window is, if the run asks for them."""
+        if not self._saves_screens:
+            return
         SCREENS.mkdir(parents=True, exist_ok=True)
         assert self.driver.save_screenshot(str(SCREENS / f"{name}.png"))
 
@@ -247,11 +253,11 @@ class Browser:
 
 
 @contextmanager
-def browser() -> Iterator[Browser]:
+def browser(*, saves_screens: bool = False) -> Iterator[Browser]:
     """Run a browser, and install it first if possible."""
     found = tools.browser()
     with tempfile.TemporaryDirectory(prefix="latchkey-browser-") as profile:
-        running = Browser(found, Path(profile))
+        running = Browser(found, Path(profile), saves_screens=saves_screens)
         try:
             yield running
         finally:

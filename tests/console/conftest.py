@@ -110,11 +110,15 @@ async def page_database(postgres_url: str, template_url: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def backend(page_database: str, pepper_file: Path, scratch: Path) -> Iterator[tuple[Relay, Any]]:
+def backend(
+    page_database: str, pepper_file: Path, scratch: Path, pytestconfig: pytest.Config
+) -> Iterator[tuple[Relay, Any]]:
     """The real service as a process behind a relay, and a stub that bypasses the relay."""
     with (
         service(
             scratch / "page-service",
+            # Measures the supervisor, whose workers are other processes.
+            measured_python(pytestconfig),
             database_url=page_database,
             pepper_file=pepper_file,
             data_dir=scratch / "page-data",
@@ -154,9 +158,9 @@ def world(
 
 
 @pytest.fixture(scope="session")
-def one_browser() -> Iterator[browsing.Browser]:
+def one_browser(pytestconfig: pytest.Config) -> Iterator[browsing.Browser]:
     """The browser that all tests use in turn."""
-    with browsing.browser() as running:
+    with browsing.browser(saves_screens=pytestconfig.getoption("screens")) as running:
         yield running
 
 

@@ -9,6 +9,7 @@ here, so only their users need their dependencies.
 
 from latchkey._audit import AuditEntry, AuditFilter, AuditPage, Outcome
 from latchkey._connection import current_person
+from latchkey._imported import ImportedToken, ImportOutcome, ImportResult
 from latchkey._rate_limit import RateLimit
 from latchkey._version import __version__
 from latchkey.access import Access
@@ -29,14 +30,12 @@ from latchkey.errors import (
     Unavailable,
     UnexpectedStatus,
 )
+from latchkey.filters import TokenFilter, TokenOrder, TokenState
 from latchkey.models import (
     CallerUsage,
     Change,
     CreatedToken,
     Deletions,
-    ImportedToken,
-    ImportOutcome,
-    ImportResult,
     Limits,
     Notifications,
     Page,
@@ -47,10 +46,7 @@ from latchkey.models import (
     SecretOutcome,
     Status,
     Token,
-    TokenFilter,
-    TokenOrder,
     TokenSecret,
-    TokenState,
     Unchanged,
     Verdict,
     Verification,

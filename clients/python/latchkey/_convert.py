@@ -15,6 +15,7 @@ from latchkey_coherence.verdict_cache import Position
 from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
 
+from latchkey._imported import ImportedToken, ImportOutcome, ImportResult
 from latchkey._rate_messages import (
     duration_in,
     rate_limit_in,
@@ -35,9 +36,6 @@ from latchkey._uses import UseReport
 from latchkey.errors import FieldViolation, InternalError, InvalidArgument, invalid
 from latchkey.models import (
     CallerUsage,
-    ImportedToken,
-    ImportOutcome,
-    ImportResult,
     Limits,
     Notifications,
     Page,

@@ -7,7 +7,7 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 
 from latchkey import _convert
 from latchkey.errors import FailedPrecondition, invalid
-from latchkey.models import TokenFilter, TokenOrder, TokenState
+from latchkey.filters import TokenFilter, TokenOrder, TokenState
 
 __all__ = ["NOT_APPLIED", "check_applied", "filter_out", "order_out"]
 

@@ -14,19 +14,18 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey import _convert, _rate_messages
 from latchkey._connection import Connection
 from latchkey._filters import filter_out
+from latchkey._imported import ImportedToken, ImportResult
 from latchkey._rate_limit import RateLimit
 from latchkey.errors import InternalError, invalid
+from latchkey.filters import TokenFilter
 from latchkey.models import (
     UNCHANGED,
     Change,
     Deletions,
-    ImportedToken,
-    ImportResult,
     Revocation,
     RotatedToken,
     Scope,
     SecretOutcome,
-    TokenFilter,
     Unchanged,
 )
 from latchkey.secret import Secret

@@ -21,6 +21,7 @@ from latchkey._filters import check_applied, filter_out, order_out
 from latchkey._lifecycle import LifecycleCalls
 from latchkey._rate_limit import RateLimit
 from latchkey.errors import InternalError, invalid
+from latchkey.filters import TokenFilter, TokenOrder
 from latchkey.models import (
     CallerUsage,
     CreatedToken,
@@ -30,8 +31,6 @@ from latchkey.models import (
     Scope,
     Status,
     Token,
-    TokenFilter,
-    TokenOrder,
     Verification,
 )
 from latchkey.secret import Secret

@@ -4,13 +4,12 @@ All datetimes are timezone-aware, in UTC.
 """
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from typing import Final
 
 from latchkey._rate_limit import RateLimit
-from latchkey.errors import FieldViolation
 from latchkey.secret import Secret
 
 
@@ -187,59 +186,6 @@ class Revocation:
     grace ended by the clock. None: no secret belongs to a token."""
 
 
-@enum.unique
-class TokenState(enum.Enum):
-    """State of a token that is not deleted."""
-
-    ACTIVE = "active"
-    """Neither disabled nor expired."""
-    DISABLED = "disabled"
-    """Disabled, whether expired or not."""
-    EXPIRED = "expired"
-    """Expired, but not disabled."""
-
-
-class TokenOrder(enum.Enum):
-    """Order of a list."""
-
-    NEWEST = "newest"
-    """The latest creation first."""
-    EXPIRY = "expiry"
-    """The earliest expiry first. Tokens that never expire come last."""
-    LAST_USE = "last-use"
-    """The earliest last use first, to within a minute. Tokens that were never used come first."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenFilter:
-    """Selects live tokens that match every given field. Without fields, it selects all."""
-
-    scope: Scope | None = None
-    """Tokens with exactly this scope."""
-    name_contains: str = ""
-    """Tokens whose name contains this text, ignoring letter case."""
-    # A dict is not hashable.
-    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """Tokens that have all of these labels, with these values."""
-    state: TokenState | None = None
-    expires_before: datetime | None = None
-    """Tokens that expire, or have expired, before this time."""
-    unused_since: datetime | None = None
-    """Tokens that were created before this time and have no recorded use since."""
-    can_write: bool | None = None
-    """True: active tokens with WRITE. False: all others."""
-    ids: tuple[str, ...] | None = None
-    """Tokens with one of these ids: 1 to 1,000."""
-    search: str = ""
-    """Tokens with this text in their name, or in the last four characters of a working secret."""
-    never_used: bool | None = None
-    """True: tokens without a recorded use. False: tokens with one."""
-    never_expires: bool | None = None
-    """True: tokens without an expire_time. False: tokens with one."""
-    secret_created_before: datetime | None = None
-    """Tokens whose newest secret was created before this time."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deletions:
     """What `Client.delete_all` deleted or, with `dry_run`, would delete."""
@@ -252,54 +198,6 @@ class Deletions:
     """Proof of these and of earlier deletions of the account. None with `dry_run`."""
     more: bool = False
     """Whether more tokens match than this call deleted. If so, call it again."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImportedToken:
-    """A token to import, whose secret exists already. The fields are those of `Client.create`."""
-
-    account_id: str
-    name: str
-    scope: Scope
-    secret_sha256: bytes = field(repr=False)
-    """The SHA-256 hash of the whole secret: 32 bytes."""
-    hint: str = ""
-    """What people may see of the secret, such as its prefix and last four characters."""
-    create_time: datetime | None = None
-    """When the secret was created. None: now."""
-    expire_time: datetime | None = None
-    labels: Mapping[str, str] = field(default_factory=dict)
-    description: str = ""
-    allowed_networks: Sequence[str] = ()
-    permissions: Sequence[str] = ()
-    rate_limit: RateLimit | None = None
-    disabled: bool = False
-
-
-class ImportOutcome(enum.Enum):
-    """What `import_tokens` did with a token."""
-
-    IMPORTED = "imported"
-    """The token was created. With `validate_only`: it would be."""
-    EXISTS = "exists"
-    """A token of this account has this secret already, or had it. Nothing was changed."""
-    OTHER_ACCOUNT = "other_account"
-    """A token of another account has or had this secret."""
-    NAME_TAKEN = "name_taken"
-    INVALID = "invalid"
-    UNSPECIFIED = "unspecified"
-    """An outcome that this version of the library does not know."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImportResult:
-    """What `import_tokens` did with one token."""
-
-    outcome: ImportOutcome
-    token_id: str = ""
-    """Set with IMPORTED and EXISTS."""
-    field_violations: tuple[FieldViolation, ...] = ()
-    """Set with INVALID."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,13 @@ from latchkey import verifier as _async
 from latchkey._retry import TIMEOUTS_SECONDS, VERIFY_TIMEOUT_SECONDS, checked_timeout
 from latchkey.access import Access
 from latchkey.errors import InternalError, Unavailable, invalid, late
-from latchkey.models import Scope, Token, TokenFilter, TokenOrder, Verification, VerifierStats
+from latchkey.filters import TokenFilter, TokenOrder
+from latchkey.models import (
+    Scope,
+    Token,
+    Verification,
+    VerifierStats,
+)
 from latchkey.secret import Secret
 
 __all__ = ["Client", "Verifier"]

@@ -119,8 +119,10 @@ class ImportedSecrets:
                 del self._pending[caller]
 
     def _remember(self, secret: Imported, position: Position) -> None:
-        if position != self._verifier_state.cache.position:
-            # Something has changed since this read, maybe by an import.
+        cache = self._verifier_state.cache
+        # With LATCHKEY_CACHE=off, each verify reads the database. And if something has changed
+        # since this read, it may have been by an import.
+        if not cache.entries_max or position != cache.position:
             return
         key = secret.digests[0]
         self._absent.pop(key, None)

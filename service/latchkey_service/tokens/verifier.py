@@ -290,7 +290,9 @@ class Verifier:
             if read.allowed_networks and not ended
             else None,
             permissions=frozenset(read.permissions) if read.permissions else None,
-            share=None if ended else self._rates.share_of(read.id, read.rate_limit),
+            share=None
+            if ended or read.rate_limit is None
+            else self._rates.share_of(read.id, read.rate_limit),
             retires_older=secret.digest if secret.older and not ended else None,
             # Random, from half of the time to all of it, so that tokens read together, for example
             # after a start, do not expire together.

@@ -49,6 +49,14 @@ async def test_repeated_absent_secret_costs_one_read() -> None:
     assert bench.imported.results == {"absent": 2, "remembered": 3}
 
 
+async def test_nothing_is_remembered_with_the_cache_off() -> None:
+    """With LATCHKEY_CACHE=off, each verify of an absent secret reads the database."""
+    bench = Imports()
+    bench.cache.entries_max = 0
+    assert [await bench.ask() for _ in range(3)] == [Verdict.UNKNOWN] * 3
+    assert bench.database.reads == 3
+
+
 async def test_import_ends_what_was_remembered() -> None:
     """An import takes a revision. Once it is applied, the secret is read again, and accepted."""
     bench = Imports()
