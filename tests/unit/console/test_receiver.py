@@ -158,7 +158,8 @@ async def test_labels(action: Action) -> None:
 
 
 async def test_one_bad_match_does_not_stop_the_others() -> None:
-    """Elements without a text `token` are skipped; wrong types of other fields do not matter."""
+    """Elements without a text `token` that UTF-8 can encode are skipped. Wrong types and characters
+    of other fields do not matter."""
     service = Service(works=SecretOutcome.ENDED)
     report: list[Any] = [
         None,
@@ -167,12 +168,16 @@ async def test_one_bad_match_does_not_stop_the_others() -> None:
         [],
         {},
         {"token": 7},
+        # No UTF-8 exists for a lone surrogate, so no message to the service can have one.
+        match("\ud800"),
+        match("works\udfff"),
         match("works", type=7, url=None, source=[]),
+        match("works", type="\ud800", url="\ud800"),
     ]
     async with scanner(service) as http:
         answer = await send(http, report)
-    assert service.revoked == [["works"]]
-    assert [label["label"] for label in answer.json()] == ["true_positive"]
+    assert service.revoked == [["works", "works"]]
+    assert [label["label"] for label in answer.json()] == ["true_positive", "true_positive"]
 
 
 async def test_unsigned_reports_are_refused() -> None:
