@@ -232,12 +232,14 @@ def _batches(matches: Sequence[_Match]) -> Iterator[list[str]]:
     batch: list[str] = []
     size = 0
     for match in matches:
-        # An empty text has the outcome MALFORMED, as any text that is too long has.
-        token = match.token if len(match.token.encode()) <= _TOKEN_BYTES_MAX else ""
-        size += len(token) + 4
+        token, token_bytes = match.token, len(match.token.encode())
+        if token_bytes > _TOKEN_BYTES_MAX:
+            # An empty text has the outcome MALFORMED, as any text that is too long has.
+            token, token_bytes = "", 0
+        size += token_bytes + 4
         if batch and (len(batch) == BATCH_MAX or size > BATCH_BYTES_MAX):
             yield batch
-            batch, size = [], len(token) + 4
+            batch, size = [], token_bytes + 4
         batch.append(token)
     if batch:
         yield batch
