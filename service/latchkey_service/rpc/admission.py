@@ -102,7 +102,7 @@ class ConcurrencyLimiter:
     @property
     def queued(self) -> int:
         """How many calls wait for a slot."""
-        return len(self._queue.caller_of) + len(self._removals.caller_of)
+        return self._queue.size + self._removals.size
 
     def check(self, caller: str = "", *, removal: bool = False) -> None:
         """Reject a call for which there is no room, before any work is done for it.
@@ -115,7 +115,7 @@ class ConcurrencyLimiter:
         if self._free:
             return
         if removal:
-            queue, full = self._removals, len(self._removals.caller_of) >= self._removals_max
+            queue, full = self._removals, self._removals.size >= self._removals_max
         else:
             queue = self._queue
             full = self._queue_limit.rejects(len(queue), self._monotonic())
@@ -188,7 +188,7 @@ class ConcurrencyLimiter:
 
     def _pass_on(self) -> None:
         while self.queued:
-            future = (self._removals if self._removals.caller_of else self._queue).take()
+            (future,) = (self._removals if self._removals.size else self._queue).take(1)
             if not future.done():
                 future.set_result(None)
                 return

@@ -11,7 +11,13 @@ from latchkey_service.access.methods import ROTATE, UPDATE
 from latchkey_service.access.policy import parse
 from latchkey_service.access.rates import RateLimits
 from latchkey_service.errors import LatchkeyError, RateLimited
-from latchkey_service.rpc.admission import BURST, ConcurrencyLimiter
+from latchkey_service.rpc.admission import BURST, REJECTIONS_AT_ONCE, ConcurrencyLimiter
+from latchkey_service.rpc.call_report import (
+    ANONYMOUS_PER_SECOND,
+    ANONYMOUS_SECONDS_MAX,
+    CallReporter,
+)
+from latchkey_service.rpc.counters import Counts
 from latchkey_service.rpc.removals import may_narrow
 
 from tests.helpers.callers import policy_text
@@ -135,7 +141,7 @@ def test_what_may_narrow(path: str, request_: Any, expected: bool) -> None:
 
 
 def test_callers_of_some_accounts_have_default_rates() -> None:
-    """A caller that the policy limits to accounts has a rate for each role except the verifier's.
+    """A caller that the policy limits to accounts has a rate as a manager and as an operator.
     The policy can change it. Other callers have none."""
     policy = parse(
         policy_text() + "\n[callers.own]\nroles = ['manager']\naccounts = ['a']\n"
@@ -145,7 +151,7 @@ def test_callers_of_some_accounts_have_default_rates() -> None:
     assert callers["manager"].rates is None
     limited = callers["acmes-manager"].rates
     assert limited is not None
-    assert limited.per_second == {"manager": 100, "operator": 20, "revoker": 100}
+    assert limited.per_second == {"manager": 100, "operator": 20}
     own = callers["own"].rates
     assert own is not None
     assert own.per_second["manager"] == 7
@@ -159,3 +165,15 @@ def test_removals_are_charged_apart() -> None:
             limits.spend("manager", 1, 5.0, removal=removal)
         with pytest.raises(RateLimited):
             limits.spend("manager", 1, 5.0, removal=removal)
+
+
+def test_anonymous_refusals_are_paced() -> None:
+    """A burst of calls without an identity is refused at once. The others wait their turn, at the
+    documented rate, but none for longer than the maximum."""
+    audit: Any = None
+    reporter = CallReporter(Counts(), audit, lambda: 1_000.0)
+    delays = [reporter.anonymous_delay_seconds() for _ in range(20_000)]
+    assert delays[:REJECTIONS_AT_ONCE] == [0.0] * REJECTIONS_AT_ONCE
+    rate = 1 / (delays[REJECTIONS_AT_ONCE + 2] - delays[REJECTIONS_AT_ONCE + 1])
+    assert rate == pytest.approx(ANONYMOUS_PER_SECOND)
+    assert max(delays) == pytest.approx(ANONYMOUS_SECONDS_MAX, abs=0.1)
