@@ -107,29 +107,28 @@ class ConcurrencyLimiter:
     def check(self, caller: str = "", *, removal: bool = False) -> None:
         """Reject a call for which there is no room, before any work is done for it.
 
-        Raises Overloaded, or StoreUnavailable if the database hangs. In a full queue, the newest
-        call of the caller with the most may be rejected instead.
+        Raises Overloaded, or StoreUnavailable if the database hangs. Changes nothing for others:
+        the call may still be refused for another reason.
         """
         if self._total >= self._total_max:
             raise self._rejection()
         if self._free:
             return
+        queue, full = self._room(removal=removal)
+        if full and not queue.yields_to(caller):
+            raise self._rejection()
+
+    def _room(self, *, removal: bool) -> tuple[FairQueue[asyncio.Future[None]], bool]:
+        """Return the queue for a call that arrives now, and whether it is full."""
         if removal:
-            queue, full = self._removals, self._removals.size >= self._removals_max
-        else:
-            queue = self._queue
-            full = self._queue_limit.rejects(len(queue), self._monotonic())
-        if full:
-            displaced = queue.displace(caller)
-            if displaced is None:
-                raise self._rejection()
-            if not displaced.done():
-                displaced.set_exception(self._rejection())
+            return self._removals, self._removals.size >= self._removals_max
+        return self._queue, self._queue_limit.rejects(self._queue.size, self._monotonic())
 
     def slot(self, seconds: float, caller: str = "", *, removal: bool = False) -> "Slot":
         """Return a slot as a context manager, for a call with `seconds` left that passed `check`.
 
-        Entering it raises Overloaded or StoreUnavailable, as `check` does.
+        Entering it raises Overloaded or StoreUnavailable, as `check` does. In a full queue, the
+        newest call of the caller with the most may be rejected instead.
         """
         return Slot(self, seconds, caller, removal)
 
@@ -167,10 +166,16 @@ class ConcurrencyLimiter:
         if not self.queued:
             # The queue was empty, so nothing is stuck yet.
             self._progress_at = self._monotonic()
-        queue = self._removals if removal else self._queue
+        queue, full = self._room(removal=removal)
         ahead = queue.ahead_of(caller) + (0 if removal else len(self._removals))
         if wait_seconds(ahead, self._count, self._call_seconds) > seconds:
             raise self._rejection(TOO_LATE)
+        if full:
+            displaced = queue.displace(caller)
+            if displaced is None:
+                raise self._rejection()
+            if not displaced.done():
+                displaced.set_exception(self._rejection())
         number, future = next(self._numbers), asyncio.get_running_loop().create_future()
         queue.add(number, caller, future, 0)
         try:

@@ -97,6 +97,20 @@ async def test_a_full_queue_makes_room_for_others() -> None:
     assert len([name for name in scene.started if name.startswith("other")]) == 23
 
 
+async def test_a_refused_call_takes_no_place() -> None:
+    """A call that passes the check and is then refused for another reason, such as its caller's
+    rate, rejects no call of others."""
+    scene = Scene()
+    for number in range(2 + 2 * BURST):
+        await scene.call(f"flood {number}", "flood")
+    for _ in range(2 * BURST):
+        scene.limiter.check("refused later")
+    await settle()
+    assert scene.rejected == []
+    assert scene.limiter.queued == 2 * BURST
+    await scene.finish()
+
+
 async def test_removals_go_first() -> None:
     """A removal is accepted though the queue is full, and starts before all that wait, even those
     of the same caller."""
