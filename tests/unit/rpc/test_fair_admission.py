@@ -124,6 +124,21 @@ async def test_removals_go_first() -> None:
     await scene.finish()
 
 
+async def test_removals_leave_others_a_share() -> None:
+    """While removals keep arriving, every fourth slot goes to other calls that wait."""
+    scene = Scene()
+    for number in range(2):
+        await scene.call(f"first {number}", "one")
+    for number in range(12):
+        await scene.call(f"delete {number}", "flood", removal=True)
+        await scene.call(f"get {number}", "other")
+    for _ in range(12):
+        await scene.end_one()
+    assert len([name for name in scene.started if name.startswith("get")]) == 3
+    await scene.finish()
+    assert scene.rejected == []
+
+
 async def test_removals_are_bounded() -> None:
     """Removals have a bound too."""
     scene = Scene()
