@@ -128,8 +128,7 @@ class InvalidArgument(LatchkeyError):
         # A violation without a field concerns the whole request.
         super().__init__(
             "; ".join(
-                f"{v.field}: {v.description}" if v.field else v.description
-                for v in self.violations
+                f"{v.field}: {v.description}" if v.field else v.description for v in self.violations
             )
         )
 
