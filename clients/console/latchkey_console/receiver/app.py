@@ -212,8 +212,8 @@ def _match(item: Any) -> _Match | None:
     """Return the match in an element of the array, or None if it has no token."""
     if not isinstance(item, dict) or not _is_text(item.get("token")):
         return None
-    texts = {name: item.get(name) for name in ("type", "url", "source")}
-    return _Match(item["token"], **{name: v if _is_text(v) else "" for name, v in texts.items()})
+    texts = (item.get(name) for name in ("type", "url", "source"))
+    return _Match(item["token"], *(text if _is_text(text) else "" for text in texts))
 
 
 def _is_text(value: Any) -> bool:
