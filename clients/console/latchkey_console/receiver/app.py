@@ -192,9 +192,9 @@ class _Receiver:
                 _log.warning(
                     "leaked secret %s: type %s, source %s, found at %s",
                     "revoked" if outcome is SecretOutcome.ENDED else "marked",
-                    _loggable(match.type),
-                    _loggable(match.source),
-                    _loggable(match.url),
+                    _loggable(match.type, match.token),
+                    _loggable(match.source, match.token),
+                    _loggable(match.url, match.token),
                 )
 
 
@@ -245,11 +245,15 @@ def _batches(matches: Sequence[_Match]) -> Iterator[list[str]]:
         yield batch
 
 
-def _loggable(text: str) -> str:
-    """Return a text of the report for the log: printable, short, and without a secret."""
+def _loggable(text: str, token: str = "") -> str:
+    """Return a text of the report for the log: printable, short, and without a secret.
+
+    `token` is the text that was reported. An imported secret has no form that shows what it is.
+    """
     if len(text) > _LOGGED_LENGTH_MAX or not text.isprintable():
         return "(not shown)"
     # A URL may contain the secret, also percent-encoded.
-    if _SECRET_WITHIN.search(text) or _SECRET_WITHIN.search(unquote(text)):
-        return "(not shown: contains a secret)"
+    for form in (text, unquote(text)):
+        if _SECRET_WITHIN.search(form) or (token and token in form):
+            return "(not shown: contains a secret)"
     return text or "(none)"
