@@ -118,7 +118,7 @@ def backend(
         service(
             scratch / "page-service",
             # Measures the supervisor, whose workers are other processes.
-            python=measured_python(pytestconfig),
+            measured_python(pytestconfig),
             database_url=page_database,
             pepper_file=pepper_file,
             data_dir=scratch / "page-data",

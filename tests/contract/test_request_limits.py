@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import grpc
 import pytest
@@ -51,7 +53,7 @@ async def refused(channel: grpc.aio.Channel, path: str, data: bytes) -> str:
 
 
 async def test_each_method_has_a_limit(channel: grpc.aio.Channel) -> None:
-    """A request of one byte more than the limit is refused with the size and the limit, and one
+    """A request of one byte more than the limit is refused with the limit, and one
     within the limit is parsed. Every method and every message of a stream has such a limit."""
     for path, rule in METHODS.items():
         assert await refused(channel, path, GARBAGE * rule.bytes_max) == "REQUEST_NOT_PARSED"
@@ -80,6 +82,33 @@ async def test_largest_legal_requests_fit(create: Any, stub: Any) -> None:
     assert answers[0].token.labels == labels
     assert answers[-1].details_omitted
     assert not answers[-1].token.labels
+
+
+async def test_pages_of_large_tokens_fit(create: Any, stub: Any) -> None:
+    """Pages of the largest tokens are shorter, so that each fits into gRPC's default limit. All
+    tokens are listed once, and a dry run of DeleteAll shows as many as fit."""
+    labels = {f"{n:02}" + "𐍈" * 61: "𐍈" * 255 for n in range(16)}
+    account = f"large-{uuid4()}"
+    count = 184
+    for first in range(0, count, 4):
+        await asyncio.gather(
+            *(
+                create(name=f"{number}", account_id=account, labels=labels)
+                for number in range(first, first + 4)
+            )
+        )
+    found, page_token, pages = [], "", 0
+    while page_token or not pages:
+        request = pb.ListRequest(account_id=account, page_size=500, page_token=page_token)
+        page = await stub.List(request, timeout=10)
+        found += [int(token.name) for token in page.tokens]
+        page_token = page.next_page_token
+        pages += 1
+    assert sorted(found) == list(range(count))
+    assert pages == 2
+    shown = await stub.DeleteAll(pb.DeleteAllRequest(account_id=account, dry_run=True), timeout=10)
+    assert shown.count == count
+    assert 100 < len(shown.tokens) < count
 
 
 async def test_largest_report_of_uses_fits(address: str) -> None:

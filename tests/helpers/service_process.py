@@ -36,7 +36,7 @@ class Service:
     prefix: tuple[str, ...] = ()
 
     def __init__(
-        self, folder: Path, *, python: Sequence[str] = (sys.executable,), **settings: object
+        self, folder: Path, python: Sequence[str] = (sys.executable,), /, **settings: object
     ) -> None:
         folder.mkdir(exist_ok=True)
         self._out, self._err = folder / "out", folder / "err"
@@ -175,10 +175,10 @@ class Service:
 
 @contextlib.contextmanager
 def service(
-    folder: Path, *, python: Sequence[str] = (sys.executable,), **settings: object
+    folder: Path, python: Sequence[str] = (sys.executable,), /, **settings: object
 ) -> Iterator[Service]:
     """Run Latchkey as a process."""
-    running = Service(folder, python=python, **settings)
+    running = Service(folder, python, **settings)
     try:
         yield running
     finally:

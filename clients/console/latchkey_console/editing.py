@@ -150,7 +150,7 @@ class EditForm:
             path = violation.field.removeprefix("token.").partition("[")[0]
             place, subject = _SERVICE_FIELDS.get(path, ("", violation.field))
             errors.setdefault(place, f"{subject} {violation.description.rstrip('. ')}.")
-        return self.with_errors(errors or {"": "Latchkey did not accept this."})
+        return self.with_errors(errors or {"": "The service did not accept this."})
 
     def _expiry(self, now: datetime) -> dict[str, datetime | None]:
         if self.expiry == _KEEP:

@@ -1619,8 +1619,8 @@ class DeleteAllResponse(_message.Message):
     """Whether more tokens match than this call deleted. If so, call again."""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]:
-        """With dry_run: the tokens that would be deleted first, up to 500, the oldest
-        first. Otherwise empty.
+        """With dry_run: the tokens that would be deleted first, up to 500 and 4 MB, the
+        oldest first. Otherwise empty.
         """
 
     @_builtins.property

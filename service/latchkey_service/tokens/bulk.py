@@ -12,6 +12,7 @@ from datetime import datetime
 from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.errors import FieldViolation
 from latchkey_service.secret_format import IMPORTED_LENGTH_MAX, Keyring, Malformed
+from latchkey_service.tokens.answer_size import fitting
 from latchkey_service.tokens.bulk_store import BulkStore
 from latchkey_service.tokens.changes import require_new_rules
 from latchkey_service.tokens.confirmation import Call, Confirmations
@@ -151,7 +152,8 @@ class Bulk:
                 account_id, selected, now, LISTED_MAX
             )
             await self._reads.accept(snapshot, began, call.deadline)
-            return Deletions(count, records, None, more=count > DELETED_MAX)
+            listed = records[: fitting(records)]
+            return Deletions(count, listed, None, more=count > DELETED_MAX)
         changed, ids = await self._store.delete_matching(
             account_id, selected, now, DELETED_MAX, call.audit_context
         )

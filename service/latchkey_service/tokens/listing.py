@@ -4,13 +4,14 @@ Owns the rules of List. Contains neither protobuf nor SQL (`list_store.py`).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.errors import FieldViolation
 from latchkey_service.identifiers import TOKEN_ID
 from latchkey_service.tokens import page_tokens
+from latchkey_service.tokens.answer_size import fitting
 from latchkey_service.tokens.filter_table import Start
 from latchkey_service.tokens.filters import Filter, Order, described, filter_violations, folded
 from latchkey_service.tokens.list_store import ListStore
@@ -106,6 +107,10 @@ class Listing:
             start, left = found.next, left - examined
             if start is None or not left or len(records) == size:
                 break
+        if (fits := fitting(records)) < len(records):
+            # Reads the shorter page again, because only the store knows where the next one begins.
+            # A page is rarely this large.
+            return await self.list(replace(query, page_size=fits), deadline)
         following = "" if start is None else page_tokens.encode(name, start.key, start.id)
         return Page(records, following, total, capped)
 
