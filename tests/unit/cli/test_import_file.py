@@ -15,7 +15,6 @@ from latchkey_cli import importing
 from latchkey_cli.import_file import (
     COLUMNS,
     BYTES_MAX,
-    COLUMNS,
     ROWS_MAX,
     FileError,
     FileRow,

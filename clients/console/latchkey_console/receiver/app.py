@@ -210,21 +210,23 @@ async def _body(request: Request) -> bytes | None:
 
 def _match(item: Any) -> _Match | None:
     """Return the match in an element of the array, or None if it has no token."""
-    if not isinstance(item, dict) or not _is_text(item.get("token")):
+    if not isinstance(item, dict) or (token := _text(item.get("token"))) is None:
         return None
-    texts = {name: item.get(name) for name in ("type", "url", "source")}
-    return _Match(item["token"], **{name: v if _is_text(v) else "" for name, v in texts.items()})
+    return _Match(token, *(_text(item.get(name)) or "" for name in ("type", "url", "source")))
 
 
-def _is_text(value: Any) -> bool:
-    """Return whether a value is a text that UTF-8 can encode: JSON can contain lone surrogates."""
+def _text(value: Any) -> str | None:
+    """Return a text, or None for other values.
+
+    None too for a text that UTF-8 cannot encode: JSON may contain lone surrogates.
+    """
     if not isinstance(value, str):
-        return False
+        return None
     try:
         value.encode()
     except UnicodeEncodeError:
-        return False
-    return True
+        return None
+    return value
 
 
 def _batches(matches: Sequence[_Match]) -> Iterator[list[str]]:
