@@ -29,10 +29,10 @@ messages, so a message never contains a secret, a digest, SQL or an address.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import ClassVar, Literal
+from typing import ClassVar, Final, Literal
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -82,6 +82,10 @@ NO_ANSWER = "The database does not respond; try again shortly."
 CHANGING_OVER = "The database is failing over; try again shortly."
 
 
+# A status is sent in headers, twice: as text and encoded. gRPC clients accept 8 KiB of headers in
+# an answer, and report another error for more.
+VIOLATIONS_BYTES_MAX: Final = 1_200
+
 ViolationReason = Literal["EXPIRY_REQUIRED", "EXPIRY_TOO_LATE"]
 
 
@@ -115,18 +119,29 @@ class InvalidArgument(LatchkeyError):
     reason = "INVALID_ARGUMENT"
 
     def __init__(self, *violations: FieldViolation, reason: str | None = None) -> None:
-        self.violations = violations
         for violation in violations:
             if violation.reason is not None:
                 self.reason, self.metadata = violation.reason, dict(violation.metadata)
         if reason is not None:
             self.reason = reason
+        self.violations = _first_of(violations)
         # A violation without a field concerns the whole request.
         super().__init__(
             "; ".join(
-                f"{v.field}: {v.description}" if v.field else v.description for v in violations
+                f"{v.field}: {v.description}" if v.field else v.description for v in self.violations
             )
         )
+
+
+def _first_of(violations: Sequence[FieldViolation]) -> tuple[FieldViolation, ...]:
+    """Return the first violations, as many as fit into a status, and how many others there are."""
+    left = VIOLATIONS_BYTES_MAX
+    for count, violation in enumerate(violations):
+        left -= len(f"{violation.field}: {violation.description}; ".encode())
+        if left < 0 and count:
+            more = f"{len(violations) - count} further problems"
+            return (*violations[:count], FieldViolation("", more))
+    return tuple(violations)
 
 
 class RequestNotParsed(InvalidArgument):
