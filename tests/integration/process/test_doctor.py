@@ -214,6 +214,23 @@ async def test_a_pooler_in_transaction_mode(setup: Setup, scratch: Path, databas
         pooler.stop()
 
 
+@INSTALLS
+@pytest.mark.parametrize("setting", ["none", "transaction"])
+async def test_a_pooler_in_statement_mode(
+    setup: Setup, scratch: Path, database_url: str, setting: str
+) -> None:
+    """A pooler that allows no transactions is a failure, whatever the setting."""
+    pooler = PgBouncer(scratch / f"doctor-{next(_names)}", database_url, pool_mode="statement")
+    try:
+        await pooler.start()
+        setup(database_url=pooler.url(), pooler=setting)
+        found = [f for f in await examine() if f.state == "failure"]
+        assert "pooler" in {f.check for f in found}
+        assert any("allows no transactions" in f.text for f in found), found
+    finally:
+        pooler.stop()
+
+
 @pytest.mark.parametrize(("seconds", "state"), [(120, "failure"), (-5, "warning"), (0, "ok")])
 async def test_a_clock_that_is_off(setup: Setup, seconds: int, state: str) -> None:
     """A clock that differs from the database's is reported, with its direction."""
