@@ -333,6 +333,17 @@ async def test_the_end_of_the_certificate(
     await (only if days < 0 else warns)("certificate", *words)
 
 
+async def test_the_end_of_the_ca_of_clients(setup: Setup, tmp_path: Path) -> None:
+    """A CA of client certificates that has expired is a failure."""
+    certificate, key, ca = issue(tmp_path, "127.0.0.1")
+    use(setup, certificate, key)
+    setup(tls_client_ca=ca)
+    later = datetime.now(UTC) + timedelta(days=365 * 1_000)
+    found = await examine(clock=lambda: later)
+    assert "client CA" in failures(found)
+    assert "client CA" not in failures(await examine())
+
+
 async def test_another_program_on_the_port(setup: Setup) -> None:
     """A program that does not answer as Latchkey does is a failure."""
 
