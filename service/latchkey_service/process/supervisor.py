@@ -25,11 +25,12 @@ from latchkey_service.access.policy import PolicyError, parse
 from latchkey_service.access.policy_file import SIZE_MAX, PolicyFile, read_text
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.postgres.embedded_cluster import EmbeddedError, EmbeddedPostgres
-from latchkey_service.postgres.migrate import MigrationError, bundled, migrate
+from latchkey_service.postgres.migrate import MigrationError
 from latchkey_service.process.greeting import welcome
 from latchkey_service.process.metrics_server import WorkerReports, serve_metrics
 from latchkey_service.process.port_reservation import AddressError, reserved
 from latchkey_service.process.privileges import account_of_workers, forbid_dumps
+from latchkey_service.process.schema_at_start import prepare_schema
 from latchkey_service.process.worker_process import (
     NotStarted,
     policy_line,
@@ -233,10 +234,7 @@ class _Supervisor:
 
     async def _prepare(self) -> None:
         """Migrate the schema and enrol the peppers. Raises the errors that `run` reports."""
-        for migration in await migrate(
-            self._database_url, bundled(), self._settings.pooler, self._settings.workers
-        ):
-            self._log.info("migrated", version=migration.version, name=migration.name)
+        await prepare_schema(self._settings, self._database_url)
         store = await TokenStore.open(self._database_url, self._settings.pooler)
         try:
             keyring = await enrol(
