@@ -79,8 +79,8 @@ NO_ANSWER = "The database does not respond; try again shortly."
 CHANGING_OVER = "The database is failing over; try again shortly."
 
 
-# A status is sent in headers, twice: as text and encoded. gRPC clients accept 8 KiB of headers in an
-# answer, and report another error for more.
+# A status is sent in headers, twice: as text and encoded. gRPC clients accept 8 KiB of headers in
+# an answer, and report another error for more.
 VIOLATIONS_BYTES_MAX: Final = 1_200
 
 ViolationReason = Literal["EXPIRY_REQUIRED", "EXPIRY_TOO_LATE"]
@@ -125,8 +125,7 @@ class InvalidArgument(LatchkeyError):
         # A violation without a field concerns the whole request.
         super().__init__(
             "; ".join(
-                f"{v.field}: {v.description}" if v.field else v.description
-                for v in self.violations
+                f"{v.field}: {v.description}" if v.field else v.description for v in self.violations
             )
         )
 
