@@ -28,6 +28,7 @@ The expected outcomes of a verify are values (`verdict.py`), never exceptions. C
 messages, so a message never contains a secret, a digest, SQL or an address.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -38,6 +39,7 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 __all__ = [
+    "PUSHBACK_METADATA",
     "REQUEST_ID_METADATA",
     "AlreadyExists",
     "ChangeNotConfirmed",
@@ -71,6 +73,7 @@ __all__ = [
 DOMAIN = "latchkey"
 # Metadata with the id under which the service logs the call. Callers may send their own.
 REQUEST_ID_METADATA = "x-request-id"
+PUSHBACK_METADATA = "grpc-retry-pushback-ms"
 INTERNAL_MESSAGE = "Internal error. The server log has the cause under this request id."
 # Long enough not to prolong an outage, and short enough that calls resume soon after Postgres.
 RETRY_DELAY_SECONDS = 0.25
@@ -330,12 +333,14 @@ def status_of(error: BaseException, request_id: str, randomness: float = 0.0) ->
 
     Every other exception becomes INTERNAL with a fixed text, because its own
     text may contain anything. The details follow AIP-193: ErrorInfo and RequestInfo always,
-    BadRequest and RetryInfo where they apply. `randomness`, from 0 to 1, lengthens the retry delay
-    by that fraction, so that callers that failed together do not all retry together.
+    BadRequest and RetryInfo where they apply. gRPC's own retries (gRFC A6) read the delay only in
+    `grpc-retry-pushback-ms`. `randomness`, from 0 to 1, lengthens the retry delay by that fraction,
+    so that callers that failed together do not all retry together.
     """
     if not isinstance(error, LatchkeyError):
         error = LatchkeyError(INTERNAL_MESSAGE)
     code = error.code
+    pushback: list[tuple[str, str]] = []
     details: list[
         error_details_pb2.ErrorInfo
         | error_details_pb2.RequestInfo
@@ -360,6 +365,7 @@ def status_of(error: BaseException, request_id: str, randomness: float = 0.0) ->
         seconds, rest = divmod(error.retry_seconds * (1 + randomness), 1)
         delay = duration_pb2.Duration(seconds=int(seconds), nanos=int(rest * 1e9))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+        pushback.append((PUSHBACK_METADATA, str(math.ceil(delay.ToNanoseconds() / 1e6))))
     message = str(error)
     number: int = code.value[0]
     status = status_pb2.Status(code=number, message=message)
@@ -374,5 +380,6 @@ def status_of(error: BaseException, request_id: str, randomness: float = 0.0) ->
         (
             (REQUEST_ID_METADATA, request_id),
             ("grpc-status-details-bin", status.SerializeToString()),
+            *pushback,
         ),
     )

@@ -70,6 +70,7 @@ from latchkey_service.settings.logs import logger
 from latchkey_service.settings.settings import Settings
 from latchkey_service.tokens.assembly import build_management
 from latchkey_service.tokens.batched_lookup import LeasedLookup, Lookup
+from latchkey_service.tokens.fleet import Reports
 from latchkey_service.tokens.imported import ImportedSecrets
 from latchkey_service.tokens.rate_draws import RateDraws
 from latchkey_service.tokens.rate_table import RateTable
@@ -255,6 +256,8 @@ async def running(
         active_policy=active_policy,
         certificates=server.certificates,
         announcements=announcements,
+        seals=management.guard,
+        pepper_reports=Reports(),
     )
 
     def gauges() -> Mapping[str, int]:
@@ -284,7 +287,7 @@ async def running(
             verifier.check, boottime, renewer.in_doubt, lambda: lookup.failures, server.set_serving
         ),
         log_counts_regularly(counts, gauges),
-        follow_peppers(table, identity.id),
+        follow_peppers(table, identity.id, server.metrics.pepper_reports),
         primary.run(),
         purge(management.upkeep_store, retention, _now),
         purge_lifecycle(

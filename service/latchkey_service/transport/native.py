@@ -261,8 +261,9 @@ class Server(pygrpc_native.aio.Server):
                 self._reject_event(event, error)
                 return
         size_bytes = len(event[3])
-        if size_bytes > rule.bytes_max:
+        if rule.bytes_max < size_bytes <= (self._receive_limit or size_bytes):
             # The handler will see that the request is too large. The rest need not wait for that.
+            # The library itself rejects a message above its own limit.
             size_bytes = rule.bytes_max + 1
             event = (*event[:3], event[3][:size_bytes], *event[4:])
         if not queue.has_room(size_bytes, now):

@@ -103,6 +103,10 @@ ROWS: dict[str, tuple[tuple[str, ...], tuple[object, ...]]] = {
         ),
         (),
     ),
+    "page of tokens, `List` and a dry run of `DeleteAll`": (
+        (REQUESTS + "test_pages_of_large_tokens_fit",),
+        (),
+    ),
     "concurrent calls with large answers": ((ENVOY + "test_limits_of_connections",), ()),
     "age of a connection": (
         (TRANSPORT + "test_age", TRANSPORT + "test_age_grace"),
