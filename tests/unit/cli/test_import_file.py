@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from latchkey_cli import importing
 from latchkey_cli.import_file import (
-    COLUMNS,
     BYTES_MAX,
+    COLUMNS,
     ROWS_MAX,
     FileError,
     FileRow,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
+from urllib.parse import quote, unquote
 
 import httpx
 import httpx2
@@ -268,6 +269,17 @@ async def test_log_has_the_place_but_no_secret(caplog: pytest.LogCaptureFixture)
     assert caplog.text.count("(not shown") == len(hidden)
     assert "A" * 20 not in caplog.text
     assert "\x1b" not in caplog.text
+
+
+async def test_log_has_no_imported_secret(caplog: pytest.LogCaptureFixture) -> None:
+    """An imported secret, which can have any form, is not logged either."""
+    caplog.set_level(logging.INFO, "latchkey.receiver")
+    secret = "sk-live/0123456789+abc"
+    places = [f"https://host.example/{secret}", f"https://host.example/?k={quote(secret, safe='')}"]
+    async with scanner(Service(**{secret: SecretOutcome.ENDED})) as http:
+        await send(http, [match(secret, url=place, source=secret) for place in places])
+    assert "leaked secret revoked" in caplog.text
+    assert secret not in unquote(caplog.text)
 
 
 async def test_crash_is_hidden(caplog: pytest.LogCaptureFixture) -> None:

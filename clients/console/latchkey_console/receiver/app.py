@@ -192,9 +192,9 @@ class _Receiver:
                 _log.warning(
                     "leaked secret %s: type %s, source %s, found at %s",
                     "revoked" if outcome is SecretOutcome.ENDED else "marked",
-                    _loggable(match.type),
-                    _loggable(match.source),
-                    _loggable(match.url),
+                    _loggable(match.type, match.token),
+                    _loggable(match.source, match.token),
+                    _loggable(match.url, match.token),
                 )
 
 
@@ -210,21 +210,23 @@ async def _body(request: Request) -> bytes | None:
 
 def _match(item: Any) -> _Match | None:
     """Return the match in an element of the array, or None if it has no token."""
-    if not isinstance(item, dict) or not _is_text(item.get("token")):
+    if not isinstance(item, dict) or (token := _text(item.get("token"))) is None:
         return None
-    texts = {name: item.get(name) for name in ("type", "url", "source")}
-    return _Match(item["token"], **{name: v if _is_text(v) else "" for name, v in texts.items()})
+    return _Match(token, *(_text(item.get(name)) or "" for name in ("type", "url", "source")))
 
 
-def _is_text(value: Any) -> bool:
-    """Return whether a value is a text that UTF-8 can encode: JSON can contain lone surrogates."""
+def _text(value: Any) -> str | None:
+    """Return a text, or None for other values.
+
+    None too for a text that UTF-8 cannot encode: JSON may contain lone surrogates.
+    """
     if not isinstance(value, str):
-        return False
+        return None
     try:
         value.encode()
     except UnicodeEncodeError:
-        return False
-    return True
+        return None
+    return value
 
 
 def _batches(matches: Sequence[_Match]) -> Iterator[list[str]]:
@@ -245,11 +247,15 @@ def _batches(matches: Sequence[_Match]) -> Iterator[list[str]]:
         yield batch
 
 
-def _loggable(text: str) -> str:
-    """Return a text of the report for the log: printable, short, and without a secret."""
+def _loggable(text: str, token: str = "") -> str:
+    """Return a text of the report for the log: printable, short, and without a secret.
+
+    `token` is the text that was reported. An imported secret has no form that shows what it is.
+    """
     if len(text) > _LOGGED_LENGTH_MAX or not text.isprintable():
         return "(not shown)"
     # A URL may contain the secret, also percent-encoded.
-    if _SECRET_WITHIN.search(text) or _SECRET_WITHIN.search(unquote(text)):
-        return "(not shown: contains a secret)"
+    for form in (text, unquote(text)):
+        if _SECRET_WITHIN.search(form) or (token and token in form):
+            return "(not shown: contains a secret)"
     return text or "(none)"
