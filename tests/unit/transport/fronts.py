@@ -38,6 +38,10 @@ class Front:
     def __init__(self) -> None:
         self.come: list[Any] = []
         self.failed: list[tuple[int, int]] = []
+        self.closed = False
+
+    def close(self) -> None:
+        self.closed = True
 
     def recv_batch_details(self, most: int, _timeout_ms: int) -> list[Any]:
         batch, self.come = self.come[:most], self.come[most:]
