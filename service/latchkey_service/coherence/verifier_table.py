@@ -5,9 +5,10 @@ Owns the `verifier` table, and reads and prunes `invalidation`. The token store 
 on any connection, and everything else on the pool.
 """
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from latchkey_coherence.verdict_cache import HISTORY_MAX, Position
 
 from latchkey_service.coherence.ack_rules import VerifierRow
+from latchkey_service.coherence.log import Change, Log, Registration, Server
 from latchkey_service.coherence.snapshot import POSITION_KNOWN, mark_in, mark_out
-from latchkey_service.coherence.verifier_state import Change, Log, Server
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.postgres.connections import (
     DURABLE,
@@ -41,6 +42,7 @@ __all__ = [
     "Registration",
     "Report",
     "Rows",
+    "SiblingReport",
     "Status",
     "VerifierStatus",
     "VerifierTable",
@@ -62,7 +64,8 @@ WITH known AS MATERIALIZED (
         OR (h.pruned_revision = p.revision AND h.pruned_mark = p.mark)
         OR EXISTS (SELECT FROM invalidation i WHERE i.revision = p.revision AND i.mark = p.mark))
 SELECT k.revisions, k.marks, v.id, v.incarnation, v.renewal, v.acknowledged_revision,
-       v.lease_seconds, v.clients_confirmed, v.clients_outwaited
+       v.lease_seconds, v.clients_confirmed, v.clients_outwaited, v.processes,
+       v.processes_outwaited
   FROM known k
   LEFT JOIN verifier v ON true
 """
@@ -95,6 +98,7 @@ _RENEW = f"""
            SET renewal = v.renewal + 1, acknowledged_revision = $6, clients = $7,
                clients_confirmed = $8, clients_outwaited = $9, waiting_for = $10::text[],
                notifications = $11, database_host = $12, warnings = $13::text[],
+               processes = $14, processes_outwaited = $15, siblings = $16::text::jsonb,
                server_identifier = s.identifier, server_timeline = s.timeline,
                renew_time = clock_timestamp()
           FROM state s
@@ -190,6 +194,22 @@ class Status:
     verifiers: list[VerifierStatus]
 
 
+class SiblingReport(NamedTuple):
+    """Another process of the host that the row represents, for people."""
+
+    id: str
+    process_id: int
+    start_time: float
+    """In seconds of Unix time."""
+    clients: int
+    clients_confirmed: int
+    clients_outwaited: int
+    waiting_for: list[str]
+    acknowledged_revision: int
+    behind_seconds: float
+    """How much earlier its lease ends than that of the row's own process."""
+
+
 class Report(NamedTuple):
     """The facts about its clients and itself that a process writes into its row at each renewal."""
 
@@ -203,20 +223,15 @@ class Report(NamedTuple):
     """Callers and addresses of the clients that a revision is waiting for."""
     notifications: int
     """Numbered as in the contract's Notifications."""
-    database_host: str
+    database_host: str = ""
     """The host in the list to which the renewal is sent."""
-    warnings: list[str]
+    warnings: list[str] = []  # noqa: RUF012 - never changed
     """Faults that an operator should repair."""
-
-
-class Registration(NamedTuple):
-    """The result of committing a process's row."""
-
-    position: Position
-    """The newest position, where the empty cache begins."""
-    acknowledged: int
-    """The revision that the row acknowledges."""
-    server: Server
+    processes: int = 1
+    """How many processes of the host have a lease that this row represents, this one included."""
+    processes_outwaited: int = 0
+    """Leases of those that ended while a revision waited for them. Only rises."""
+    siblings: list[SiblingReport] = []  # noqa: RUF012 - never changed
 
 
 class OwnRow:
@@ -306,7 +321,8 @@ class OwnRow:
                 self._identity.id,
                 incarnation,
                 acknowledged,
-                *report,
+                *report[:-1],
+                json.dumps([sibling._asdict() for sibling in report.siblings]),
             )
         return rows[0][0], _log([tuple(row)[1:] for row in rows])
 
@@ -347,6 +363,24 @@ class OwnRow:
         return status == "DELETE 1"
 
 
+def _processes(columns: Sequence[Any]) -> Iterator[VerifierStatus]:
+    """Return all processes that a row represents."""
+    *own, siblings = columns
+    lead = VerifierStatus(*own)
+    yield lead
+    for sibling in (SiblingReport(**each) for each in json.loads(siblings)):
+        yield lead._replace(
+            id=sibling.id,
+            process_id=sibling.process_id,
+            start_time=datetime.fromtimestamp(sibling.start_time, UTC),
+            acknowledged_revision=sibling.acknowledged_revision,
+            lease_remaining_seconds=max(0.0, lead.lease_remaining_seconds - sibling.behind_seconds),
+            clients=sibling.clients,
+            waiting_for=sibling.waiting_for,
+            warnings=[],
+        )
+
+
 class VerifierTable:
     """All verifiers' rows, and the log."""
 
@@ -373,13 +407,14 @@ class VerifierTable:
                        greatest(0, v.lease_seconds - extract(
                            epoch FROM clock_timestamp() - v.renew_time))::double precision,
                        v.clients, v.notifications, v.waiting_for, v.pepper_ids,
-                       v.database_host, v.server_identifier, v.server_timeline, v.warnings
+                       v.database_host, v.server_identifier, v.server_timeline, v.warnings,
+                       v.siblings::text
                   FROM head h
                   LEFT JOIN verifier v ON true
                  ORDER BY v.start_time, v.id
                 """
             )
-        found = [VerifierStatus(*row[2:]) for row in rows if row[2] is not None]
+        found = [each for row in rows if row[2] is not None for each in _processes(row[2:])]
         return Status(Position(rows[0][0], mark_in(rows[0][1])), found)
 
     @retry_on_conflict

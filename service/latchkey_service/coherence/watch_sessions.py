@@ -386,6 +386,10 @@ class WatchSessions:
             ):
                 stream.changed.set()
 
+    def lease_released(self) -> None:
+        """Check whether `drain` can end, because another process of this host has left."""
+        self._lease_released.set()
+
     async def drain(self, seconds: float) -> bool:
         """Send the clients to other servers. Return whether no client holds a lease any more.
 

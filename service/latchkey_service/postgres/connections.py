@@ -182,6 +182,10 @@ class Connector:
         """Try the host of `connection` first from now on: a commit there was durable."""
         self._hosts.prove(connection)
 
+    def prove_host(self, host: str) -> None:
+        """Try `host` first from now on: another process of this host has committed there."""
+        self._hosts.prove_host(host)
+
     def leave(self, connection: "Connection") -> None:
         """Try the host of `connection` last from now on: commits there fail."""
         self._hosts.leave(connection)

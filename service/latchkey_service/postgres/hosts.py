@@ -104,6 +104,14 @@ class Hosts:
             self._proved = url
             self._prefer(url)
 
+    def prove_host(self, host: str) -> None:
+        """Try `host` first from now on. Does nothing if it is not in the list."""
+        for url in self._urls:
+            if _name(url) == host and self._proved != url:
+                self._proved = url
+                self._prefer(url)
+                return
+
     def leave(self, connection: "Connection") -> None:
         """Try the host of `connection` last from now on."""
         url = self._url_of[connection]

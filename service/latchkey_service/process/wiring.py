@@ -27,15 +27,19 @@ from latchkey_service.audit.audit_log import AuditLog
 from latchkey_service.audit.audit_table import AuditTable
 from latchkey_service.coherence.ack_waiter import AckWaiter
 from latchkey_service.coherence.client_leases import ClientLeases
+from latchkey_service.coherence.host_lead import HostLead
+from latchkey_service.coherence.lead_server import LeadServer
 from latchkey_service.coherence.lease_renewer import LeaseRenewer
 from latchkey_service.coherence.notify_listener import NotifyListener
 from latchkey_service.coherence.primary import Primary
 from latchkey_service.coherence.reads import LeasedReads
+from latchkey_service.coherence.rows import PostgresRows, Rows
 from latchkey_service.coherence.verifier_state import VerifierState
 from latchkey_service.coherence.verifier_table import Identity, VerifierTable
 from latchkey_service.coherence.watch_sessions import WatchSessions
 from latchkey_service.postgres.connections import Connector, Pool
 from latchkey_service.process.announcements import Announcements
+from latchkey_service.process.host_sharing import rows_of_sibling, share_of
 from latchkey_service.process.periodic import (
     follow_peppers,
     follow_verifier,
@@ -134,7 +138,12 @@ async def running(
         # LISTEN does not work through a pooler in transaction mode.
         enabled=notify and settings.pooler == "none",
     )
-    renewer = LeaseRenewer(verifier_state, identity, primary, listener.connect, boottime)
+    share = share_of(os.environ)
+    postgres_rows = PostgresRows(identity, primary, listener.connect)
+    rows: Rows = postgres_rows
+    if share is not None and not share.leads:
+        rows = rows_of_sibling(share, identity, postgres_rows, primary, listener, lambda: renewer)
+    renewer = LeaseRenewer(verifier_state, identity.id, rows, boottime)
     rates = TokenRates(
         RateDraws(
             connector.connect_with_generic_plans,
@@ -155,7 +164,26 @@ async def running(
         on_uses=usage.report,
         draw_calls=rates.draw_for_client,
     )
-    renewer.attach(watch_sessions.on_news, watch_sessions.__len__, lambda: listener.state)
+    lead: LeadServer | None = None
+    if share is not None and share.leads:
+        lead = LeadServer(
+            share.path,
+            HostLead(verifier_state, lambda: postgres_rows.row.incarnation),
+            renewer,
+            boottime,
+            identity.id,
+            lambda: primary.host,
+            watch_sessions.lease_released,
+        )
+        renewer.attach_siblings(lead.reports, lead.counts)
+
+    def on_news(changed: bool) -> None:  # noqa: FBT001 - called back
+        """Pass the news on to the clients, and to the siblings of this process."""
+        watch_sessions.on_news(changed)
+        if lead is not None:
+            lead.on_news(changed)
+
+    renewer.attach(on_news, watch_sessions.__len__, lambda: listener.state)
 
     store, table = TokenStore(pool), VerifierTable(pool)
     ack_waiter = AckWaiter(
@@ -164,7 +192,7 @@ async def running(
         renewer.wake,
         boottime,
         lambda: verifier_state.rows_complete_at,
-        identity.id,
+        lambda: renewer.row,
         notify=notify,
     )
     reads = LeasedReads(renewer, verifier_state, boottime, pool.reconnect)
@@ -268,6 +296,8 @@ async def running(
 
     # These run until the last answer: until then, Deletes wait for this process.
     renewing, listening = begin(renewer.run()), begin(listener.run())
+    if lead is not None:
+        await lead.start()
     if active_policy is not None and (latest := policy_text()) is not None and latest != text:
         active_policy.replace(policies.parse(latest))
     await server.start()
@@ -279,31 +309,39 @@ async def running(
             verifier.check, boottime, renewer.in_doubt, lambda: lookup.failures, server.set_serving
         ),
         log_counts_regularly(counts, gauges),
-        follow_peppers(table, identity.id),
-        primary.run(),
-        purge(management.upkeep_store, retention, _now),
-        purge_lifecycle(
-            management.upkeep_store,
-            timedelta(days=settings.expired_retention_days),
-            retention,
-            _now,
-        ),
-        seal_rows(management.guard, management.upkeep_store),
-        prune_log(table, settings.lease_seconds),
-        purge_audit(audit_table, timedelta(days=settings.audit_retention_days), _now),
-        purge_usage(usage.table, _now),
         *announcements.background(),
-        purge_rates(RateTable(pool)),
     ]
+    if share is None or share.leads:
+        background += [
+            follow_peppers(table, identity.id),
+            primary.run(),
+            purge(management.upkeep_store, retention, _now),
+            purge_lifecycle(
+                management.upkeep_store,
+                timedelta(days=settings.expired_retention_days),
+                retention,
+                _now,
+            ),
+            seal_rows(management.guard, management.upkeep_store),
+            prune_log(table, settings.lease_seconds),
+            purge_audit(audit_table, timedelta(days=settings.audit_retention_days), _now),
+            purge_usage(usage.table, _now),
+            purge_rates(RateTable(pool)),
+        ]
     tasks = [begin(work) for work in background]
     try:
         yield server
     finally:
         await _end(*tasks)
+        if lead is not None:
+            # `drained` covers the siblings too, because their leases are on record.
+            lead.close_to_siblings()
         drained = await server.stop(settings.grace_seconds, drain_seconds=settings.drain_seconds)
         # Only after the last answer: Deletes must wait for this process as long as it answers.
         await _end(renewing, listening, *lasts)
         await asyncio.gather(audit.close(), usage.close(), renewer.stop(remove=drained))
+        if lead is not None:
+            await lead.stop()
         await asyncio.gather(
             ack_waiter.close(),
             management.first_use.close(),
