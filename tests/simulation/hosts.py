@@ -5,14 +5,14 @@ Questions to the lead wait, or are lost. The lead stalls, and answers old questi
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from latchkey_service.coherence.host_lead import HostLead, Renewal
 from latchkey_service.coherence.host_lead import Sibling as Record
 from latchkey_service.coherence.log import Log, Registration
 
 from tests.simulation.processes import Clock, Server
-from tests.simulation.world import FAULTS, World
+from tests.simulation.world import World
 
 __all__ = ["HostWorld", "Lead", "Sibling"]
 
@@ -325,6 +325,3 @@ class HostWorld(World):
             self.lead = new
         elif isinstance(new, Sibling):
             self.siblings = [s for s in self.servers if isinstance(s, Sibling)]
-
-
-assert FAULTS

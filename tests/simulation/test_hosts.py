@@ -1,4 +1,4 @@
-"""The processes of a host that share a lease keep the promise, and each of their rules is needed."""
+"""The processes of a host that share a lease keep the promise, and need each of their rules."""
 
 import contextlib
 import math

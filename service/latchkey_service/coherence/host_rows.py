@@ -172,9 +172,9 @@ class HostRows:
         self.address = self._postgres.address
         if self._left is not None:
             # The row represents this process from now on, on the same history.
-            self._left.release()
-            self._left.drop()
-            self._left = None
+            left, self._left = self._left, None
+            left.release()
+            left.drop()
         now = self._clock()
         if now < self._return_at:
             return

@@ -63,7 +63,7 @@ class LeadConnection:
 
         Raises LeadGone if the lead is silent, and StoreUnavailable if it has no lease.
         """
-        self._writer.write(encode(request))
+        self._write(request)
         while True:
             try:
                 async with asyncio.timeout(self._silence_seconds):
@@ -79,12 +79,19 @@ class LeadConnection:
 
     def release(self) -> None:
         """Send the lead that this process answers no longer under its lease. Does not wait."""
-        self._writer.write(encode({"kind": "release"}))
+        with contextlib.suppress(LeadGone):
+            self._write({"kind": "release"})
 
     def drop(self) -> None:
         """Close the connection, after what was written."""
         self._task.cancel()
         self._writer.close()
+
+    def _write(self, request: dict[str, Any]) -> None:
+        # uvloop raises RuntimeError for a write after the other end has closed.
+        if self._writer.is_closing():
+            raise LeadGone
+        self._writer.write(encode(request))
 
     async def _read(self) -> None:
         try:

@@ -51,7 +51,7 @@ class LeadServer:
 
     def __init__(
         self,
-        path: str,
+        path: str | None,
         rules: HostLead,
         renewer: LeaseRenewer,
         clock: Callable[[], float],
@@ -74,7 +74,9 @@ class LeadServer:
         self._log = logger()
 
     async def start(self) -> None:
-        """Listen. A failure is logged: siblings then have rows of their own."""
+        """Listen, unless there is no path. A failure is logged: siblings then have rows of their own."""
+        if self._path is None:
+            return
         try:
             self._server = await asyncio.start_unix_server(
                 self._accept, self._path, limit=LINE_BYTES_MAX
@@ -95,8 +97,9 @@ class LeadServer:
 
     async def stop(self) -> None:
         """Close all connections."""
-        if self._server is not None:
-            self._server.close()
+        if self._server is None or self._path is None:
+            return
+        self._server.close()
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -143,6 +146,8 @@ class LeadServer:
             while line := await reader.readline():
                 request = decode(line)
                 answer = await self._alive_until(self._answer(connection, request), writer)
+                if writer.is_closing():
+                    break
                 writer.write(encode(answer))
                 await writer.drain()
         except (ValueError, KeyError, TypeError, OSError) as error:
@@ -164,6 +169,8 @@ class LeadServer:
                 done, _ = await asyncio.wait({task}, timeout=seconds)
                 if done:
                     return task.result()
+                if writer.is_closing():
+                    raise ConnectionResetError
                 writer.write(encode({"alive": 1}))
         finally:
             task.cancel()
@@ -235,5 +242,9 @@ class LeadServer:
         return self._own_id, self._rules.incarnation()
 
     def _push(self, connection: _Connection, message: dict[str, Any]) -> None:
-        if connection.writer.transport.get_write_buffer_size() < UNREAD_BYTES_MAX:
-            connection.writer.write(encode(message))
+        writer = connection.writer
+        # uvloop raises RuntimeError for a write after the other end has closed.
+        if not writer.is_closing() and (
+            writer.transport.get_write_buffer_size() < UNREAD_BYTES_MAX
+        ):
+            writer.write(encode(message))

@@ -115,7 +115,7 @@ class Primary:
 
     def shared(self, host: str, server: Server) -> None:
         """Record that the lead of this host has renewed the lease there."""
-        self._connector.prove_host(host)
+        self._connector.prove(host)
         self._failed_on = None
         self._moved((host, server))
 

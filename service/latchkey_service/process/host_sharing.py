@@ -14,17 +14,19 @@ from typing import Final, NamedTuple
 
 from latchkey_coherence.lease import boottime
 
+from latchkey_service.coherence.host_lead import HostLead
 from latchkey_service.coherence.host_rows import HostRows
+from latchkey_service.coherence.lead_server import LeadServer
 from latchkey_service.coherence.lease_renewer import LeaseRenewer
 from latchkey_service.coherence.notify_listener import NotifyListener
 from latchkey_service.coherence.primary import Primary
-from latchkey_service.coherence.rows import PostgresRows
+from latchkey_service.coherence.rows import PostgresRows, Rows
 from latchkey_service.coherence.verifier_table import Identity
 from latchkey_service.postgres.embedded_host import OsAccount
 from latchkey_service.settings.logs import logger
 from latchkey_service.settings.settings import Settings
 
-__all__ = ["Share", "host_folder", "rows_of_sibling", "share_of", "variables"]
+__all__ = ["Share", "host_folder", "lead_of", "rows_of", "share_of", "variables"]
 
 # In a worker's environment: the path of the socket, and whether the worker is the lead.
 SOCKET_VARIABLE: Final = "LATCHKEY_HOST_SOCKET"
@@ -73,15 +75,17 @@ def share_of(environment: Mapping[str, str]) -> Share | None:
     return None if path is None else Share(path, environment.get(LEAD_VARIABLE) == "1")
 
 
-def rows_of_sibling(
-    share: Share,
+def rows_of(
+    share: Share | None,
     identity: Identity,
     postgres: PostgresRows,
     primary: Primary,
     listener: NotifyListener,
     renewer: Callable[[], LeaseRenewer],
-) -> HostRows:
-    """Return the row of a sibling."""
+) -> Rows:
+    """Return where a worker has its row."""
+    if share is None or share.leads:
+        return postgres
 
     def on_news(kind: str) -> None:
         if kind == "log":
@@ -99,3 +103,24 @@ def rows_of_sibling(
         primary.shared,
         listener.disconnected,
     )
+
+
+def lead_of(
+    share: Share | None,
+    renewer: LeaseRenewer,
+    postgres: PostgresRows,
+    primary: Primary,
+    on_released: Callable[[], None],
+) -> LeadServer:
+    """Return what serves the siblings of a worker. It does not listen if there are none."""
+    lead = LeadServer(
+        share.path if share is not None and share.leads else None,
+        HostLead(renewer.state, lambda: postgres.row.incarnation),
+        renewer,
+        boottime,
+        postgres.row.id,
+        lambda: primary.host,
+        on_released,
+    )
+    renewer.attach_siblings(lead.reports, lead.counts)
+    return lead

@@ -27,20 +27,20 @@ from latchkey_service.audit.audit_log import AuditLog
 from latchkey_service.audit.audit_table import AuditTable
 from latchkey_service.coherence.ack_waiter import AckWaiter
 from latchkey_service.coherence.client_leases import ClientLeases
-from latchkey_service.coherence.host_lead import HostLead
-from latchkey_service.coherence.lead_server import LeadServer
 from latchkey_service.coherence.lease_renewer import LeaseRenewer
 from latchkey_service.coherence.notify_listener import NotifyListener
 from latchkey_service.coherence.primary import Primary
 from latchkey_service.coherence.reads import LeasedReads
-from latchkey_service.coherence.rows import PostgresRows, Rows
+from latchkey_service.coherence.rows import PostgresRows
 from latchkey_service.coherence.verifier_state import VerifierState
 from latchkey_service.coherence.verifier_table import Identity, VerifierTable
 from latchkey_service.coherence.watch_sessions import WatchSessions
 from latchkey_service.postgres.connections import Connector, Pool
 from latchkey_service.process.announcements import Announcements
-from latchkey_service.process.host_sharing import rows_of_sibling, share_of
+from latchkey_service.process.host_sharing import lead_of, rows_of, share_of
 from latchkey_service.process.periodic import (
+    PROBE_SECONDS,
+    PROBE_SECONDS_SHARED,
     follow_peppers,
     follow_verifier,
     log_counts,
@@ -51,6 +51,7 @@ from latchkey_service.process.periodic import (
     purge_lifecycle,
     purge_rates,
     purge_usage,
+    rest,
 )
 from latchkey_service.process.server import SERVICES, Server, Services
 from latchkey_service.process.worker_metrics import WorkerMetrics
@@ -69,7 +70,7 @@ from latchkey_service.rpc.verify_calls import VerifyCalls, encode_token
 from latchkey_service.secret_format import Keyring
 from latchkey_service.settings.logs import logger
 from latchkey_service.settings.settings import Settings
-from latchkey_service.tokens.assembly import build_management
+from latchkey_service.tokens.assembly import Management, build_management
 from latchkey_service.tokens.batched_lookup import LeasedLookup, Lookup
 from latchkey_service.tokens.imported import ImportedSecrets
 from latchkey_service.tokens.rate_draws import RateDraws
@@ -140,9 +141,7 @@ async def running(
     )
     share = share_of(os.environ)
     postgres_rows = PostgresRows(identity, primary, listener.connect)
-    rows: Rows = postgres_rows
-    if share is not None and not share.leads:
-        rows = rows_of_sibling(share, identity, postgres_rows, primary, listener, lambda: renewer)
+    rows = rows_of(share, identity, postgres_rows, primary, listener, lambda: renewer)
     renewer = LeaseRenewer(verifier_state, identity.id, rows, boottime)
     rates = TokenRates(
         RateDraws(
@@ -164,24 +163,12 @@ async def running(
         on_uses=usage.report,
         draw_calls=rates.draw_for_client,
     )
-    lead: LeadServer | None = None
-    if share is not None and share.leads:
-        lead = LeadServer(
-            share.path,
-            HostLead(verifier_state, lambda: postgres_rows.row.incarnation),
-            renewer,
-            boottime,
-            identity.id,
-            lambda: primary.host,
-            watch_sessions.lease_released,
-        )
-        renewer.attach_siblings(lead.reports, lead.counts)
+    lead = lead_of(share, renewer, postgres_rows, primary, watch_sessions.lease_released.set)
 
     def on_news(changed: bool) -> None:  # noqa: FBT001 - called back
         """Pass the news on to the clients, and to the siblings of this process."""
         watch_sessions.on_news(changed)
-        if lead is not None:
-            lead.on_news(changed)
+        lead.on_news(changed)
 
     renewer.attach(on_news, watch_sessions.__len__, lambda: listener.state)
 
@@ -296,52 +283,50 @@ async def running(
 
     # These run until the last answer: until then, Deletes wait for this process.
     renewing, listening = begin(renewer.run()), begin(listener.run())
-    if lead is not None:
-        await lead.start()
+    await lead.start()
     if active_policy is not None and (latest := policy_text()) is not None and latest != text:
         active_policy.replace(policies.parse(latest))
     await server.start()
     # These run until then too, because calls during the stop are audited, and use tokens.
     lasts = [begin(audit.run()), begin(usage.run()), begin(server.guard.run())]
-    retention = timedelta(days=settings.tombstone_retention_days)
     background = [
         follow_verifier(
-            verifier.check, boottime, renewer.in_doubt, lambda: lookup.failures, server.set_serving
+            verifier.check,
+            boottime,
+            renewer.in_doubt,
+            lambda: lookup.failures,
+            server.set_serving,
+            PROBE_SECONDS if share is None else PROBE_SECONDS_SHARED,
         ),
         log_counts_regularly(counts, gauges),
         *announcements.background(),
     ]
+    if share is not None:
+        background.append(rest([lookup.rest, imported_lookup.rest]))
     if share is None or share.leads:
+        # Once for each host.
         background += [
             follow_peppers(table, identity.id),
             primary.run(),
-            purge(management.upkeep_store, retention, _now),
-            purge_lifecycle(
-                management.upkeep_store,
-                timedelta(days=settings.expired_retention_days),
-                retention,
-                _now,
-            ),
-            seal_rows(management.guard, management.upkeep_store),
             prune_log(table, settings.lease_seconds),
             purge_audit(audit_table, timedelta(days=settings.audit_retention_days), _now),
             purge_usage(usage.table, _now),
             purge_rates(RateTable(pool)),
+            seal_rows(management.guard, management.upkeep_store),
+            *_purges(settings, management),
         ]
     tasks = [begin(work) for work in background]
     try:
         yield server
     finally:
         await _end(*tasks)
-        if lead is not None:
-            # `drained` covers the siblings too, because their leases are on record.
-            lead.close_to_siblings()
+        # `drained` covers the siblings too, because their leases are on record.
+        lead.close_to_siblings()
         drained = await server.stop(settings.grace_seconds, drain_seconds=settings.drain_seconds)
         # Only after the last answer: Deletes must wait for this process as long as it answers.
         await _end(renewing, listening, *lasts)
         await asyncio.gather(audit.close(), usage.close(), renewer.stop(remove=drained))
-        if lead is not None:
-            await lead.stop()
+        await lead.stop()
         await asyncio.gather(
             ack_waiter.close(),
             management.first_use.close(),
@@ -365,6 +350,13 @@ def ended(on_failure: Callable[[], None], task: "asyncio.Task[None]") -> None:
             error=type(error).__name__,
         )
         on_failure()
+
+
+def _purges(settings: Settings, management: Management) -> list[Coroutine[Any, Any, None]]:
+    """Return what removes tokens that ended long ago."""
+    store, retention = management.upkeep_store, timedelta(days=settings.tombstone_retention_days)
+    expired = timedelta(days=settings.expired_retention_days)
+    return [purge(store, retention, _now), purge_lifecycle(store, expired, retention, _now)]
 
 
 async def _end(*tasks: "asyncio.Task[None]") -> None:
