@@ -32,6 +32,8 @@ __all__ = ["LeadServer"]
 ALIVE_LEASES = 1 / 24
 # As long as a statement may take, and a connection before it.
 REQUEST_SECONDS_MAX = 3.0
+# Far above the time between two looks at the stream.
+STOP_SECONDS_MAX = 0.5
 # A sibling that does not read gets no more news.
 UNREAD_BYTES_MAX = 64 * 1024
 
@@ -69,12 +71,13 @@ class LeadServer:
         self._on_released = on_released
         self._connections: set[_Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._writers: set[asyncio.StreamWriter] = set()
         self._server: asyncio.Server | None = None
         self._told: tuple[float, bool] = (0.0, False)
         self._log = logger()
 
     async def start(self) -> None:
-        """Listen, unless there is no path. A failure is logged: siblings then have rows of their own."""
+        """Listen, unless there is no path. Logs failures: siblings then have rows in Postgres."""
         if self._path is None:
             return
         try:
@@ -100,9 +103,12 @@ class LeadServer:
         if self._server is None or self._path is None:
             return
         self._server.close()
-        for task in tuple(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        # Not cancelled: Python 3.11 logs the cancellation of such a task as an error. Each ends at the
+        # end of its stream, or when the request that it works on finds the stream closed.
+        for writer in self._writers:
+            writer.close()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=STOP_SECONDS_MAX)
         with contextlib.suppress(OSError):
             Path(self._path).unlink()  # noqa: ASYNC240 - takes microseconds
 
@@ -141,6 +147,7 @@ class LeadServer:
         task = asyncio.current_task()
         assert task is not None, "the server runs it in a task"  # noqa: S101 - for the type checker
         self._tasks.add(task)
+        self._writers.add(writer)
         connection = _Connection(Sibling(), writer)
         try:
             while line := await reader.readline():
@@ -155,6 +162,7 @@ class LeadServer:
         finally:
             # Its lease stays on record until it has ended.
             self._tasks.discard(task)
+            self._writers.discard(writer)
             self._connections.discard(connection)
             writer.close()
 
@@ -170,6 +178,7 @@ class LeadServer:
                 if done:
                     return task.result()
                 if writer.is_closing():
+                    # The sibling has gone, or this process stops.
                     raise ConnectionResetError
                 writer.write(encode({"alive": 1}))
         finally:

@@ -60,8 +60,8 @@ BATCH_BOUNDS = (1, 2, 5, 10, 25, 50, 100, 250, 500, 1_000)
 SECONDS_BOUNDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2)
 # The cache rarely starts over, and hardly ever twice within one round trip.
 READS_MAX = 3
-# An idle connection is closed after this time, in a worker that shares its lease. A new one costs the
-# next look-up some milliseconds.
+# An idle connection is closed after this time, in a worker that shares its lease. A new one costs
+# the next look-up some milliseconds.
 REST_SECONDS = 10.0
 # Longest delay between a deadline and its error. Calls reserve more than that for their answer.
 EXPIRY_CHECK_SECONDS = 0.02

@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,7 @@ class Host:
         self.server = self.new_server()
         self.postgres = Postgres(self.lead)
         self.news: list[str] = []
+        self.reader_gone = asyncio.Event()
         self.state: VerifierState[Any] = VerifierState(
             VerdictCache(10), ClientLeases(), LEASE_SECONDS
         )
@@ -159,6 +160,7 @@ async def host(tmp_path: Path) -> AsyncIterator[Host]:
     await host.server.start()
     async with asyncio.timeout(WAIT_SECONDS):
         yield host
+    host.reader_gone.set()
     await host.rows.leave(remove=True)
     await host.server.stop()
 
@@ -264,9 +266,10 @@ async def test_a_silent_lead_is_left(host: Host, monkeypatch: pytest.MonkeyPatch
     await host.register()
     await host.renew()
 
-    async def hang(*_: object) -> dict[str, Any]:
-        await asyncio.Event().wait()
-        return {}
+    async def hang(work: Coroutine[Any, Any, Any], *_: object) -> dict[str, Any]:
+        work.close()
+        await host.reader_gone.wait()
+        raise ConnectionResetError
 
     monkeypatch.setattr(host.server, "_alive_until", hang)
     host.rows._lead._silence_seconds = 0.05  # type: ignore[union-attr]
