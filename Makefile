@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 
-.PHONY: help run console demo test check bench history fuzz soak proto lock clean format
+.PHONY: help run console demo test check bench history fuzz soak sbom proto lock clean format
 
 help:  ## Show these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -77,6 +77,9 @@ $(VENV)/.dev: $(VENV)/.run requirements/dev.txt
 	@echo "Installing the development tools (once)"
 	$(PY) -m pip install -q --disable-pip-version-check --require-hashes -r requirements/dev.txt
 	touch $@
+
+sbom: $(VENV)/.dev  ## Write a bill of materials in CycloneDX's format to build/latchkey.cdx.json
+	@exec $(PY) -m tests.checks.sbom
 
 # We do not use uv.lock, because it contains the index and the address of every file.
 LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --python $(PY) --no-build-isolation \

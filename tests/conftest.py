@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
+import shlex
 import shutil
 import signal
 import tempfile
@@ -26,7 +28,11 @@ from latchkey_service.tokens import pepper_file as pepper_files
 from latchkey_service.tokens.token_store import TokenStore
 
 from tests.helpers.databases import drop_database
-from tests.helpers.measured import pytest_runtest_protocol  # noqa: F401 - pytest calls the hook
+from tests.helpers.fork_server import Forked, fork_server
+from tests.helpers.measured import (
+    data_file,
+    pytest_runtest_protocol,  # noqa: F401 - pytest calls the hook
+)
 from tests.helpers.programs import INSTALLS
 from tests.helpers.scratch import SCRATCH
 from tests.helpers.servers import (
@@ -39,6 +45,7 @@ from tests.helpers.servers import (
     with_database,
 )
 from tests.helpers.stacks import task_stacks
+from tests.helpers.tool import PRELOADED
 from tests.helpers.waiting import WAIT_SECONDS
 
 if TYPE_CHECKING:
@@ -55,11 +62,16 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # test starts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# hypothesis' own settings for CI, which apply everywhere here: a busy machine is not a bug.
-hypothesis.settings.register_profile(
-    "latchkey", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
-hypothesis.settings.load_profile("latchkey")
+# hypothesis' own settings for CI, which apply everywhere here: a busy machine is not a bug. Each
+# run draws other examples. HYPOTHESIS_PROFILE=thorough draws as many as a search for a bug needs.
+for profile, examples in (("quick", 40), ("thorough", 2_000)):
+    hypothesis.settings.register_profile(
+        profile,
+        deadline=None,
+        max_examples=examples,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 # How long the service waits for its database. Tests and fixtures in this process wait longer by
 # default: where time-outs are not the subject, a machine that stalls for a second is not an outage.
@@ -79,6 +91,12 @@ INSTALLING = {"axe", "grpcurl", "one_browser", "pgbouncer", "signed"}
 _numbers = itertools.count(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--screens", action="store_true", help="save screenshots of the console to build/screens"
+    )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_turn)
     for item in items:
@@ -90,6 +108,13 @@ def _turn(item: pytest.Item) -> int:
     group = item.get_closest_marker("xdist_group")
     name = group.args[0] if group else item.path.relative_to(TESTS).parts[0]
     return FIRST.index(name) if name in FIRST else len(FIRST)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector away from modules and tests, which stay until the end."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -128,6 +153,22 @@ def scratch() -> Iterator[Path]:
     path.chmod(0o755)
     yield path
     shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def forked(scratch: Path, pytestconfig: pytest.Config) -> Iterator[Forked]:
+    """Commands that run a Python module in a process that has imported it already."""
+    with fork_server(scratch, *PRELOADED, data=data_file(pytestconfig)) as command:
+        yield command
+
+
+@pytest.fixture(scope="session")
+def latchkey(scratch: Path, forked: Forked) -> Path:
+    """A program for shells that runs the command line tool as `forked` does."""
+    path = scratch / "latchkey"
+    path.write_text(f'#!/bin/sh\nexec {shlex.join(forked("latchkey_cli"))} "$@"\n')
+    path.chmod(0o755)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,23 @@
 """Entry point: `python -m latchkey_service [serve|config|policy|worker]`."""
 
+import gc
+import importlib
 import json
 import os
 import sys
+from collections.abc import Callable
+
+if __name__ == "__main__":
+    # These would take a third of the start. Nothing that imports create is garbage, and structlog
+    # would load rich, if it is installed, for tracebacks in colour.
+    gc.disable()
+    sys.modules.setdefault("rich", None)  # type: ignore[arg-type]  # blocks the import
 
 from latchkey_service.settings import settings as settings_module
 
 USAGE = """\
-usage: python -m latchkey_service [serve | config [--json] | policy ... | dev-ca ...]
+usage: python -m latchkey_service [serve | config [--json] | policy ... | dev-ca ... |
+                                  migrate ... | audit verify ...]
 
   serve                    run the service (the default)
   config                   print the settings in force, passwords redacted
@@ -15,7 +25,20 @@ usage: python -m latchkey_service [serve | config [--json] | policy ... | dev-ca
                            append the section with --output FILE; --role and --account
   dev-ca [--help]          write a CA and certificates for trying TLS
   policy check [FILE]      validate a policy file, by default LATCHKEY_POLICY
+  migrate [--grant ROLE]   bring the database to this release, as the owner of its tables,
+                           and give the role of the service its rights
+  audit verify [--noted NUMBER:DIGEST]
+                           check that no sealed entry of the audit log was changed or removed
 """
+
+
+# Commands with arguments of their own: the module and the function of each.
+_TOOLS = {
+    "audit": ("latchkey_service.process.commands", "audit_command"),
+    "dev-ca": ("latchkey_service.access.dev_ca", "run"),
+    "migrate": ("latchkey_service.process.commands", "migrate_command"),
+    "policy": ("latchkey_service.access.command", "run"),
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -24,19 +47,16 @@ def main(arguments: list[str]) -> int:
     if command in ("-h", "--help"):
         print(USAGE, end="")  # noqa: T201
         return 0
-    if command == "policy":
-        from latchkey_service.access import command as policy_command
-
-        return policy_command.run(arguments[1:])
-    if command == "dev-ca":
-        from latchkey_service.access import dev_ca
-
-        return dev_ca.run(arguments[1:])
     # Imports are local, so that `config` need not load everything that `serve` needs.
+    if command in _TOOLS:
+        module, function = _TOOLS[command]
+        run: Callable[[list[str]], int] = getattr(importlib.import_module(module), function)
+        return run(arguments[1:])
     try:
         if arguments == ["worker"]:
             from latchkey_service.process import worker
 
+            _collect_garbage()
             return worker.main()
         settings = settings_module.load()
     except settings_module.ConfigError as error:
@@ -45,6 +65,7 @@ def main(arguments: list[str]) -> int:
     if arguments in ([], ["serve"]):
         from latchkey_service.process import supervisor
 
+        _collect_garbage()
         return supervisor.run(settings)
     if command == "config" and arguments[1:] in ([], ["--json"]):
         rows = settings_module.describe(settings)
@@ -56,6 +77,12 @@ def main(arguments: list[str]) -> int:
         return 0
     print(f"latchkey: unknown command\n{USAGE}", end="", file=sys.stderr)  # noqa: T201
     return 2
+
+
+def _collect_garbage() -> None:
+    """Collect garbage from now on, except among the modules, which stay."""
+    gc.freeze()
+    gc.enable()
 
 
 if __name__ == "__main__":

@@ -27,7 +27,16 @@ import grpc
 from latchkey_service.secret_format import Keyring
 from latchkey_service.tokens import pepper_file as pepper_files
 
-from tests.benchmarks import coherence, console, load, overload, overload_figures, processes, report
+from tests.benchmarks import (
+    coherence,
+    console,
+    load,
+    overload,
+    overload_figures,
+    processes,
+    report,
+    sizes,
+)
 from tests.benchmarks.answers import check_ceiling, check_service, remember
 from tests.benchmarks.rows import READING, TRANSPORTS, WARM_SECRETS, Row, Sizes, rows
 from tests.benchmarks.seed import Seeded, seed
@@ -51,8 +60,10 @@ def main() -> int:
     # In both cases, all processes are shut down.
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if options.sizes:
+        return _compare_sizes(options)
     cores = processes.cores(options.postgres_core)
-    sizes = QUICK if options.quick else FULL
+    counts = QUICK if options.quick else FULL
     with contextlib.ExitStack() as stack:
         scratch = stack.enter_context(_scratch())
         pepper_file = scratch / "peppers"
@@ -60,7 +71,7 @@ def main() -> int:
         _say("Starting Postgres and filling databases")
         url, postmaster = stack.enter_context(processes.postgres(scratch / "data", cores.postgres))
         secrets_file = scratch / "secrets"
-        seeded = asyncio.run(_seed(url, sizes, keyring, secrets_file))
+        seeded = asyncio.run(_seed(url, counts, keyring, secrets_file))
         servers = _servers(stack, scratch, seeded, pepper_file, cores.server)
         wrong = _check(servers, seeded, keyring)
         for line in wrong:
@@ -68,7 +79,7 @@ def main() -> int:
         if wrong:
             return 1
         os.sched_setaffinity(0, {cores.load})
-        all_rows = rows(seeded, sizes)
+        all_rows = rows(seeded, counts)
         chosen = [row for row in all_rows if options.only in _title(row)]
         bench = coherence.Bench(
             *(scratch, pepper_file, cores, postmaster, seeded, servers, secrets_file),
@@ -90,7 +101,7 @@ def main() -> int:
             service = servers["native"].address
             page = console.measure(service, scratch, cores.load, quick=options.quick)
     reached = [
-        *report.targets(results, sizes),
+        *report.targets(results, counts),
         *coherence.targets(figures),
         *coherence.targets(beyond),
     ]
@@ -103,7 +114,7 @@ def main() -> int:
         "postgres_core": options.postgres_core,
         # CPU time taken by neighbours: about 0 on a dedicated machine.
         "load_average_before": round(load_before, 2),
-        "tokens": {"usual": sizes.usual, "small": sizes.small, "large": sizes.large},
+        "tokens": {"usual": counts.usual, "small": counts.small, "large": counts.large},
     }
     OUTPUT.parent.mkdir(exist_ok=True)
     document = report.as_json(chosen, results, reached, failures, about)
@@ -124,6 +135,17 @@ def main() -> int:
     for line in broken:
         _say(f"NOT MEASURED: {line}")
     return 1 if wrong or broken else 0
+
+
+def _compare_sizes(options: argparse.Namespace) -> int:
+    with _scratch(options.scratch) as scratch:
+        found = sizes.measure(options.sizes, scratch, options.postgres_core, asyncio.run)
+    _say("", *sizes.lines(found, options.sizes))
+    OUTPUT.parent.mkdir(exist_ok=True)
+    output = OUTPUT.with_name("bench-sizes.json")
+    document = {"tokens": options.sizes, "calls": [one.document() for one in found]}
+    output.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
+    return 0
 
 
 def _measure(
@@ -261,11 +283,11 @@ def _check(
 
 
 @contextlib.contextmanager
-def _scratch() -> Iterator[Path]:
+def _scratch(folder: Path | None = None) -> Iterator[Path]:
     """Create a folder for this run that Postgres' account can enter, unlike root's other
     folders.
     """
-    path = Path(tempfile.mkdtemp(prefix="latchkey-bench-"))
+    path = Path(tempfile.mkdtemp(prefix="latchkey-bench-", dir=folder))
     path.chmod(0o755)
     try:
         yield path
@@ -279,6 +301,15 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help=f"how many; {ROUNDS}")
     parser.add_argument("--seconds", type=float, help=f"of each slice; {SECONDS}")
     parser.add_argument("--only", default="", help="only rows and parts with this in their title")
+    parser.add_argument(
+        "--sizes",
+        type=int,
+        metavar="N",
+        help="only whether calls take as long among N tokens as among 10,000",
+    )
+    parser.add_argument(
+        "--scratch", type=Path, metavar="FOLDER", help="for the databases of --sizes"
+    )
     parser.add_argument(
         "--postgres-core",
         choices=("auto", "load", "server"),

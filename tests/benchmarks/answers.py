@@ -96,7 +96,7 @@ def _wrong_pages(stub: pb_grpc.TokenServiceStub, seeded: Seeded) -> Iterable[str
         request = pb.ListRequest(account_id=ACCOUNT, page_size=PAGE)
         if page > 1:
             position = seeded.position(PAGE * (page - 1))
-            request.page_token = page_tokens.encode(ACCOUNT, position.create_time, position.id)
+            request.page_token = page_tokens.encode(ACCOUNT, position.key, position.id)
         answer = stub.List(request, timeout=CALL_SECONDS_MAX)
         expected = [seeded.position(PAGE * (page - 1) + n).id for n in range(1, PAGE + 1)]
         if [token.id for token in answer.tokens] != expected:

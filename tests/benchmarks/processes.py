@@ -168,7 +168,6 @@ def latchkey(
         "LATCHKEY_LISTEN": "127.0.0.1:0",
         "LATCHKEY_DATA_DIR": str(scratch / "unused"),
         "LATCHKEY_GRACE_SECONDS": "1",
-        "LATCHKEY_LOG_FORMAT": "json",
     } | {f"LATCHKEY_{key}": value for key, value in settings.items()}
     argv = [sys.executable, "-m", "latchkey_service"]
     with _started(scratch, name, argv, environment, cores) as (address, pid):

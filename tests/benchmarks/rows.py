@@ -197,6 +197,6 @@ def _list(seeded: Seeded, page: int) -> Row:
     request = pb.ListRequest(account_id=ACCOUNT, page_size=PAGE)
     if page > 1:
         position = seeded.position(PAGE * (page - 1))
-        request.page_token = page_tokens.encode(ACCOUNT, position.create_time, position.id)
+        request.page_token = page_tokens.encode(ACCOUNT, position.key, position.id)
     requests = itertools.repeat(request.SerializeToString())
     return _row("list", f"List of {PAGE}, page {page:,}", ONE, "List", requests, right_list)

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit, urlunsplit
 import asyncpg
 from latchkey_service.postgres.migrate import bundled, migrate
 from latchkey_service.secret_format import Keyring
-from latchkey_service.tokens.token_store import PageStart
+from latchkey_service.tokens.filter_table import Start
 
 __all__ = ["ACCOUNT", "Seeded", "seed"]
 
@@ -34,10 +34,10 @@ class Seeded:
     tokens: int
     secrets: list[tuple[str, str]]
 
-    def position(self, place: int) -> PageStart:
+    def position(self, place: int) -> Start:
         """Return the position of the token at `place` in the list, the newest being at 1."""
         number = self.tokens - place
-        return PageStart(_create_time(number, self.tokens), _id(number))
+        return Start(_create_time(number, self.tokens), _id(number))
 
 
 async def seed(

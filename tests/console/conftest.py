@@ -17,6 +17,7 @@ from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from tests.console import browsing, tools
 from tests.console.processes import Console, console, run, sql
 from tests.console.relay import Relay
+from tests.helpers.measured import measured_python
 from tests.helpers.servers import TEMPLATE, execute, with_database
 from tests.helpers.service_process import service
 
@@ -109,11 +110,15 @@ async def page_database(postgres_url: str, template_url: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def backend(page_database: str, pepper_file: Path, scratch: Path) -> Iterator[tuple[Relay, Any]]:
+def backend(
+    page_database: str, pepper_file: Path, scratch: Path, pytestconfig: pytest.Config
+) -> Iterator[tuple[Relay, Any]]:
     """The real service as a process behind a relay, and a stub that bypasses the relay."""
     with (
         service(
             scratch / "page-service",
+            # Measures the supervisor, whose workers are other processes.
+            measured_python(pytestconfig),
             database_url=page_database,
             pepper_file=pepper_file,
             data_dir=scratch / "page-data",
@@ -130,10 +135,14 @@ def backend(page_database: str, pepper_file: Path, scratch: Path) -> Iterator[tu
 
 
 @pytest.fixture(scope="session")
-def page(backend: tuple[Relay, Any], scratch: Path) -> Iterator[tuple[Console, str]]:
+def page(
+    backend: tuple[Relay, Any], scratch: Path, pytestconfig: pytest.Config
+) -> Iterator[tuple[Console, str]]:
     """The console as a process. The browser's own headers play the sign-in proxy."""
     arguments = ("--account-header", "X-Forwarded-User", "--trusted-proxy", "127.0.0.1")
-    with console(scratch / "page", *arguments, "--target", backend[0].address) as running:
+    start = (*measured_python(pytestconfig), "-m", "latchkey_cli")
+    target = backend[0].address
+    with console(scratch / "page", *arguments, "--target", target, start=start) as running:
         yield running
 
 
@@ -149,9 +158,9 @@ def world(
 
 
 @pytest.fixture(scope="session")
-def one_browser() -> Iterator[browsing.Browser]:
+def one_browser(pytestconfig: pytest.Config) -> Iterator[browsing.Browser]:
     """The browser that all tests use in turn."""
-    with browsing.browser() as running:
+    with browsing.browser(saves_screens=pytestconfig.getoption("screens")) as running:
         yield running
 
 

@@ -24,6 +24,7 @@ for number in (signal.SIGHUP, signal.SIGINT):
     signal.signal(number, signal.SIG_DFL)
 os.execv(sys.argv[1], sys.argv[1:])
 """
+TOOL = (sys.executable, "-m", "latchkey_cli")
 _ADDRESS = re.compile(r"^API Tokens: (\S+) ", re.MULTILINE)
 
 
@@ -34,7 +35,7 @@ class Console:
         self,
         folder: Path,
         *arguments: str,
-        start: Sequence[str] = (sys.executable, "-m", "latchkey_cli"),
+        start: Sequence[str] = TOOL,
     ) -> None:
         folder.mkdir(exist_ok=True)
         self._out, self._err = folder / "out", folder / "err"
@@ -89,13 +90,16 @@ class Console:
 
 
 @contextmanager
-def console(folder: Path, *arguments: str) -> Iterator[tuple[Console, str]]:
+def console(
+    folder: Path, *arguments: str, start: Sequence[str] = TOOL
+) -> Iterator[tuple[Console, str]]:
     """Run the console as a process. Yield the process and its URL."""
-    running = Console(folder, *arguments)
+    running = Console(folder, *arguments, start=start)
     try:
         yield running, run(running.url())
     finally:
-        running.end()
+        # As Ctrl-C does, so that Python ends in order and saves what it has measured.
+        running.end(signal.SIGINT)
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:

@@ -181,7 +181,7 @@ def test_drawer_respects_reduced_motion(browser: Browser, world: World) -> None:
 
 
 def test_readme_screenshots_of_the_list(browser: Browser, world: World) -> None:
-    """The screenshots for the README are saved to build/screens."""
+    """The page shows what the README's screenshots show; with --screens, they are saved."""
     browser.reset(world.url, "acme")
     world.account = "acme"
     fill(world)

@@ -6,11 +6,15 @@ import re
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import httpx
 import pytest
+from latchkey_proto.v1 import audit_service_pb2 as audit_pb
+from latchkey_proto.v1 import audit_service_pb2_grpc as audit_pb_grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 
 from tests.console.asgi import form, send, visitor
+from tests.helpers.waiting import eventually
 
 if TYPE_CHECKING:
     from latchkey_proto.v1.token_service_pb2_grpc import TokenServiceAsyncStub
@@ -67,6 +71,35 @@ async def test_account_by_header(address: str, create: Any) -> None:
             page = (await browser.get("/", headers={"x-forwarded-user": account})).text
             assert own in page
             assert foreign not in page
+
+
+@pytest.mark.parametrize(
+    ("settings", "headers", "person"),
+    [
+        ({}, {}, "acme"),
+        ({}, {"x-forwarded-email": "zoe@example.org"}, "acme"),
+        ({"person_header": "X-Forwarded-Email"}, {"x-forwarded-email": "zoë@x"}, "zoë@x"),
+        ({"person_header": "X-Forwarded-Email"}, {}, "acme"),
+    ],
+)
+async def test_person_in_the_audit_log(
+    address: str, settings: dict[str, Any], headers: dict[str, str], person: str
+) -> None:
+    """The audit log has the person whom the sign-in proxy names, or else the account."""
+    async with visitor(address, **PROXY, **settings) as browser:
+        sent = {"x-forwarded-user": "acme"} | headers
+        encoded: Any = {name: value.encode("latin-1") for name, value in sent.items()}
+        assert (await browser.get("/", headers=encoded)).status_code == 200
+
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub: Any = audit_pb_grpc.AuditServiceStub(channel)
+        request = audit_pb.AuditServiceListRequest(account_id="acme", method="List", page_size=1)
+
+        async def recorded() -> bool:
+            entries = (await stub.List(request, timeout=5)).entries
+            return [entry.person for entry in entries] == [person]
+
+        await eventually(recorded, "the person is in the audit log")
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,7 @@ def test_edit(browser: Browser, world: World, script: bool) -> None:
     choose(browser, "expiry", "30")
     browser.type("#description", "Runs every night.")
     browser.type("#networks", "192.0.2.0/24\n2001:db8::/32")
+    browser.type("#rate", "100/minute, burst 20")
     browser.click("#save")
     notice = browser.text("#notice")
     assert "Saved new name" in notice
@@ -186,6 +187,8 @@ def test_edit(browser: Browser, world: World, script: bool) -> None:
     assert token.scope == pb.SCOPE_READ
     assert token.description == "Runs every night."
     assert list(token.allowed_networks) == ["192.0.2.0/24", "2001:db8::/32"]
+    limit = token.rate_limit
+    assert (limit.count, limit.period.seconds, limit.burst) == (100, 60, 20)
     expires = token.expire_time.ToDatetime(UTC) - datetime.now(UTC)
     assert timedelta(days=29, hours=23) < expires <= timedelta(days=30)
     assert world.verdict(created.secret) == "VERDICT_ADDRESS_NOT_ALLOWED"
@@ -193,7 +196,8 @@ def test_edit(browser: Browser, world: World, script: bool) -> None:
         browser.focused(act(created, "token"))
     browser.click(act(created, "token"))
     details = browser.text("dialog")
-    for words in ("Runs every night.", "192.0.2.0/24", "2001:db8::/32", token.id):
+    limit_text = "100/minute, burst 20"
+    for words in ("Runs every night.", "192.0.2.0/24", "2001:db8::/32", limit_text, token.id):
         assert words in details
 
 

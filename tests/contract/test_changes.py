@@ -349,11 +349,13 @@ async def test_changes_of_unknown_tokens(stub, create):
 async def test_names(stub, create):
     """Update cannot take the name of another live token, but that of an expired one."""
     first = await create(name="first")
-    second = await create(name="second", ttl=duration_pb2.Duration(nanos=300_000_000))
+    second = await create(name="second")
     request = update(first.token.id, ["name"], name="SECOND")
     error = await refusal(stub.Update(request))
     assert (error.code, error.reason) == (grpc.StatusCode.ALREADY_EXISTS, "TOKEN_NAME_TAKEN")
     assert (await stub.Update(update(first.token.id, ["name"], name="First"))).token.name == "First"
+    soon = timestamp(datetime.now(UTC) + timedelta(seconds=1))
+    await stub.Update(update(second.token.id, ["expire_time"], expire_time=soon))
     await becomes("EXPIRED", stub, second.secret)
     assert (await stub.Update(request)).token.name == "SECOND"
     # The expired token has lost its name, and cannot come back under it.

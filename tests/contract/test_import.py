@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
-from google.protobuf import timestamp_pb2
+from google.protobuf import duration_pb2, field_mask_pb2, timestamp_pb2
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.secret_format import Pepper
@@ -66,6 +66,11 @@ async def verdict(stub: Any, secret: str, scope: Any = 0, **fields: Any) -> str:
     return pb.Verdict.Name(answer.verdict).removeprefix("VERDICT_")
 
 
+async def _all(*calls: Any) -> Any:
+    """Make calls of several kinds at once."""
+    return await asyncio.gather(*calls)
+
+
 async def becomes_valid(stub: Any, secret: str) -> None:
     async def valid() -> bool:
         return await verdict(stub, secret) == "VALID"
@@ -112,6 +117,21 @@ async def test_imported_secret_verifies_as_others_do(stub: Any) -> None:
     token = (await stub.Get(pb.GetRequest(account_id="acme", id=results[1].id), timeout=9)).token
     assert (token.description, token.expire_time) == ("why", expires)
     assert token.hint == "…"
+
+
+async def test_rate_limit_of_an_imported_token(stub: Any) -> None:
+    """An imported token can have a rate limit, which its row's seal covers."""
+    secret = key()
+    limit = pb.RateLimit(count=2, period=duration_pb2.Duration(seconds=3_600))
+    wrong = pb.RateLimit(count=0, period=duration_pb2.Duration(seconds=1, nanos=-1))
+    results = await imported(
+        stub, row(secret, rate_limit=limit), row(key(), "wrong", rate_limit=wrong)
+    )
+    assert outcomes(results) == ["IMPORTED", "INVALID"]
+    assert [v.field for v in results[1].field_violations] == ["rate_limit.period"]
+    assert [await verdict(stub, secret) for _ in range(3)] == ["VALID", "VALID", "RATE_LIMITED"]
+    named = pb.GetRequest(account_id="acme", id=results[0].id)
+    assert (await stub.Get(named, timeout=9)).token.rate_limit.count == 2
 
 
 async def test_only_accepted_prefixes_and_forms_are_looked_up(stub: Any) -> None:
@@ -236,6 +256,45 @@ async def test_concurrent_imports_of_the_same_rows(stub: Any, database_url: str)
         assert len({result.id for result in results}) == 1
     async with session(database_url) as connection:
         assert await connection.fetchval("SELECT count(*) FROM token") == 50
+
+
+async def test_concurrent_calls_that_take_the_same_names(stub: Any) -> None:
+    """Imports of other secrets, Creates and Updates may want the same names at once. Each name goes
+    to one of them, the others are refused, and no call fails for another reason."""
+    names = [f"n{number}" for number in range(8)]
+    old = await imported(stub, *(row(key(), f"old {name}") for name in names))
+
+    async def rename(token_id: str, name: str) -> str:
+        request = pb.UpdateRequest(
+            account_id="acme",
+            id=token_id,
+            token=pb.Token(name=name),
+            update_mask=field_mask_pb2.FieldMask(paths=["name"]),
+        )
+        return await taken(stub.Update(request, timeout=9))
+
+    async def create(name: str) -> str:
+        request = pb.CreateRequest(account_id="acme", name=name, scope=pb.SCOPE_READ)
+        return await taken(stub.Create(request, timeout=9))
+
+    async def taken(call: Any) -> str:
+        try:
+            await call
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.ALREADY_EXISTS:
+                raise
+            return "NAME_TAKEN"
+        return "IMPORTED"
+
+    first, second, *single = await _all(
+        imported(stub, *(row(key(), name) for name in names)),
+        imported(stub, *(row(key(), name) for name in reversed(names))),
+        *(rename(result.id, name) for result, name in zip(old, names, strict=True)),
+        *(create(name) for name in names),
+    )
+    found = outcomes(first), list(reversed(outcomes(second))), single[:8], single[8:]
+    for several in zip(*found, strict=True):
+        assert sorted(several) == ["IMPORTED", "NAME_TAKEN", "NAME_TAKEN", "NAME_TAKEN"]
 
 
 async def test_expired_token_does_not_hold_its_name(stub: Any, database_url: str) -> None:

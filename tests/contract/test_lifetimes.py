@@ -1,5 +1,6 @@
 """The longest lifetime of tokens, by setting and policy, in a running service."""
 
+import os
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,7 +27,7 @@ def settings(
 ) -> Settings:
     """At most 90 days for all, 30 for one account, and a manager with at most 60 days."""
     policy = tmp_path / "policy.toml"
-    text = policy_text(["manager", "acmes-manager"])
+    text = policy_text(["manager", "acmes-manager", "importer"])
     policy.write_text(
         text.replace("[callers.acmes-manager]", '[callers.acmes-manager]\nmax_ttl = "60d"')
         + '[accounts."globex*"]\nmax_ttl = "30d"\n'
@@ -128,6 +129,32 @@ async def test_update_and_rotate_within_the_limit(stub: Any) -> None:
 
     assert await refused(rotate(61)) == ("EXPIRY_TOO_LATE", ["grace"], limit)
     await rotate(60)
+
+
+async def test_import_within_the_limit(stub: Any) -> None:
+    """Imported tokens have the limit of their accounts, and a row beyond it is refused alone."""
+
+    def row(name: str, account: str, **fields: Any) -> pb.ImportedToken:
+        return pb.ImportedToken(
+            account_id=account,
+            name=name,
+            scope=pb.SCOPE_READ,
+            secret_sha256=os.urandom(32),
+            **fields,
+        )
+
+    rows = [
+        row("never", "acme"),
+        row("late", "globex", expire_time=moment(31)),
+        row("good", "globex", expire_time=moment(30)),
+        row("longer", "acme", expire_time=moment(90)),
+    ]
+    response = await stub.Import(pb.ImportRequest(tokens=rows), **as_("importer"))
+    invalid, imported = pb.IMPORT_OUTCOME_INVALID, pb.IMPORT_OUTCOME_IMPORTED
+    assert [r.outcome for r in response.results] == [invalid, invalid, imported, imported]
+    (violation,) = response.results[1].field_violations
+    assert violation.field == "expire_time"
+    assert "at most 30 days" in violation.description
 
 
 async def test_other_mistakes_are_reported_too(stub: Any) -> None:

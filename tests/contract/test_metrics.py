@@ -11,7 +11,7 @@ import pytest
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.access.methods import MANAGER
-from latchkey_service.audit.audit_log import SAMPLE_MAX
+from latchkey_service.audit.sampling import FIRST_MAX
 from latchkey_service.coherence.rows import PostgresRows
 from latchkey_service.process.server import Server
 from latchkey_service.settings.settings import Settings
@@ -209,13 +209,13 @@ async def test_capacity_in_use(server: Server) -> None:
 
 async def test_audit_entries(server: Server, stub: Any) -> None:
     """Entries are counted when they are written, and so are calls without an entry, and losses."""
-    for _ in range(SAMPLE_MAX + 2):
+    for _ in range(FIRST_MAX + 2):
         with pytest.raises(grpc.aio.AioRpcError):
             await stub.Get(pb.GetRequest(account_id="acme", id="nothing"), timeout=5)
     assert read(server).get("latchkey_audit_entries_total", result="aggregated") == 2
     written = {"result": "written"}
     await eventually(
-        lambda: read(server).get("latchkey_audit_entries_total", **written) == SAMPLE_MAX,
+        lambda: read(server).get("latchkey_audit_entries_total", **written) == FIRST_MAX,
         "the entries are written",
     )
 

@@ -9,6 +9,7 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 
 from tests.helpers.rich_status import refusal
 from tests.helpers.waiting import eventually
+from tests.helpers.watch_client import watching
 
 HOUR = duration_pb2.Duration(seconds=3_600)
 SECOND = duration_pb2.Duration(seconds=1)
@@ -193,3 +194,50 @@ async def test_bad_limits_are_refused(stub, create, bad, field):
     created = await create()
     found = await refusal(stub.Update(update(created.token, bad), timeout=10))
     assert field in {name.removeprefix("token.") for name in found.fields}
+
+
+async def shares_of(client, number, **wanted):
+    """Ask for calls over Watch, and return the answer."""
+    asked = [pb.WantedCalls(token_id=token_id, calls=calls) for token_id, calls in wanted.items()]
+    await client.say(rate_shares_request=pb.RateSharesRequest(number=number, wanted=asked))
+    while not isinstance(event := await client.hear(), pb.RateShares):
+        await client.say()
+    assert event.number == number
+    return event
+
+
+async def test_watch_gives_shares(address, stub, create):
+    """A client gets at most half of the calls that are left, and at most half a second's, with the
+    limit and the time for which they count. They are calls of the same limit as those of Verify."""
+    fast = await create(rate_limit=limit(1_000, SECOND, burst=8))
+    slow = await create(rate_limit=limit(100, HOUR, burst=8))
+    free = await create()
+    async with watching(address) as client:
+        await client.granted()
+        answer = await shares_of(
+            client, 1, **{token.token.id: 1_000 for token in (fast, slow, free)}, tok_unknown=5
+        )
+        assert [(share.token_id, share.rate_limit) for share in answer.shares] == [
+            (fast.token.id, limit(1_000, SECOND, burst=8))
+        ]
+        assert answer.shares[0].calls == 4
+        assert 0 < answer.share_duration.ToSeconds() + answer.share_duration.nanos < 10**9
+        # The same number again, and a number that is not higher, get no answer.
+        asked = pb.RateSharesRequest(
+            number=1, wanted=[pb.WantedCalls(token_id=fast.token.id, calls=1)]
+        )
+        await client.say(rate_shares_request=asked)
+        assert (await shares_of(client, 2)).shares == []
+
+
+async def test_shares_and_verifies_use_up_one_limit(address, stub, create):
+    """What clients got over Watch is missing for verifies on the server."""
+    # The fastest limit whose calls cannot come back within the test.
+    created = await create(rate_limit=limit(8_000, HOUR, burst=10))
+    async with watching(address) as client:
+        await client.granted()
+        answer = await shares_of(client, 1, **{created.token.id: 5})
+    given = sum(share.calls for share in answer.shares)
+    assert given == 1, "as many as half a second permits"
+    verdicts = [await verdict(stub, created.secret) for _ in range(14)]
+    assert verdicts.count("VALID") in (9, 10)

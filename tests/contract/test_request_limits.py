@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import grpc
 import pytest
@@ -72,14 +74,41 @@ async def test_largest_legal_requests_fit(create: Any, stub: Any) -> None:
     labels = {f"{n:02}" + "𐍈" * 61: "𐍈" * 255 for n in range(16)}
     created = await create(name="𐍈" * 64, account_id="a" * 64, labels=labels)
     question = pb.VerifyRequest(secret=created.secret, required_scope=pb.SCOPE_READ)
-    # The answers repeat the labels, which makes them larger than gRPC's default limit allows.
-    short = await create()
-    batch = pb.BatchVerifyRequest(
-        requests=[pb.VerifyRequest(secret=short.secret, required_scope=pb.SCOPE_READ)] * 1_000
-    )
     assert (await stub.Verify(question)).verdict == pb.VERDICT_VALID
+    batch = pb.BatchVerifyRequest(requests=[question] * 1_000)
+    # The stub has gRPC's default limit for the size of answers.
     answers = (await stub.BatchVerify(batch, timeout=10)).responses
     assert [answer.verdict for answer in answers] == [pb.VERDICT_VALID] * 1_000
+    assert answers[0].token.labels == labels
+    assert answers[-1].details_omitted
+    assert not answers[-1].token.labels
+
+
+async def test_pages_of_large_tokens_fit(create: Any, stub: Any) -> None:
+    """Pages of the largest tokens are shorter, so that each fits into gRPC's default limit. All
+    tokens are listed once, and a dry run of DeleteAll shows as many as fit."""
+    labels = {f"{n:02}" + "𐍈" * 61: "𐍈" * 255 for n in range(16)}
+    account = f"large-{uuid4()}"
+    count = 184
+    for first in range(0, count, 4):
+        await asyncio.gather(
+            *(
+                create(name=f"{number}", account_id=account, labels=labels)
+                for number in range(first, first + 4)
+            )
+        )
+    found, page_token, pages = [], "", 0
+    while page_token or not pages:
+        request = pb.ListRequest(account_id=account, page_size=500, page_token=page_token)
+        page = await stub.List(request, timeout=10)
+        found += [int(token.name) for token in page.tokens]
+        page_token = page.next_page_token
+        pages += 1
+    assert sorted(found) == list(range(count))
+    assert pages == 2
+    shown = await stub.DeleteAll(pb.DeleteAllRequest(account_id=account, dry_run=True), timeout=10)
+    assert shown.count == count
+    assert 100 < len(shown.tokens) < count
 
 
 async def test_largest_report_of_uses_fits(address: str) -> None:

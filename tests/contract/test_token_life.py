@@ -2,6 +2,7 @@
 
 import asyncio
 import uuid
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,19 +14,28 @@ from hypothesis import strategies as st
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
-from tests.helpers.waiting import eventually
+from tests.contract.life_mutants import MUTANTS
+from tests.helpers.waiting import WAIT_SECONDS, eventually
 
 EXAMPLES = 25
+# How long a faulty service may take to answer as it should, which it never does.
+MUTANT_SECONDS = 0.5
+# How a fault shows. The types are of a status where the model expects a response, and of the
+# reverse.
+FOUND = (AssertionError, AttributeError, TypeError, grpc.aio.AioRpcError)
 # Far longer than the steps of an example take.
 EXAMPLE_SECONDS = 120.0
 # Long enough for rotations of a token that are then retired, revoked or deleted.
-STEPS_MIN = 15
+STEPS_MIN = 20
 STEPS_MAX = 30
 ACCOUNTS = ("acme", "globex")
 NAMES = ("a", "b", "c")
 PERMISSIONS = ("orders:read", "orders:write", "orders:*")
 NETWORKS = ("10.0.0.0/8", "192.0.2.0/24")
 ADDRESSES = ("", "10.1.2.3", "192.0.2.1")
+
+
+Example = Callable[[Any, list[tuple[Any, ...]]], Coroutine[Any, Any, None]]
 
 
 class WrongAcceptError(Exception):
@@ -64,11 +74,21 @@ class Model:
         return "VALID"
 
 
+def narrower(path: str, before: Any, after: Any) -> bool:
+    """Return whether a field's new value permits less than the one before."""
+    if path == "scope":
+        return bool(after < before)
+    if path == "permissions":
+        return "orders:*" not in after and not {*before} <= {*after}
+    return path == "allowed_networks" and bool(after) and not (before and {*before} <= {*after})
+
+
 class Life:
     """Does each step on the service and on the model."""
 
-    def __init__(self, stub: Any) -> None:
+    def __init__(self, stub: Any, within: float) -> None:
         self.stub = stub
+        self.within = within
         self.tokens: list[Model] = []
         # Accounts of this example, which no other one uses.
         self.suffix = uuid.uuid4().hex[:12]
@@ -89,12 +109,22 @@ class Life:
         except grpc.aio.AioRpcError as error:
             return error.code()
 
-    async def create(self, account: str, name: str, scope: int, lost: int) -> None:
+    async def create(
+        self,
+        account: str,
+        name: str,
+        scope: int,
+        lost: int,
+        permissions: tuple[str, ...] = (),
+        networks: tuple[str, ...] = (),
+    ) -> None:
         """Create with a request id, whose answer is lost `lost` times."""
         request = pb.CreateRequest(
             account_id=self.account(account),
             name=name,
             scope=pb.Scope.ValueType(scope),
+            permissions=permissions,
+            allowed_networks=networks,
             request_id=str(uuid.uuid4()),
         )
         answers = [await self.code(self.stub.Create(request, timeout=9)) for _ in range(1 + lost)]
@@ -102,12 +132,16 @@ class Life:
             assert set(answers) == {grpc.StatusCode.ALREADY_EXISTS}
             return
         assert len({answer.token.id for answer in answers}) == 1
-        token = Model(account, answers[0].token.id, name, scope)
+        token = Model(account, answers[0].token.id, name, scope, permissions, networks)
         # Only the last answer was received.
         token.secrets = [(a.secret, a is answers[-1]) for a in reversed(answers)]
         self.tokens.append(token)
 
-    async def rotate(self, token: Model, grace: bool, lost: int) -> None:
+    async def rotate(self, token: Model, grace: bool, lost: int, times: int) -> None:
+        for _ in range(times if grace else 1):
+            await self.rotate_once(token, grace, lost)
+
+    async def rotate_once(self, token: Model, grace: bool, lost: int) -> None:
         request = pb.RotateRequest(**self.named(token), request_id=str(uuid.uuid4()))
         if grace:
             request.grace.seconds = 3600
@@ -136,7 +170,20 @@ class Life:
             assert answer is grpc.StatusCode.ALREADY_EXISTS
         else:
             assert isinstance(answer, pb.UpdateResponse)
+            before = getattr(token, attribute)
             setattr(token, attribute, value)
+            if (
+                (path == "scope" and value < before)
+                or (
+                    path == "permissions"
+                    and not {*before} <= {*value}
+                    and PERMISSIONS[2] not in value
+                )
+                or (path == "allowed_networks" and value and not {*before} <= {*value})
+                or (path == "allowed_networks" and value and not before)
+            ):
+                # It may have narrowed the token, so the answer proves that this is in effect.
+                assert answer.receipt.HasField("effective_time")
 
     async def switch(self, token: Model, on: bool) -> None:
         call = self.stub.Enable if on else self.stub.Disable
@@ -170,6 +217,11 @@ class Life:
         if not token.deleted:
             token.secrets[number] = (secret, False)
 
+    async def revoke_and_retire(self, token: Model) -> None:
+        await self.rotate(token, grace=True, lost=0, times=1)
+        await self.revoke(token, 0)
+        await self.retire(token)
+
     async def delete(self, token: Model) -> None:
         await self.stub.Delete(pb.DeleteRequest(**self.named(token)), timeout=9)
         token.deleted = True
@@ -189,7 +241,7 @@ class Life:
 
         A token that should be refused is refused at once. Changes that widen may take a moment.
         """
-        await eventually(self.verdicts_agree, "the verdicts of the model")
+        await eventually(self.verdicts_agree, "the verdicts of the model", self.within)
         await self.check_lists()
 
     async def verdicts_agree(self) -> bool:
@@ -245,58 +297,53 @@ class Life:
                 assert [secret.hint for secret in shown.secrets] == hints
 
 
-# Few tokens, so that much happens to each.
-numbers = st.integers(0, 5)
-steps = st.lists(
-    st.one_of(
-        st.tuples(
-            st.just("create"),
-            st.sampled_from(ACCOUNTS),
-            st.sampled_from(NAMES),
-            st.sampled_from([1, 2]),
-            st.integers(0, 2),
-        ),
-        # Often, because most of what follows depends on it.
-        *[
-            st.tuples(
-                st.just("rotate"),
-                numbers,
-                st.sampled_from([True, True, False]),
-                st.sampled_from([0, 0, 1]),
-            )
-        ]
-        * 3,
-        st.tuples(
-            st.just("update"),
+# Mostly one token, because a fault often needs several changes of the same token.
+numbers = st.sampled_from([0, 0, 0, 0, 1, 2, 5])
+scopes = st.sampled_from([1, 2])
+names = st.sampled_from(NAMES)
+permissions = st.lists(st.sampled_from(PERMISSIONS), max_size=2, unique=True).map(tuple)
+networks = st.lists(st.sampled_from(NETWORKS), max_size=2, unique=True).map(tuple)
+accounts = st.sampled_from(ACCOUNTS)
+# Each kind of step, with its arguments and how often it comes.
+STEPS: tuple[tuple[int, tuple[Any, ...]], ...] = (
+    (2, (st.just("create"), accounts, names, scopes, st.integers(0, 2))),
+    # Several at once, up to one more than a token may have: most of what follows depends on it.
+    (
+        4,
+        (
+            st.just("rotate"),
             numbers,
-            st.one_of(
-                st.tuples(st.just("name"), st.sampled_from(NAMES)),
-                st.tuples(st.just("scope"), st.sampled_from([1, 2])),
-                st.tuples(
-                    st.just("permissions"),
-                    st.lists(st.sampled_from(PERMISSIONS), max_size=2, unique=True).map(tuple),
-                ),
-                st.tuples(
-                    st.just("allowed_networks"),
-                    st.lists(st.sampled_from(NETWORKS), max_size=2, unique=True).map(tuple),
-                ),
-            ),
+            st.sampled_from([True, True, False]),
+            st.sampled_from([0, 0, 1]),
+            st.sampled_from([1, 1, 2, 5]),
         ),
-        st.tuples(st.just("switch"), numbers, st.booleans()),
-        *[st.tuples(st.just("retire"), numbers)] * 2,
-        st.tuples(st.just("revoke"), numbers, st.integers(0, 5)),
-        st.tuples(st.just("delete"), numbers),
-        st.tuples(st.just("delete_all"), st.sampled_from(ACCOUNTS), st.booleans()),
     ),
+    (2, (st.just("update"), numbers, st.just("scope"), scopes)),
+    (2, (st.just("update"), numbers, st.just("permissions"), permissions)),
+    (2, (st.just("update"), numbers, st.just("allowed_networks"), networks)),
+    (1, (st.just("update"), numbers, st.just("name"), names)),
+    (3, (st.just("switch"), numbers, st.sampled_from([False, False, True]))),
+    (2, (st.just("retire"), numbers)),
+    (2, (st.just("revoke"), numbers, st.sampled_from([0, 0, 1, 2, 5]))),
+    # Together, because what is newest matters to both.
+    (2, (st.just("revoke_and_retire"), numbers)),
+    (1, (st.just("delete"), numbers)),
+    (2, (st.just("delete_all"), accounts, st.booleans())),
+)
+# By number, because `one_of` counts a strategy once, however often it is listed.
+weighted = st.sampled_from([n for n, (weight, _) in enumerate(STEPS) for _ in range(weight)])
+steps = st.lists(
+    weighted.flatmap(lambda number: st.tuples(*STEPS[number][1])),
     min_size=STEPS_MIN,
     max_size=STEPS_MAX,
 )
 
 
-async def live(stub: Any, chosen: list[tuple[Any, ...]]) -> None:
-    life = Life(stub)
+async def live(stub: Any, chosen: list[tuple[Any, ...]], within: float = WAIT_SECONDS) -> None:
+    life = Life(stub, within)
     for account in ACCOUNTS:
-        await life.create(account, NAMES[0], pb.SCOPE_WRITE, 0)
+        # As much as a token can have, so that there is something to take away.
+        await life.create(account, NAMES[0], pb.SCOPE_WRITE, 0, PERMISSIONS[:2], NETWORKS)
     for name, *arguments in chosen:
         if name in ("create", "delete_all"):
             await getattr(life, name)(*arguments)
@@ -305,16 +352,12 @@ async def live(stub: Any, chosen: list[tuple[Any, ...]]) -> None:
             # The last number stands for tokens that may be deleted, too.
             pool = alive if alive and arguments[0] < 5 else life.tokens
             token = pool[arguments[0] % len(pool)]
-            rest = arguments[1] if name == "update" else arguments[1:]
-            await getattr(life, name)(token, *rest)
+            await getattr(life, name)(token, *arguments[1:])
         await life.check()
 
 
-# The event loop in the other thread uses `random` while hypothesis draws.
-@pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisDeprecationWarning")
-async def test_the_life_of_tokens(address: str) -> None:
-    """Whatever happens to tokens, in any order and with lost answers, verdicts and listings are
-    those of the model after each step."""
+async def run_examples(address: str, example: Example) -> None:
+    """Run `example` with as many lives of tokens as there are examples."""
     # hypothesis is synchronous: it runs in a thread, and each example on this event loop.
     loop = asyncio.get_running_loop()
     async with grpc.aio.insecure_channel(address) as channel:
@@ -329,7 +372,37 @@ async def test_the_life_of_tokens(address: str) -> None:
         )
         @given(steps)
         def run(chosen: list[tuple[Any, ...]]) -> None:
-            done = asyncio.run_coroutine_threadsafe(live(stub, chosen), loop)
+            done = asyncio.run_coroutine_threadsafe(example(stub, chosen), loop)
             done.result(EXAMPLE_SECONDS)
 
         await asyncio.to_thread(run)
+
+
+# The event loop in the other thread uses `random` while hypothesis draws.
+@pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisDeprecationWarning")
+async def test_the_life_of_tokens(address: str) -> None:
+    """Whatever happens to tokens, in any order and with lost answers, verdicts and listings are
+    those of the model after each step."""
+    await run_examples(address, live)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+@pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisDeprecationWarning")
+async def test_faults_are_found(
+    shared_servers: Any, monkeypatch: pytest.MonkeyPatch, mutant: Any
+) -> None:
+    """The examples find each planted fault."""
+    address, _ = await shared_servers("native")
+    found: list[Exception] = []
+
+    async def until_found(stub: Any, chosen: list[tuple[Any, ...]]) -> None:
+        # hypothesis would repeat an example that fails, to no use here.
+        if not found:
+            try:
+                await live(stub, chosen, MUTANT_SECONDS)
+            except (*FOUND, WrongAcceptError) as error:
+                found.append(error)
+
+    mutant(monkeypatch)
+    await run_examples(address, until_found)
+    assert found

@@ -35,11 +35,23 @@ from latchkey_service.settings import logs
 from latchkey_service.settings.settings import Settings
 from latchkey_service.tokens import page_tokens
 
-from tests.fuzz import protobuf
-from tests.fuzz.methods import ENDLESS, HEALTH, METHODS, REFLECTION, TOKENS, Method
+from tests.fuzz import fresh, protobuf
+from tests.fuzz.fresh import NARROWING, Fresh
+from tests.fuzz.methods import (
+    ENDLESS,
+    HEALTH,
+    METHODS,
+    REFLECTION,
+    TOKENS,
+    Method,
+    input_of,
+    number_of,
+    parts_of,
+)
 from tests.fuzz.surroundings import ACCOUNT, DELETED, DELETED_ID, LIVE, LIVE_ID, PEPPER
 from tests.fuzz.target import Finding, Target
 
+OTHER_ACCOUNT = "globex"
 # Placeholder for the ID of the newest token, of the same length.
 FRESH_ID, FRESH_SECRET = "tok_" + "9" * 26, "fuzz_" + "9" * 57
 SECRETS = {name: minted.secret.reveal() for name, minted in (("live", LIVE), ("deleted", DELETED))}
@@ -58,7 +70,11 @@ REFUSALS = {
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.NOT_FOUND,
     grpc.StatusCode.ALREADY_EXISTS,
+    # Only for a sixth secret.
+    grpc.StatusCode.FAILED_PRECONDITION,
 }
+TOO_MANY = "secrets that work"
+VERIFY = METHODS[number_of("TokenService/Verify")]
 # Allowed occasionally, for example when a lease has just expired, but not every time for the same
 # input.
 PASSING = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED}
@@ -92,8 +108,7 @@ class Messages(Target):
         self._loop = uvloop.new_event_loop()
         asyncio.set_event_loop(self._loop)
         self._inputs = 0
-        self._fresh: tuple[str, str] | None = None
-        self._fresh_deleted = False
+        self._fresh: Fresh | None = None
         self._run(self._start(transport))
 
     def seeds(self) -> Iterable[bytes]:
@@ -123,7 +138,7 @@ class Messages(Target):
             (
                 "Create",
                 pb.CreateRequest(
-                    account_id="globex",
+                    account_id=OTHER_ACCOUNT,
                     name=live,
                     scope=pb.SCOPE_READ,
                     expire_time=timestamp_pb2.Timestamp(seconds=4102444800),
@@ -139,6 +154,7 @@ class Messages(Target):
                 ),
             ),
             ("Delete", pb.DeleteRequest(account_id=ACCOUNT, id=FRESH_ID)),
+            *fresh.seeds(ACCOUNT, OTHER_ACCOUNT, FRESH_ID, FRESH_SECRET),
             ("Delete", pb.DeleteRequest(account_id=ACCOUNT, id=DELETED_ID, no_wait=True)),
             ("GetStatus", status_pb.GetStatusRequest()),
             ("InvalidateAll", maintenance_pb.InvalidateAllRequest()),
@@ -157,13 +173,13 @@ class Messages(Target):
             ("Health/Watch", health_pb2.HealthCheckRequest()),
         ]
         for name, message in good:
-            yield _input(_number(name), [message.SerializeToString()])
+            yield input_of(number_of(name), [message.SerializeToString()])
         watch = [
             pb.WatchRequest(applied_revision=0, number=1),
             pb.WatchRequest(applied_revision=1, number=2),
             pb.WatchRequest(number=3, released=True),
         ]
-        yield _input(_number("TokenService/Watch"), [m.SerializeToString() for m in watch])
+        yield input_of(number_of("TokenService/Watch"), [m.SerializeToString() for m in watch])
         ask = reflection_pb2.ServerReflectionRequest
         reflect: list[Message] = [
             ask(list_services=""),
@@ -176,21 +192,21 @@ class Messages(Target):
             ),
             ask(all_extension_numbers_of_type="google.protobuf.FileOptions"),
         ]
-        yield _input(_number("ServerReflectionInfo"), [m.SerializeToString() for m in reflect])
+        yield input_of(number_of("ServerReflectionInfo"), [m.SerializeToString() for m in reflect])
 
     def mutate(self, data: bytes, length_max: int, chance: random.Random) -> bytes:
         number = data[0] % len(METHODS)
         if chance.random() < 0.05:
             number = chance.randrange(len(METHODS))
         method = METHODS[number]
-        parts = _parts(method, data[1:])
+        parts = parts_of(method, data[1:])
         place = chance.randrange(len(parts)) if parts else 0
         if method.requests and chance.random() < 0.3:
             # Streams: one message more, one less, or another order.
             parts[place:place] = parts[place : place + 1] or [b""]
             if chance.random() < 0.5:
                 chance.shuffle(parts)
-            return _input(number, parts)
+            return input_of(number, parts)
         try:
             message = method.request.FromString(parts[place] if parts else b"")
         except DecodeError:
@@ -202,18 +218,22 @@ class Messages(Target):
             at = chance.randint(0, len(changed))
             changed = changed[:at] + chance.randbytes(1) + changed[at + 1 :]
         parts[place : place + 1] = [changed]
-        return _input(number, parts)
+        return input_of(number, parts)
 
     def one(self, data: bytes) -> None:
         if not data:
             return
         method = METHODS[data[0] % len(METHODS)]
-        parts = _parts(method, data[1:])
-        if self._fresh is not None:
-            for placeholder, value in zip((FRESH_ID, FRESH_SECRET), self._fresh, strict=True):
+        parts = parts_of(method, data[1:])
+        if (new := self._fresh) is not None:
+            for placeholder, value in ((FRESH_ID, new.id), (FRESH_SECRET, new.secret)):
                 parts = [part.replace(placeholder.encode(), value.encode()) for part in parts]
-        if method.path == f"{TOKENS}Delete" and LIVE_ID.encode() in parts[0]:
+        if method.path in NARROWING and any(
+            text.encode() in parts[0] for text in (LIVE_ID, SECRETS["live"])
+        ):
             # The other client needs this token.
+            return
+        if method.path == f"{TOKENS}DeleteAll" and ACCOUNT.encode() in parts[0]:
             return
         self._run(self._attack(method, parts))
         self._inputs += 1
@@ -281,6 +301,12 @@ class Messages(Target):
         else:
             raise Finding(f"{method.path}: {answer.code.name}, {TRIES} times: {answer.message}")
         self._follow(method, parts, answer)
+        if method.path in NARROWING and self._fresh is not None:
+            # At once: a change that narrows is in effect when it is answered.
+            for question in self._fresh.questions():
+                found = await self._call(VERIFY, [question.SerializeToString()])
+                if found.code not in PASSING:
+                    self._follow(VERIFY, [question.SerializeToString()], found)
 
     async def _call(self, method: Method, parts: list[bytes]) -> Answer:
         responses: list[bytes] = []
@@ -334,11 +360,11 @@ class Messages(Target):
             return
         if method.path == f"{TOKENS}Create" and answer.code is grpc.StatusCode.OK:
             created = pb.CreateResponse.FromString(answer.responses[0])
-            if created.token.account_id == ACCOUNT:
-                self._fresh = created.token.id, created.secret
-                self._fresh_deleted = False
-        elif method.path == f"{TOKENS}Delete" and answer.code is grpc.StatusCode.OK:
-            self._fresh_deleted |= self._fresh is not None and request.id == self._fresh[0]
+            if created.token.account_id in (ACCOUNT, OTHER_ACCOUNT):
+                self._fresh = Fresh(created)
+        elif self._fresh is not None and method.path in NARROWING | {f"{TOKENS}Enable"}:
+            response = method.response.FromString(answer.responses[0]) if answer.responses else None
+            self._fresh.learn(method.path, request, answer.code, response)
         elif method.path == f"{TOKENS}Verify":
             if answer.code is not grpc.StatusCode.OK:
                 raise Finding(f"a Verify was answered {answer.code.name}")
@@ -364,11 +390,13 @@ class Messages(Target):
                 allowed = {pb.VERDICT_VALID}
         elif request.secret == SECRETS["deleted"]:
             allowed = {pb.VERDICT_DELETED}
-        elif self._fresh is not None and request.secret == self._fresh[1]:
-            allowed = {pb.VERDICT_DELETED}
-            if not self._fresh_deleted:
-                # Its networks, permissions and times are made up, and later calls change them.
-                allowed = set(pb.Verdict.values()) - {pb.VERDICT_MALFORMED, pb.VERDICT_UNKNOWN}
+        elif (new := self._fresh) is not None and request.secret in (new.secret, *new.ended):
+            # Its networks, permissions and times are made up, and later calls change them.
+            allowed = set(pb.Verdict.values()) - {pb.VERDICT_MALFORMED, pb.VERDICT_UNKNOWN}
+            if new.deleted:
+                allowed = {pb.VERDICT_DELETED}
+            elif not new.may_be_valid(request):
+                allowed.remove(pb.VERDICT_VALID)
         if verdict not in allowed:
             raise Finding(f"the verdict is {pb.Verdict.Name(verdict)}")
 
@@ -376,7 +404,9 @@ class Messages(Target):
 def _judge(method: Method, parts: list[bytes], answer: Answer) -> None:
     """Check the guarantees for every answer. Raises Finding."""
     code = answer.code
-    if code not in REFUSALS | PASSING | {grpc.StatusCode.OK}:
+    if code not in REFUSALS | PASSING | {grpc.StatusCode.OK} or (
+        code is grpc.StatusCode.FAILED_PRECONDITION and TOO_MANY not in answer.message
+    ):
         raise Finding(f"{method.path}: {code.name}: {answer.message}")
     said = answer.message.encode("utf-8", "surrogateescape") + b"".join(
         key.encode() + (value if isinstance(value, bytes) else value.encode())
@@ -412,32 +442,6 @@ def _judge(method: Method, parts: list[bytes], answer: Answer) -> None:
         wanted.add(error_details_pb2.RetryInfo)
     if kinds != {kind.DESCRIPTOR.full_name for kind in wanted}:
         raise Finding(f"{method.path}: {code.name} with {sorted(kinds)}")
-
-
-def _number(name: str) -> int:
-    """Return a method's number, given the end of its path."""
-    (number,) = (
-        n for n, method in enumerate(METHODS) if method.path.endswith((f"/{name}", f".{name}"))
-    )
-    return number
-
-
-def _parts(method: Method, body: bytes) -> list[bytes]:
-    """Return the messages of an input: one, or any number for a stream."""
-    if not method.requests:
-        return [body]
-    parts = []
-    while body:
-        length, body = body[0], body[1:]
-        parts.append(body[:length])
-        body = body[length:]
-    return parts
-
-
-def _input(number: int, parts: list[bytes]) -> bytes:
-    if not METHODS[number].requests:
-        return bytes([number]) + (parts[0] if parts else b"")
-    return bytes([number]) + b"".join(bytes([len(p[:255])]) + p[:255] for p in parts)
 
 
 TARGET = Messages

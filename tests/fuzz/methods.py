@@ -1,4 +1,4 @@
-"""The methods of every service, as the fuzzer calls them."""
+"""The methods of every service, as the fuzzer calls them, and the form of its inputs."""
 
 from typing import Any, NamedTuple
 
@@ -9,7 +9,17 @@ from latchkey_proto.v1 import maintenance_service_pb2 as maintenance_pb
 from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
 
-__all__ = ["ENDLESS", "HEALTH", "METHODS", "REFLECTION", "TOKENS", "Method"]
+__all__ = [
+    "ENDLESS",
+    "HEALTH",
+    "METHODS",
+    "REFLECTION",
+    "TOKENS",
+    "Method",
+    "input_of",
+    "number_of",
+    "parts_of",
+]
 
 
 TOKENS = "/latchkey.v1.TokenService/"
@@ -69,8 +79,42 @@ METHODS = (
         maintenance_pb.InvalidateAllRequest,
         maintenance_pb.InvalidateAllResponse,
     ),
+    Method(f"{TOKENS}Update", pb.UpdateRequest, pb.UpdateResponse),
+    Method(f"{TOKENS}Disable", pb.DisableRequest, pb.DisableResponse),
+    Method(f"{TOKENS}Enable", pb.EnableRequest, pb.EnableResponse),
+    Method(f"{TOKENS}Rotate", pb.RotateRequest, pb.RotateResponse),
+    Method(f"{TOKENS}RetireSecrets", pb.RetireSecretsRequest, pb.RetireSecretsResponse),
+    Method(f"{TOKENS}RevokeSecret", pb.RevokeSecretRequest, pb.RevokeSecretResponse),
+    Method(f"{TOKENS}DeleteAll", pb.DeleteAllRequest, pb.DeleteAllResponse),
+    Method(f"{TOKENS}GetUsage", pb.GetUsageRequest, pb.GetUsageResponse),
 )
 
 
 # These end only when the server does.
 ENDLESS = {f"{TOKENS}Watch", f"{HEALTH}Watch"}
+
+
+def number_of(name: str) -> int:
+    """Return a method's number, given the end of its path."""
+    (number,) = (
+        n for n, method in enumerate(METHODS) if method.path.endswith((f"/{name}", f".{name}"))
+    )
+    return number
+
+
+def parts_of(method: Method, body: bytes) -> list[bytes]:
+    """Return the messages of an input: one, or any number for a stream."""
+    if not method.requests:
+        return [body]
+    parts = []
+    while body:
+        length, body = body[0], body[1:]
+        parts.append(body[:length])
+        body = body[length:]
+    return parts
+
+
+def input_of(number: int, parts: list[bytes]) -> bytes:
+    if not METHODS[number].requests:
+        return bytes([number]) + (parts[0] if parts else b"")
+    return bytes([number]) + b"".join(bytes([len(p[:255])]) + p[:255] for p in parts)

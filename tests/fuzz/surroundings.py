@@ -94,11 +94,18 @@ def _service(folder: Path, needs: str) -> Iterator[dict[str, str]]:
         "transport": "grpcio" if needs == "grpcio" else "native",
     }
     variables = {}
-    if needs == "tls":
+    if needs == "native-policy":
+        policy = folder / "policy.toml"
+        policy.write_text(callers.policy_text())
+        settings["policy"] = policy
+    if needs in ("tls", "tls-policy"):
         target = f"127.0.0.1:{free_port()}"
         policy = folder / "policy.toml"
         policy.write_text(callers.policy_text())
         settings |= {"policy": policy, "tls_listen": target, **callers.write_server_files(folder)}
+        if needs == "tls-policy":
+            # With it, clients without a certificate could not connect.
+            del settings["tls_client_ca"]
         for name in ("verifier", "manager"):
             identity = callers.spiffe_identity(callers.uri(name))
             (folder / f"{name}.pem").write_bytes(identity.certificate + identity.key)
@@ -107,7 +114,7 @@ def _service(folder: Path, needs: str) -> Iterator[dict[str, str]]:
     service = Service(folder / "service", **settings)
     try:
         address = asyncio.run(service.welcome())
-        variables["FUZZ_ADDRESS"] = target if needs == "tls" else address
+        variables["FUZZ_ADDRESS"] = str(settings.get("tls_listen", address))
         (pid,) = service.worker_pids
         yield variables | {"FUZZ_PID": str(pid)}
         # The service's output, for the analysis of a finding.

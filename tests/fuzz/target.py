@@ -68,6 +68,11 @@ TARGETS = {
     "http2-native": Entry("http2", "native", "frames, floods and rapid resets", (False,)),
     "http2-grpcio": Entry("http2", "grpcio", "frames, floods and rapid resets", (False,)),
     "http2-tls": Entry("http2", "tls", "TLS records, and frames within", (True,)),
+    "seals": Entry("sealed_rows", "nothing", "sealed rows that were changed"),
+    "refused-native": Entry(
+        "refused_calls", "native-policy", "calls without a credential", (False,)
+    ),
+    "refused-tls": Entry("refused_calls", "tls-policy", "calls without a credential", (True,)),
 }
 # Excluded from the table: it only shows that the fuzzer finds bugs.
 BROKEN = {"broken": Entry("broken", "nothing", "raises at some bytes", ())}

@@ -5,18 +5,40 @@ makes Python almost twice as slow. What they execute is tested one call at a tim
 """
 
 import os
+import sys
+import tomllib
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-__all__ = ["MEASURED", "pytest_runtest_protocol"]
+__all__ = ["MEASURED", "data_file", "measured_python", "pytest_runtest_protocol"]
 
 MEASURED = {"console", "contract", "integration", "unit"}
-# Set by coverage.py. A Python process that inherits it measures itself. The tests of the command
-# line start theirs without it: measuring hundreds of short processes takes too long.
+# Set by coverage.py. A Python process that inherits it measures itself.
 FOR_CHILDREN = "COVERAGE_PROCESS_CONFIG"
+
+
+def data_file(config: pytest.Config) -> str | None:
+    """Return the file whose name other processes extend for what they measure, or None if nothing
+    is measured. The measurement of pytest includes these files in the end."""
+    controller = getattr(config.pluginmanager.getplugin("_cov"), "cov_controller", None)
+    return None if controller is None else str(Path(controller.cov.config.data_file).resolve())
+
+
+def measured_python(config: pytest.Config) -> tuple[str, ...]:
+    """Return the command that runs Python in any folder, and measures coverage if pytest does."""
+    data = data_file(config)
+    if data is None:
+        return (sys.executable,)
+    file = config.rootpath / "pyproject.toml"
+    settings = tomllib.loads(file.read_text("utf-8"))["tool"]["coverage"]["run"]
+    # The file's folders are relative to the folder of the process.
+    source = ",".join(str(config.rootpath / folder) for folder in settings["source"])
+    options = ("--parallel-mode", f"--data-file={data}", f"--rcfile={file}", f"--source={source}")
+    return (sys.executable, "-m", "coverage", "run", *options)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,9 @@ class Service:
     # A program that prepares the process, and then becomes it.
     prefix: tuple[str, ...] = ()
 
-    def __init__(self, folder: Path, **settings: object) -> None:
+    def __init__(
+        self, folder: Path, python: Sequence[str] = (sys.executable,), /, **settings: object
+    ) -> None:
         folder.mkdir(exist_ok=True)
         self._out, self._err = folder / "out", folder / "err"
         # A user's environment: nothing that this process or its libraries have set for themselves.
@@ -45,7 +47,7 @@ class Service:
             environment["PYTHONPATH"] = str(ROOT)
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self._process = subprocess.Popen(
-                [*self.prefix, sys.executable, "-m", self.module],
+                [*self.prefix, *python, "-m", self.module],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -172,9 +174,11 @@ class Service:
 
 
 @contextlib.contextmanager
-def service(folder: Path, **settings: object) -> Iterator[Service]:
+def service(
+    folder: Path, python: Sequence[str] = (sys.executable,), /, **settings: object
+) -> Iterator[Service]:
     """Run Latchkey as a process."""
-    running = Service(folder, **settings)
+    running = Service(folder, python, **settings)
     try:
         yield running
     finally:

@@ -1,4 +1,4 @@
-"""Runs the command line tool as a process."""
+"""Runs the command line tool as a process that a fork server starts."""
 
 import asyncio
 import json
@@ -9,9 +9,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["NOWHERE", "Result", "Run", "make_run"]
+from tests.helpers.fork_server import Forked
 
-# A process starts in about half a second; a busy machine may take longer.
+__all__ = ["NOWHERE", "PRELOADED", "PYTHON", "Result", "Run", "make_run"]
+
+# What the tool imports, some of it only when a command needs it.
+PRELOADED = (
+    "encodings.idna",
+    "grpc.aio",
+    "latchkey_cli.access",
+    "latchkey_cli.bulk",
+    "latchkey_cli.documents",
+    "latchkey_cli.main",
+    "latchkey_cli.session",
+    "latchkey_cli.tables",
+    "latchkey_service.access.command",
+    "latchkey_service.settings.settings",
+    "pydantic.type_adapter",
+    "rich.live",
+    "rich.table",
+    "stringprep",
+    "typer._adapters",
+    "typer.rich_utils",
+)
+# The tool as users start it, for tests of what happens while it starts.
+PYTHON = (sys.executable, "-m", "latchkey_cli")
+
+# Far longer than a command takes on a busy machine.
 TIMEOUT_SECONDS = 20
 # Nothing listens on this reserved port (RFC 6335 §6).
 NOWHERE = "127.0.0.1:1"
@@ -37,7 +61,7 @@ class Result:
 Run = Callable[..., Awaitable[Result]]
 
 
-def make_run(folder: Path) -> Run:
+def make_run(folder: Path, forked: Forked) -> Run:
     """Return a function that runs the tool in `folder`. It kills the tool at the timeout."""
 
     async def run(
@@ -45,7 +69,7 @@ def make_run(folder: Path) -> Run:
         target: str = NOWHERE,
         stdin: str | bytes = b"",
         stdout: int = asyncio.subprocess.PIPE,
-        command: tuple[str, ...] = (sys.executable, "-m", "latchkey_cli"),
+        command: tuple[str, ...] = forked("latchkey_cli"),
         **environment: str,
     ) -> Result:
         process = await asyncio.create_subprocess_exec(

@@ -113,6 +113,18 @@ def _delete_without_a_wait() -> None:
     _replace(AckWaiter, "wait", at_once)
 
 
+def _changes_without_a_wait() -> None:
+    """Rule 8: every change that narrows a token, except Delete, returns as soon as it is
+    committed."""
+    from latchkey_service.coherence.ack_rules import NO_ACKNOWLEDGEMENTS, Acknowledgements
+    from latchkey_service.tokens.confirmation import Call, Confirmations
+
+    async def at_once(_self: Confirmations, _position: object, _call: Call) -> Acknowledgements:
+        return NO_ACKNOWLEDGEMENTS
+
+    _replace(Confirmations, "wait", at_once)
+
+
 def _burial_of_the_living() -> None:
     """Rule 9: rows are removed even if they were just renewed."""
     from latchkey_service.coherence.ack_rules import DeadVerifierDetector
@@ -191,6 +203,7 @@ RULES: dict[str, Callable[[], None]] = {
     "5": _use_without_a_lease,
     "7": _acknowledgement_before_the_clients,
     "8": _delete_without_a_wait,
+    "8-changes": _changes_without_a_wait,
     "9": _burial_of_the_living,
     "12": _positions_without_marks,
     "12-look-up": _look_ups_of_any_position,

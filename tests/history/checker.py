@@ -1,5 +1,7 @@
 """Checks the guarantee on recorded histories: no verify that began after Delete returned is VALID.
 
+What is said of Delete here holds for every change that ends a token (`records.ENDS`).
+
 A pure function of the histories. A Delete counts once it is confirmed. Before that, and for a
 verify that overlaps it, either answer is correct. A rejection before any Delete began is also an
 error, because a token is valid from its Create on. So is the answer that a token does not exist, if
@@ -15,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from tests.history.records import Kind, Outcome, Record
+from tests.history.records import ENDS, Kind, Outcome, Record
 
 __all__ = ["Findings", "Late", "Lost", "Restore", "check"]
 
@@ -77,6 +79,8 @@ class Findings:
     """Each confirmed call of Delete."""
     deleted: dict[int, int] = field(default_factory=dict)
     """The end of each token's first confirmed Delete."""
+    ended_by: dict[int, Kind] = field(default_factory=dict)
+    """The kind of change that ended each token."""
     checked: set[int] = field(default_factory=set)
     """Tokens with an answered verify that began after their Delete was confirmed."""
     from_memory: Counter[str] = field(default_factory=Counter)
@@ -121,7 +125,7 @@ class _Tokens:
         token, outcome = record.token, record.outcome
         if record.kind == Kind.CREATE and outcome == Outcome.DONE:
             self.created[token] = record
-        elif record.kind == Kind.DELETE:
+        elif record.kind in ENDS:
             self.touched[token] = min(record.began, self.touched.get(token, record.began))
             if outcome == Outcome.CONFIRMED or (
                 outcome == Outcome.NOT_FOUND and self._is_settled(record.began)
@@ -179,11 +183,12 @@ def check(
     tokens = _Tokens(restores)
     for history in histories.values():
         for record in history():
-            if record.kind not in (Kind.CREATE, Kind.DELETE):
+            if record.kind != Kind.CREATE and record.kind not in ENDS:
                 continue
             tokens.learn(record)
-            if record.kind == Kind.DELETE and record.outcome == Outcome.CONFIRMED:
+            if record.kind in ENDS and record.outcome == Outcome.CONFIRMED:
                 findings.deletes.append(record)
+                findings.ended_by[record.token] = Kind(record.kind)
                 before = findings.deleted.get(record.token, record.ended)
                 findings.deleted[record.token] = min(before, record.ended)
     tokens.complete()

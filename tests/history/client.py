@@ -21,6 +21,7 @@ import latchkey
 from tests.helpers.child_processes import end_with_parent
 from tests.helpers.token_feed import Reader
 from tests.history.broken import break_rule, rule_to_break
+from tests.history.narrowing import QUESTION, SCOPE
 from tests.history.processes import tell_if_strange
 from tests.history.records import Kind, Outcome, Recorder, now
 
@@ -120,9 +121,8 @@ class _Asker:
 
     def _recall(self, token: _Token) -> bool:
         """Call `verify_nowait`, and return whether it had an answer."""
-        scope = latchkey.Scope.READ if self._random.random() < 0.5 else None
         began = now()
-        answer = self.verifier.verify_nowait(token.secret, scope)
+        answer = self.verifier.verify_nowait(token.secret, SCOPE, **QUESTION)
         ended = now()
         if answer is None:
             return False
@@ -133,7 +133,7 @@ class _Asker:
         began = now()
         outcome = Outcome.FAILED
         try:
-            outcome = _outcome(await self.verifier.verify(token.secret, latchkey.Scope.READ))
+            outcome = _outcome(await self.verifier.verify(token.secret, SCOPE, **QUESTION))
         except latchkey.LatchkeyError as error:
             tell_if_strange(error)  # "No safe answer" is an expected outcome.
         finally:

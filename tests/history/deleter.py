@@ -1,5 +1,5 @@
-"""`python -m tests.history.deleter`: creates tokens, announces them to the clients, deletes them,
-and verifies them again.
+"""`python -m tests.history.deleter`: creates tokens, announces them to the clients, ends them with
+a Delete or another change, and verifies them again.
 
 It talks to the servers directly. Each deleter handles one token after another. The process ends
 when its standard input closes, after its last Deletes are confirmed.
@@ -17,8 +17,10 @@ import latchkey
 
 from tests.helpers.child_processes import end_with_parent
 from tests.helpers.token_feed import Board
+from tests.history import narrowing
+from tests.history.narrowing import Subject
 from tests.history.processes import tell_if_strange
-from tests.history.records import Kind, Outcome, Recorder, now
+from tests.history.records import ENDS, Kind, Outcome, Recorder, now
 
 # The lifetime of a token ranges from zero, so that look-ups of it overlap its Delete, to long
 # enough for every client to cache it.
@@ -30,7 +32,9 @@ RETRY_SECONDS = 0.1
 DIRECT_TIMEOUT_SECONDS = 4.0
 DIRECT_UNDER_WAY_MAX = 200
 FLUSH_SECONDS = 0.05
-# How often two deleters delete the same token at once, and how often one first uses `no_wait`.
+# How often a token is deleted, and not ended by another change.
+DELETE_SHARE = 0.4
+# How often two deleters end the same token at once, and how often one first uses `no_wait`.
 TWICE_SHARE = 0.1
 NO_WAIT_SHARE = 0.1
 # How often a token is looked up on each server while it is deleted.
@@ -38,6 +42,11 @@ OVERLAP_SHARE = 0.3
 # How often a token is read before it is deleted, as in a response to a leak, to check that it
 # exists.
 GET_SHARE = 0.3
+# Sorted, because the choice is repeatable.
+OTHERS = sorted(ENDS - {Kind.DELETE})
+# Not twice: a second expiry is later, and a second DeleteAll does not find the token, as if it had
+# been lost.
+ONCE = {Kind.EXPIRE, Kind.DELETE_ALL}
 
 
 class Deleters:
@@ -79,19 +88,20 @@ class Deleters:
                 self._ask_everyone(number, secret)
                 # Lets the call be in transit, arrive, or wait for its look-up.
                 await asyncio.sleep(0.02 * chance())
-            if chance() < NO_WAIT_SHARE:
-                await self._delete(account, token_id, number, no_wait=True)
-            deletes = [self._until_confirmed(account, token_id, number, secret)]
-            if chance() < TWICE_SHARE:
-                deletes.append(self._until_confirmed(account, token_id, number, secret))
-            await asyncio.gather(*deletes)
+            subject = Subject(account, token_id, secret)
+            kind = Kind.DELETE if chance() < DELETE_SHARE else self._random.choice(OTHERS)
+            no_wait = chance() < NO_WAIT_SHARE and kind not in ONCE
+            if no_wait:
+                await self._end(kind, subject, number, no_wait=True)
+            ends = [self._until_confirmed(kind, subject, number, again=no_wait)]
+            if chance() < TWICE_SHARE and kind not in ONCE:
+                ends.append(self._until_confirmed(kind, subject, number, again=True))
+            await asyncio.gather(*ends)
 
     async def _create(self, account: str, number: int) -> latchkey.CreatedToken | None:
         began = now()
         try:
-            created = await self._any_client().create(
-                account, f"token {number}", latchkey.Scope.READ
-            )
+            created = await narrowing.create(self._any_client(), account, f"token {number}")
         except latchkey.LatchkeyError as error:
             tell_if_strange(error)
             self._recorder.add(Kind.CREATE, Outcome.FAILED, number, began, now())
@@ -99,36 +109,50 @@ class Deleters:
         self._recorder.add(Kind.CREATE, Outcome.DONE, number, began, now())
         return created
 
-    async def _until_confirmed(self, account: str, token_id: str, number: int, secret: str) -> None:
-        """Delete a token until that is confirmed, and verify it on every connection right after."""
+    async def _until_confirmed(
+        self, kind: Kind, subject: Subject, number: int, *, again: bool
+    ) -> None:
+        """End a token until that is confirmed, and verify it on every connection right after."""
         loop = asyncio.get_running_loop()
         give_up = loop.time() + CONFIRM_SECONDS_MAX
-        while not await self._delete(account, token_id, number):
+        while not await self._end(kind, subject, number, again=again):
             if loop.time() > give_up:
                 return
+            again = True
+            if kind is Kind.EXPIRE:
+                kind = Kind.DELETE
             await asyncio.sleep(RETRY_SECONDS)
-        self._ask_everyone(number, secret)
+        self._ask_everyone(number, subject.secret)
         self._board.deleted(number)
 
-    async def _delete(
-        self, account: str, token_id: str, number: int, *, no_wait: bool = False
+    async def _end(
+        self,
+        kind: Kind,
+        subject: Subject,
+        number: int,
+        *,
+        again: bool = False,
+        no_wait: bool = False,
     ) -> bool:
         outcome = Outcome.FAILED
         began = now()
         try:
-            receipt = await self._any_client().delete(account, token_id, no_wait=no_wait)
-        except latchkey.NotFound:
-            # The checker decides whether that is a loss. A retry would not change it.
-            outcome, ended = Outcome.NOT_FOUND, now()
+            end = await narrowing.end(
+                kind, self._any_client(), subject, again=again, no_wait=no_wait
+            )
         except latchkey.LatchkeyError as error:
             tell_if_strange(error)
             ended = now()
         else:
             ended = now()
-            outcome = Outcome.CONFIRMED if receipt.effective_time else Outcome.COMMITTED
+            if not end.found:
+                # The checker decides whether that is a loss. A retry would not change it.
+                outcome = Outcome.NOT_FOUND
+            else:
+                outcome = Outcome.CONFIRMED if end.confirmed else Outcome.COMMITTED
             if outcome is Outcome.COMMITTED and not no_wait:
-                raise AssertionError("a Delete that waits answered without an effective_time")
-        self._recorder.add(Kind.DELETE, outcome, number, began, ended)
+                raise AssertionError("a change that waits answered without an effective_time")
+        self._recorder.add(kind, outcome, number, began, ended)
         return outcome in (Outcome.CONFIRMED, Outcome.NOT_FOUND)
 
     async def _get(self, account: str, token_id: str, number: int) -> None:
@@ -155,7 +179,7 @@ class Deleters:
         outcome = Outcome.FAILED
         began = now()
         try:
-            answer = await client.verify(secret, timeout_seconds=DIRECT_TIMEOUT_SECONDS)
+            answer = await narrowing.verify(client, secret, DIRECT_TIMEOUT_SECONDS)
             outcome = Outcome.VALID if answer.allowed else Outcome.REFUSED
         except latchkey.LatchkeyError as error:
             tell_if_strange(error)  # "No safe answer" is an expected outcome.

@@ -43,9 +43,11 @@ class FailoverStage(Stage):
         self.nodes = made
         self.changeover = Changeover(made, pair)
 
-    async def create(self, *, tell: bool = False) -> Subject:
+    async def create(self, *, tell: bool = False, account: str = "") -> Subject:
         """Create a token, with retries during a failover, as callers do."""
-        return await _persistently(lambda: super(FailoverStage, self).create(tell=tell))
+        return await _persistently(
+            lambda: super(FailoverStage, self).create(tell=tell, account=account)
+        )
 
     async def delete(self, through: latchkey.Client, subject: Subject) -> None:
         """Delete, and repeat that until it is confirmed, as callers do during a failover."""

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Kind", "Outcome", "Record", "Recorder", "now", "read"]
+__all__ = ["ENDS", "Kind", "Outcome", "Record", "Recorder", "now", "read"]
 
 now = time.monotonic_ns
 
@@ -39,24 +39,39 @@ class Kind(enum.IntEnum):
     verifier's number.
     """
     GET = 7
+    NARROW_SCOPE = 8
+    """This and those below: other changes that end a token (`narrowing.py`)."""
+    EXPIRE = 9
+    """It ends when the time has come."""
+    NARROW_NETWORKS = 10
+    NARROW_PERMISSIONS = 11
+    DISABLE = 12
+    ROTATE = 13
+    RETIRE_SECRETS = 14
+    REVOKE_SECRET = 15
+    DELETE_ALL = 16
+
+
+ENDS = frozenset({Kind.DELETE, *(kind for kind in Kind if kind >= Kind.NARROW_SCOPE)})
+"""The kinds after which no verify may be answered VALID."""
 
 
 class Outcome(enum.IntEnum):
     """The outcome of a call."""
 
     FAILED = 0
-    """With an error. Of a Delete that means: not confirmed, though it may stand."""
+    """With an error. Of a change that means: not confirmed, though it may stand."""
     VALID = 1
     REFUSED = 2
     """Any other verdict."""
     DONE = 3
     """Of a Create or a Get."""
     CONFIRMED = 4
-    """Of a Delete: the receipt has the time since which the token has been dead everywhere."""
+    """Of a change: the receipt has the time since which the token has been dead everywhere."""
     COMMITTED = 5
-    """Of a Delete with `no_wait`: the token may not be dead everywhere yet."""
+    """Of a change with `no_wait`: the token may not be dead everywhere yet."""
     NOT_FOUND = 6
-    """Of a Delete or a Get: the service does not know the token."""
+    """Of a change or a Get: the service does not know the token."""
 
 
 class Record(NamedTuple):

@@ -3,8 +3,8 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from tests.history.checker import Findings
-from tests.history.records import Kind
+from tests.history.checker import Findings, Late
+from tests.history.records import ENDS, Kind
 from tests.history.records import Outcome as Ended
 from tests.history.run import Outcome
 
@@ -65,9 +65,13 @@ def violations(findings: Findings) -> list[str]:
 
 def late_accepts(findings: Findings) -> list[str]:
     """Return a line for each of the first late accepts."""
+
+    def kind(late: Late) -> str:
+        return findings.ended_by.get(late.token, Kind.DELETE).name
+
     lines = [
         f"token {late.token} VALID for {late.who} ({late.kind.name}), in a verify that began"
-        f" {late.late_ns / 1e6:.3f} ms after its Delete had answered,"
+        f" {late.late_ns / 1e6:.3f} ms after {kind(late)} had answered,"
         f" at {late.began}, and ended at {late.ended}"
         for late in findings.late[:LATE_SHOWN]
     ]
@@ -101,9 +105,9 @@ def table(outcome: Outcome) -> list[str]:
     hosts = ", ".join("1" if workers is None else f"{workers} sharing" for workers in size.hosts)
     faults = Counter(fault.kind for fault in outcome.faults)
     failed = sum(n for (_, ended), n in findings.calls.items() if ended is Ended.FAILED)
-    unconfirmed = findings.ended(Kind.DELETE, Ended.FAILED)
+    unconfirmed = sum(findings.ended(kind, Ended.FAILED) for kind in ENDS)
     caching = f"{outcome.remembering} of {size.verifiers}"
-    no_wait = findings.ended(Kind.DELETE, Ended.COMMITTED)
+    no_wait = sum(findings.ended(kind, Ended.COMMITTED) for kind in ENDS)
     run = f"{size.seconds:.0f} s, seed {size.seed}, leases of {size.lease_seconds:g} s"
     who = f"{size.workers} workers ({hosts}), {size.clients} clients, {size.deleters} deleters"
     planned = f"of {len(outcome.planned)} planned" if outcome.planned else "one after the other"
@@ -115,7 +119,11 @@ def table(outcome: Outcome) -> list[str]:
         f"  from service   {findings.from_service:>10,}    asked by verifiers",
         f"  direct         {findings.count(Kind.DIRECT):>10,}    Verify RPCs right after Deletes",
         f"  creates        {findings.ended(Kind.CREATE, Ended.DONE):>10,}",
-        f"  deletes        {len(findings.deletes):>10,}    confirmed; {others}",
+        f"  ends           {len(findings.deletes):>10,}    confirmed; {others}",
+        *(
+            f"    {kind.name.lower():<20} {count:>5,}"
+            for kind, count in sorted(Counter(findings.ended_by.values()).items())
+        ),
         f"    of tokens    {len(findings.deleted):>10,}",
         f"    checked      {len(findings.checked):>10,}    verified after their Delete",
         f"faults           {len(outcome.faults):>10,}    {planned}",

@@ -17,6 +17,7 @@ import latchkey
 from tests.helpers.databases import session
 from tests.helpers.token_feed import Board
 from tests.helpers.waiting import eventually
+from tests.history import narrowing
 from tests.history.checker import Findings, check
 from tests.history.cluster import LOOKUP, WATCH, Client, Cluster, cluster
 from tests.history.proxy import Connection, Direction, Fault
@@ -63,11 +64,11 @@ class Stage:
         """Return the one client."""
         return self.cluster.clients[0]
 
-    async def create(self, *, tell: bool = False) -> "Subject":
+    async def create(self, *, tell: bool = False, account: str = "") -> "Subject":
         """Create a token, and have the client verify it if requested."""
         number = next(self._numbers)
         began = now()
-        created = await self.other.create(ACCOUNT, f"token {number}", latchkey.Scope.READ)
+        created = await narrowing.create(self.other, account or ACCOUNT, f"token {number}")
         self._recorder.add(Kind.CREATE, Outcome.DONE, number, began, now())
         subject = Subject(number, created.token.id, created.secret.reveal())
         if tell:
@@ -79,7 +80,7 @@ class Stage:
         outcome = Outcome.FAILED
         began = now()
         with contextlib.suppress(latchkey.Unavailable, latchkey.ResourceExhausted):
-            answer = await through.verify(subject.secret, timeout_seconds=4.0)
+            answer = await narrowing.verify(through, subject.secret, 4.0)
             outcome = Outcome.VALID if answer.allowed else Outcome.REFUSED
         self._recorder.add(Kind.DIRECT, outcome, subject.number, began, now())
         return outcome
@@ -96,6 +97,18 @@ class Stage:
             outcome = Outcome.NOT_FOUND
         ended = self._deleted[subject.number] = now()
         self._recorder.add(Kind.DELETE, outcome, subject.number, began, ended)
+        self._board.deleted(subject.number)
+
+    async def end(
+        self, kind: Kind, through: latchkey.Client, subject: "Subject", account: str = ""
+    ) -> None:
+        """End a token with a change of this kind, once."""
+        named = narrowing.Subject(account or ACCOUNT, subject.token_id, subject.secret)
+        began = now()
+        end = await narrowing.end(kind, through, named, again=True, timeout_seconds=10.0)
+        assert end.confirmed, kind.name
+        ended = self._deleted[subject.number] = now()
+        self._recorder.add(kind, Outcome.CONFIRMED, subject.number, began, ended)
         self._board.deleted(subject.number)
 
     async def verify_on(self, through: latchkey.Client, subject: "Subject") -> None:
@@ -251,6 +264,27 @@ async def client_hears_nothing(stage: Stage) -> None:
         await stage.client_verifies_on(subject)
 
 
+async def client_hears_of_no_change(stage: Stage) -> None:
+    """No message reaches a client that keeps answering under its lease, while each other kind of
+    change ends a token (8)."""
+    kinds = sorted(narrowing.CHANGES.keys() - {Kind.DELETE})
+    # An account each, because DeleteAll ends all tokens of one.
+    subjects = {
+        kind: await stage.create(tell=True, account=kind.name.lower().replace("_", "-"))
+        for kind in kinds
+    }
+    for subject in subjects.values():
+        await stage.remembered_by_client(subject)
+    silent = Fault(lambda c: c.label == WATCH, "swallow", Direction.DOWN)
+    async with stage.cluster.network.fault(silent):
+        async with asyncio.TaskGroup() as group:
+            for kind, subject in subjects.items():
+                account = kind.name.lower().replace("_", "-")
+                group.create_task(stage.end(kind, stage.suspect, subject, account))
+        for subject in subjects.values():
+            await stage.client_verifies_on(subject)
+
+
 async def row_is_removed(stage: Stage) -> None:
     """A server is frozen until its row is removed, continues, and reads a Delete late (3)."""
     (process,) = stage.cluster.hosts[SUSPECT].worker_processes()
@@ -293,12 +327,13 @@ SCENARIOS: dict[str, tuple[Scenario, ...]] = {
     "5": (worker_is_frozen, client_is_frozen),
     "7": (client_hears_nothing,),
     "8": (client_hears_nothing,),
+    "8-changes": (client_hears_of_no_change,),
     "9": (suspect_deletes,),
 }
 # The host to which the client is connected: the suspect, if the rule concerns a server's clients;
 # otherwise the correct host, so that every error is the client's own. The other scenarios have no
 # client.
-_CLIENT_ON = {None: OTHER, "4": OTHER, "5": OTHER, "7": SUSPECT, "8": SUSPECT}
+_CLIENT_ON = {None: OTHER, "4": OTHER, "5": OTHER, "7": SUSPECT, "8": SUSPECT, "8-changes": SUSPECT}
 
 
 @contextlib.asynccontextmanager

@@ -8,7 +8,7 @@ import pytest
 from tests.history import report
 from tests.history.checker import Findings, Restore, check
 from tests.history.faults import KINDS, Happened
-from tests.history.records import Kind, Outcome, Record, Recorder, read
+from tests.history.records import ENDS, Kind, Outcome, Record, Recorder, read
 from tests.history.run import Outcome as RunOutcome
 from tests.history.run import Size
 
@@ -27,9 +27,18 @@ def judge(*records: Record) -> Findings:
     """Check a history of two processes whose records are not in time order."""
     shuffled = list(records)
     random.Random(len(records)).shuffle(shuffled)  # noqa: S311 - repeatable
-    deletes = [record for record in shuffled if record.kind == Kind.DELETE]
-    verifies = [record for record in shuffled if record.kind != Kind.DELETE]
+    deletes = [record for record in shuffled if record.kind in ENDS]
+    verifies = [record for record in shuffled if record.kind not in ENDS]
     return check({"deleters": lambda: deletes, "client": lambda: verifies})
+
+
+@pytest.mark.parametrize("kind", sorted(ENDS))
+def test_every_change_that_ends_a_token_forbids_valid(kind: Kind) -> None:
+    """VALID after any confirmed change that ends the token is a late accept."""
+    ended = delete(1, 10, 20)._replace(kind=kind)
+    findings = judge(ended, verify(1, 12, 13), verify(1, 23, 24))
+    assert (findings.late_count, findings.ended_by) == (1, {1: kind})
+    assert judge(ended._replace(outcome=Outcome.FAILED), verify(1, 23, 24)).late_count == 0
 
 
 def test_late_accept() -> None:

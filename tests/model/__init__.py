@@ -68,4 +68,11 @@ one rule at a time, and each time the explorer finds an order that violates the 
 
 **What it does not show**: that the code follows the rules, and that Postgres behaves as assumed.
 The model has one token (and changes that name another) and one Delete, and T is two or three ticks.
+
+**Other changes that narrow a token** (Update, Disable, Rotate, RetireSecrets, RevokeSecret and
+DeleteAll) are not modelled, because they do not differ from Delete here. Each takes a revision,
+names its tokens in the log and waits by rule 8, and a verdict that was read before it is outdated
+for the same reasons. What it changes does not matter: a cache drops all that it knows of a named
+token. The one difference is that a later change may make the token VALID again. Then VALID is right
+from that change's commit on, and the guarantee for the narrowing says nothing about it.
 """

@@ -254,6 +254,8 @@ def _to_client(event: watch_sessions.Event) -> client_side.Event:
             return client_side.Closing()
         case watch_events.ReportReceived():
             return client_side.UsesReceived(event.report)
+        case watch_events.Shares():
+            raise AssertionError("the clients of the simulation ask for no shares")
 
 
 class Client:

@@ -16,7 +16,7 @@ __all__ = ["LIMITS", "WARM_UP_SHARE", "Found", "complaints", "document", "judge"
 WARM_UP_SHARE = 0.4
 
 # How much a series may rise within the judged time (a quarter of an hour or more). A leak
-# continues, so by then it must be far above the noise. With the rates of `load.py`:
+# continues, so by then it must be far above the noise. With the rates of `operations.py`:
 #
 # - Memory: a worker answers about 300 calls a second. If each leaks an object of 64 bytes, that is
 #   17 MB in a quarter of an hour; a leak of one Watch stream in ten is 12 MB. An allocator's noise

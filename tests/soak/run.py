@@ -15,7 +15,8 @@ from tests.helpers.callers import policy_text, write_server_files
 from tests.helpers.service_process import Service
 from tests.helpers.waiting import POLL_SECONDS, eventually
 from tests.soak import report
-from tests.soak.load import Load, Place, loading
+from tests.soak.connections import Place
+from tests.soak.load import Load, loading
 from tests.soak.samples import Samples
 from tests.soak.slope import BLOCKS_MIN
 

@@ -10,7 +10,8 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from latchkey_cli import documents, output
+from latchkey_cli import documents, output, service
+from latchkey_cli.failures import Exit, Failure
 from latchkey_cli.options import JsonOption, TargetOption, TimeoutOption
 from latchkey_cli.restrictions import PAST, past
 from latchkey_cli.text import visible
@@ -62,6 +63,10 @@ class MethodName(enum.StrEnum):
 
 
 def audit(
+    action: Annotated[
+        str | None,
+        typer.Argument(metavar="[verify]", help="Check the log instead.", show_default=False),
+    ] = None,
     account: Annotated[
         str, typer.Option("--account", "-a", metavar="ID", help="Only calls for this account.")
     ] = "",
@@ -107,6 +112,15 @@ def audit(
     limit: Annotated[
         int, typer.Option("--limit", min=0, metavar="N", help="At most N entries; 0 means all.")
     ] = LIMIT,
+    noted: Annotated[
+        str | None,
+        typer.Option(
+            "--noted",
+            metavar="NUMBER:DIGEST",
+            show_default=False,
+            help="With verify: the newest batch at an earlier time.",
+        ),
+    ] = None,
     target: TargetOption = "127.0.0.1:50051",
     timeout: TimeoutOption = None,
     as_json: JsonOption = False,
@@ -116,7 +130,20 @@ def audit(
     Entries are listed newest first. With --json, the output is one array. If
     the closing bracket is missing, the list is incomplete and the exit code
     says why.
+
+    'audit verify' checks on the host of the service, with its settings, whether
+    entries were changed or removed. It exits with 1 if so. It prints the newest
+    batch: note it elsewhere, and pass it to --noted next time.
     """
+    if action is not None or noted is not None:
+        if action != "verify":
+            raise Failure(
+                "'audit' takes no argument other than 'verify'",
+                "--noted belongs to 'audit verify'; see 'latchkey audit --help'",
+                Exit.USAGE,
+                code="USAGE",
+            )
+        service.verify_audit(noted)
     # Imported here: shell completion must not wait for gRPC to load.
     from latchkey import AuditFilter, Outcome
 
@@ -191,13 +218,19 @@ def _row(entry: "AuditEntry") -> list[Text]:
         outcome += f" (× {entry.calls})"
     return [
         Text(local(entry.time, seconds=True)),
-        Text(visible(entry.caller)) if entry.caller else Text("unknown", style="dim"),
+        _caller(entry),
         Text(visible(entry.method.rpartition("/")[2])),
         Text(visible(entry.account_id)),
         Text(visible(outcome), style=_STYLES.get(name, "")),
-        Text(visible(entry.peer), style="dim"),
+        Text(visible(entry.client_address or entry.peer), style="dim"),
         Text(visible(entry.token_id), style="cyan"),
     ]
+
+
+def _caller(entry: "AuditEntry") -> Text:
+    if not entry.caller:
+        return Text("unknown", style="dim")
+    return Text(visible(f"{entry.caller} for {entry.person}" if entry.person else entry.caller))
 
 
 def _two_lines(row: list[Text]) -> list[Text]:

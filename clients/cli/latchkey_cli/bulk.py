@@ -23,6 +23,10 @@ from latchkey_cli.restrictions import (
     FilterLabelOption,
     FilterScopeOption,
     NameContainsOption,
+    NeverExpiresOption,
+    NeverUsedOption,
+    SearchOption,
+    SecretCreatedBeforeOption,
     StateOption,
     UnusedSinceOption,
     token_filter,
@@ -165,6 +169,10 @@ def delete_all(
     expires_before: ExpiresBeforeOption = None,
     unused_since: UnusedSinceOption = None,
     can_write: CanWriteOption = None,
+    search: SearchOption = None,
+    never_used: NeverUsedOption = None,
+    never_expires: NeverExpiresOption = None,
+    secret_created_before: SecretCreatedBeforeOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List what would be deleted, and delete nothing.")
     ] = False,
@@ -190,7 +198,17 @@ def delete_all(
     if not yes and not dry_run:
         output.require_terminal("pass --yes to delete, or --dry-run to see what would be deleted")
     wanted = token_filter(
-        scope, name_contains, label, state, expires_before, unused_since, can_write
+        scope,
+        name_contains,
+        label,
+        state,
+        expires_before,
+        unused_since,
+        can_write,
+        search,
+        never_used,
+        never_expires,
+        secret_created_before,
     )
     from latchkey_cli.session import Doing, Session
 

@@ -49,6 +49,15 @@ def console(
             "Header in which a sign-in proxy sends the account ID, such as jane@example.com.",
         ),
     ] = None,
+    person_header: Annotated[
+        str | None,
+        _option(
+            "PERSON_HEADER",
+            "NAME",
+            "Header in which the proxy sends the person's own name, for the audit log.",
+            default="--account-header",
+        ),
+    ] = None,
     trusted_proxy: Annotated[
         list[str] | None,
         _option(
@@ -127,6 +136,7 @@ def console(
                 target=target,
                 account=account,
                 account_header=account_header,
+                person_header=person_header,
                 trusted_proxies=tuple(trusted_proxy or ()),
                 oidc_issuer=oidc_issuer,
                 oidc_client_id=oidc_client_id,

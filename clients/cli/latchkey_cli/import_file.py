@@ -18,7 +18,7 @@ __all__ = ["COLUMNS", "FileError", "FileRow", "RowError", "read"]
 
 COLUMNS: Final = (
     *("hash", "account", "name", "scope", "expires", "created", "hint", "description"),
-    *("networks", "permissions", "enabled"),
+    *("networks", "permissions", "rate", "enabled"),
 )
 LABEL: Final = "label."
 # Names of columns that contain secrets in other systems' tables.
@@ -66,6 +66,7 @@ class FileRow:
     description: str
     networks: tuple[str, ...]
     permissions: tuple[str, ...]
+    rate: str | None
     enabled: bool
     labels: Mapping[str, str]
 
@@ -263,6 +264,7 @@ _PARSERS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "description": _blank,
     "networks": _words,
     "permissions": _words,
+    "rate": _text,
     "enabled": _enabled,
 }
 

@@ -49,6 +49,9 @@ _COLUMNS: Final = {
     "expire_time": "expires",
     "create_time": "created",
     "allowed_networks": "networks",
+    "rate_limit.count": "rate",
+    "rate_limit.period": "rate",
+    "rate_limit.burst": "rate",
 }
 
 
@@ -227,7 +230,7 @@ def _rows(
 
 def _token(row: FileRow, defaults: _Defaults) -> "ImportedToken | RowError | None":
     """Return a row's token, or what is wrong with the row, or None if it has expired."""
-    from latchkey import ImportedToken, Scope
+    from latchkey import ImportedToken, RateLimit, Scope
 
     now = datetime.now(UTC)
     account, scope = row.account or defaults.account, row.scope or defaults.scope
@@ -239,6 +242,10 @@ def _token(row: FileRow, defaults: _Defaults) -> "ImportedToken | RowError | Non
     expires = row.expires or (now + expiry.ttl if expiry.ttl else expiry.expire_time)
     if expires is not None and expires <= now:
         return None
+    try:
+        rate_limit = None if row.rate is None else RateLimit.parse(row.rate)
+    except ValueError:
+        return RowError(row.line, "rate", "must be a rate such as 100/minute")
     return ImportedToken(
         account_id=account,
         name=row.name or f"imported, line {row.line}",
@@ -251,6 +258,7 @@ def _token(row: FileRow, defaults: _Defaults) -> "ImportedToken | RowError | Non
         description=row.description,
         allowed_networks=row.networks,
         permissions=row.permissions,
+        rate_limit=rate_limit,
         disabled=not row.enabled,
     )
 

@@ -13,6 +13,7 @@ from latchkey_cli import (
     changes,
     console,
     importing,
+    listing,
     maintenance,
     output,
     placing,
@@ -58,7 +59,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command("create", cls=Command)(tokens.create)
-app.command("list", cls=Command)(tokens.list_tokens)
+app.command("list", cls=Command)(listing.list_tokens)
 app.command("get", cls=Command)(tokens.get)
 app.command("delete", cls=Command)(tokens.delete)
 app.command("update", cls=Command)(changes.update)
@@ -79,6 +80,7 @@ app.command("receiver", cls=Command)(receiver.receiver)
 app.command("serve", cls=Command)(service.serve)
 app.command("policy", cls=Command)(service.policy)
 app.command("dev-ca", cls=Command)(service.dev_ca)
+app.command("migrate", cls=Command)(service.migrate)
 app.command("proto", cls=Command)(proto.proto)
 app.command("config", cls=Command)(service.config)
 
@@ -149,7 +151,7 @@ def _run(arguments: list[str]) -> int:
     # Checked before parsing, because the parser's error messages quote the argument.
     if (position := secrets.find_secret(arguments)) is not None:
         raise verify.refusal(f"argument {position}, which looks like a secret")
-    if (meant := placing.long_option_with_one_dash(arguments, _long_options())) is not None:
+    if (meant := placing.long_option_with_one_dash(arguments, _long_options)) is not None:
         raise Failure(
             f"'{meant[1:]}' has one dash, and long options have two",
             f"write {meant}; see '{NAME} --help'",

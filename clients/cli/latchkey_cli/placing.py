@@ -5,7 +5,7 @@ place before the arguments are parsed, and recognises long options with a single
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
 __all__ = ["long_option_with_one_dash", "placed"]
@@ -45,15 +45,18 @@ def placed(arguments: Sequence[str]) -> list[str]:
     return [*before, *middle, *after, *arguments[end:]]
 
 
-def long_option_with_one_dash(arguments: Sequence[str], known: Collection[str]) -> str | None:
+def long_option_with_one_dash(
+    arguments: Sequence[str], known: Callable[[], Collection[str]]
+) -> str | None:
     """Return the option that `-account` was meant to be (`--account`), or None.
 
-    The parser would take it for `-a ccount`, and report something else.
+    The parser would take it for `-a ccount`, and report something else. `known` returns all long
+    options. It is called only if an argument looks like one, because it builds all commands.
     """
     for argument in arguments:
         if argument == "--":
             return None
         match = re.fullmatch(r"-([a-z][a-z-]+)(?:=.*)?", argument, re.DOTALL)
-        if match is not None and f"--{match[1]}" in known:
+        if match is not None and f"--{match[1]}" in known():
             return f"--{match[1]}"
     return None

@@ -24,8 +24,12 @@ __all__ = [
     "FilterScopeOption",
     "NameContainsOption",
     "NetworkOption",
+    "NeverExpiresOption",
+    "NeverUsedOption",
     "PermissionOption",
     "RateOption",
+    "SearchOption",
+    "SecretCreatedBeforeOption",
     "StateName",
     "StateOption",
     "UnusedSinceOption",
@@ -185,6 +189,45 @@ CanWriteOption = Annotated[
 ]
 
 
+SearchOption = Annotated[
+    str | None,
+    typer.Option(
+        "--search",
+        metavar="TEXT",
+        show_default=False,
+        help="Tokens with this text in the name or at the end of a secret.",
+    ),
+]
+NeverUsedOption = Annotated[
+    YesNo | None,
+    typer.Option(
+        "--never-used",
+        case_sensitive=False,
+        show_default=False,
+        help="Yes: tokens without a recorded use. No: all others.",
+    ),
+]
+NeverExpiresOption = Annotated[
+    YesNo | None,
+    typer.Option(
+        "--never-expires",
+        case_sensitive=False,
+        show_default=False,
+        help="Yes: tokens without an expiry. No: all others.",
+    ),
+]
+SecretCreatedBeforeOption = Annotated[
+    datetime | None,
+    typer.Option(
+        "--secret-before",
+        parser=past,
+        metavar="WHEN",
+        show_default=False,
+        help="Tokens without a newer secret than: 180d (ago), a date, or a time.",
+    ),
+]
+
+
 def rate_limit_of(rate: str | None, burst: int | None) -> "RateLimit | None":
     """Return the rate limit for these options, or None without one. Raises typer.BadParameter."""
     if rate is None:
@@ -211,12 +254,17 @@ def token_filter(
     expires_before: datetime | None,
     unused_since: datetime | None,
     can_write: YesNo | None,
+    search: str | None,
+    never_used: YesNo | None,
+    never_expires: YesNo | None,
+    secret_created_before: datetime | None,
 ) -> "TokenFilter":
     """Return the filter for these options. Raises typer.BadParameter."""
     labels = labels_of(label or [])
-    if name_contains is not None and not name_contains.strip():
-        # Such as from an unset variable: without a text, every name would match.
-        raise typer.BadParameter("give a text", param_hint="--name-contains")
+    for text, option in ((name_contains, "--name-contains"), (search, "--search")):
+        if text is not None and not text.strip():
+            # Such as from an unset variable: without a text, every name would match.
+            raise typer.BadParameter("give a text", param_hint=option)
     # Imported here: shell completion must not wait for gRPC to load.
     from latchkey import Scope, TokenFilter, TokenState
 
@@ -227,5 +275,13 @@ def token_filter(
         state=None if state is None else TokenState[state.name],
         expires_before=expires_before,
         unused_since=unused_since,
-        can_write=None if can_write is None else can_write is YesNo.YES,
+        can_write=_truth(can_write),
+        search=search or "",
+        never_used=_truth(never_used),
+        never_expires=_truth(never_expires),
+        secret_created_before=secret_created_before,
     )
+
+
+def _truth(answer: YesNo | None) -> bool | None:
+    return None if answer is None else answer is YesNo.YES

@@ -1,4 +1,4 @@
-"""The commands that run the service itself: `serve`, `config`, `policy` and `dev-ca`.
+"""The commands that run the service itself, such as `serve`, `config` and `policy`.
 
 The service is another distribution, and this module never imports it. It replaces this process with
 the service, so that signals and exit codes are the service's.
@@ -15,7 +15,7 @@ import typer
 from latchkey_cli.failures import Exit, Failure
 from latchkey_cli.options import JsonOption
 
-__all__ = ["config", "dev_ca", "policy", "serve"]
+__all__ = ["config", "dev_ca", "migrate", "policy", "serve", "verify_audit"]
 
 _MODULE = "latchkey_service"
 
@@ -115,6 +115,28 @@ def dev_ca(
     """
     options = [f"--host={host}" for host in hosts or []]
     _become("dev-ca", f"--output={path}", f"--caller={caller}", *options)
+
+
+def migrate(
+    role: Annotated[
+        str | None,
+        typer.Option(
+            "--grant", metavar="ROLE", show_default=False, help="Database role of the service."
+        ),
+    ] = None,
+) -> None:
+    """Bring the database to this release, as the owner of its tables.
+
+    Needed only if the service runs with a role that may not change tables.
+    LATCHKEY_DATABASE_URL names the owner. --grant gives the role of the service
+    its rights, and no others. The service itself migrates if it owns the tables.
+    """
+    _become("migrate", *([] if role is None else [f"--grant={role}"]))
+
+
+def verify_audit(noted: str | None) -> None:
+    """Check the audit log on the host of the service."""
+    _become("audit", "verify", *([] if noted is None else [f"--noted={noted}"]))
 
 
 def _become(*arguments: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""The commands that manage tokens: `create`, `list`, `get` and `delete`."""
+"""The commands that manage tokens: `create`, `get` and `delete`."""
 
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,11 +36,9 @@ if TYPE_CHECKING:
 
     from latchkey_cli.session import Session
 
-__all__ = ["create", "delete", "get", "list_tokens"]
+__all__ = ["create", "delete", "get"]
 
 TARGET = "127.0.0.1:50051"
-# The service's maximum, for the fewest round trips.
-PAGE_SIZE = 500
 # Words that people pass as the value of a flag. `delete --yes false ID` must not delete.
 _NO_IDS = frozenset({"true", "false", "yes", "no", "on", "off", "1", "0"})
 
@@ -108,56 +106,6 @@ def create(
         lost=f"get another one with {again}",
         if_not_written=f"get another secret with {again}",
     )
-
-
-def list_tokens(
-    account: AccountOption,
-    limit: Annotated[
-        int | None,
-        typer.Option("--limit", min=1, metavar="N", show_default=False, help="At most N tokens."),
-    ] = None,
-    target: TargetOption = TARGET,
-    timeout: TimeoutOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """List all live tokens of the account, newest first.
-
-    With --json, the output is one array. If the closing bracket is missing,
-    the list is incomplete and the exit code says why.
-    """
-    from latchkey_cli.session import Doing, Session
-
-    doing = Doing(f"list the tokens of account '{account}'")
-    table = tables.TokenTable(output.console(sys.stdout))
-    left, page_token, printed = limit, "", 0
-    with Session(target, timeout) as session:
-        while True:
-            page = session.run(
-                session.client.list_page(
-                    account,
-                    page_size=PAGE_SIZE if left is None else min(left, PAGE_SIZE),
-                    page_token=page_token,
-                ),
-                doing,
-            )
-            tokens = page.tokens if left is None else page.tokens[:left]
-            if as_json:
-                for number, token in enumerate(tokens, start=printed):
-                    start = ",\n" if number else "[\n"
-                    line = output.to_json(documents.document(token), indent=None)
-                    output.write(sys.stdout, start + line)
-            else:
-                table.print_page(tokens)
-            printed += len(tokens)
-            left = None if left is None else left - len(tokens)
-            # A repeated page token would loop forever. An empty page need not be the last one.
-            if left == 0 or page.next_page_token in ("", page_token):
-                break
-            page_token = page.next_page_token
-    if as_json:
-        output.write(sys.stdout, "\n]\n" if printed else "[]\n")
-    elif not printed:
-        output.write(sys.stderr, f"Account '{visible(account)}' has no tokens.\n")
 
 
 def get(

@@ -26,6 +26,8 @@ from latchkey_console.openid import SIGN_IN_SECONDS, OpenId
 from latchkey_console.pages import Pages
 from latchkey_console.protection import BadForm, Protection, Seals, read_form, session_id
 from latchkey_console.rendering import Renderer, is_part
+from latchkey_console.reviewed import Reviewed
+from latchkey_console.selection import Selection
 from latchkey_console.settings import Settings
 from latchkey_console.showing import Displays
 
@@ -68,10 +70,12 @@ def make_app(
     else:
         raise ValueError("the settings do not say how to identify visitors")
     seals = Seals(key)
-    frame = Frame(client, identity, seals, renderer, now, monotonic)
+    reviewed = Reviewed(settings.cookie_name, secure=settings.https)
+    frame = Frame(client, identity, seals, renderer, reviewed, now, monotonic)
     displays = Displays(monotonic)
     pages = Pages(frame, displays)
     lifecycle = Lifecycle(frame, displays)
+    selection = Selection(frame)
     errors = _Errors(renderer, openid)
 
     @contextlib.asynccontextmanager
@@ -91,6 +95,7 @@ def make_app(
         Route("/static/{version}/{name}", renderer.static),
         Route(HEALTH, _health),
         *lifecycle.routes(),
+        *selection.routes(),
     ]
     if openid is not None:
         routes += _SignIn(openid, seals, renderer).routes()

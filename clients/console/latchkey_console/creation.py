@@ -10,7 +10,6 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Final
 
 from latchkey import AlreadyExists, Client, LatchkeyError, Token
@@ -84,12 +83,10 @@ class Creations:
         self,
         client: Client,
         displays: Displays,
-        now: Callable[[], datetime],
         monotonic: Callable[[], float],
     ) -> None:
         self._client = client
         self._displays = displays
-        self._now = now
         # Twice FORM_SECONDS: an attempt may start just before its form expires.
         self._attempts: Expiring[_Attempt] = Expiring(2 * FORM_SECONDS, ATTEMPTS_MAX, monotonic)
 
@@ -125,10 +122,9 @@ class Creations:
         try:
             # Checked first, so that a token of this name found afterwards must be ours. The check
             # also shows whether Latchkey is available, before a token can be lost.
-            inventory = await listing.fetch(self._client, account_id, self._now())
+            taken = await listing.named(self._client, account_id, new.name)
         except LatchkeyError as error:
             return NotMade(error) if lost is None else Lost(None, error)
-        taken = inventory.named(new.name)
         if taken is not None and lost is not None:
             if not replace or lost.found is None or lost.found.id != taken.id:
                 return Lost(taken, None)
@@ -152,7 +148,6 @@ class Creations:
             _log.info("created: account %s, token %s", token.account_id, token.id)
             return Made(self._displays.put(owner, token, created.secret))
         try:
-            inventory = await listing.fetch(self._client, account_id, self._now())
+            return Lost(await listing.named(self._client, account_id, new.name), None)
         except LatchkeyError as error:
             return Lost(None, error)
-        return Lost(inventory.named(new.name), None)

@@ -21,6 +21,8 @@ __all__ = [
     "EXPIRY_DAYS",
     "NAME_LENGTH_MAX",
     "SCOPES",
+    "SELECTED_MAX",
+    "SELECTION_BYTES_MAX",
     "NewToken",
     "TokenForm",
     "duration_of",
@@ -37,6 +39,10 @@ NAME_LENGTH_MAX: Final = 64
 # fields of a long filter.
 BODY_BYTES_MAX: Final = 16_384
 _FIELDS_MAX: Final = 32
+# Tokens that can be selected at once: one page of the service, so that one call names them all.
+SELECTED_MAX: Final = 500
+# With 500 ids of 30 characters, each with the name of its field.
+SELECTION_BYTES_MAX: Final = 32_768
 EXPIRY_DAYS: Final[Mapping[str, int]] = {"30": 30, "90": 90, "365": 365}
 # The longest lifetime that the service allows, in seconds, if the page offers that as a choice.
 _LONGEST: Final = re.compile(r"([1-9][0-9]{0,9})s")
@@ -213,19 +219,22 @@ def last_second(day: str, end: str, now: datetime) -> datetime:
     return chosen
 
 
-def parse_body(body: bytes) -> dict[str, str]:
+def parse_body(body: bytes, repeated: str = "") -> dict[str, str]:
     """Return the fields of an application/x-www-form-urlencoded body. Raises ValueError.
 
-    Rejects duplicate fields: a check might read one value and the code after it the other.
+    Rejects duplicate fields: a check might read one value and the code after it the other. The
+    values of the field `repeated`, which has no spaces in them, are joined with spaces.
     """
     pairs = parse_qsl(
         body.decode("ascii"),
         keep_blank_values=True,
-        max_num_fields=_FIELDS_MAX,
+        max_num_fields=_FIELDS_MAX + (SELECTED_MAX if repeated else 0),
         encoding="utf-8",
         errors="strict",
     )
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
+    values = [value for name, value in pairs if name == repeated]
+    others = [pair for pair in pairs if pair[0] != repeated]
+    fields = dict(others)
+    if len(fields) != len(others):
         raise ValueError("duplicate form field")
-    return fields
+    return fields | ({repeated: " ".join(values)} if repeated else {})

@@ -4,8 +4,8 @@
 """
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
 
@@ -17,9 +17,11 @@ from latchkey_console import listing
 from latchkey_console.expiring import Expiring
 from latchkey_console.failures import Trouble, trouble
 from latchkey_console.identity import Identity, Refused, Viewer
-from latchkey_console.listing import Filter, Inventory
+from latchkey_console.listing import ROWS_MAX, Filter, Listed
 from latchkey_console.protection import BadForm, Seals, read_form, session_id
 from latchkey_console.rendering import Renderer, is_part
+from latchkey_console.review import Finding, Kind
+from latchkey_console.reviewed import Reviewed
 
 __all__ = ["Frame", "Notice", "Visit", "read_fields", "rows_context", "unchanged"]
 
@@ -35,12 +37,16 @@ class Notice:
     """The result of a change, shown once on the next page."""
 
     kind: str
-    """deleted, unconfirmed, gone, disabled, enabled, updated or retired"""
+    """deleted, several-deleted, unconfirmed, gone, disabled, enabled, updated or retired"""
     token_id: str
     name: str
     scope: str = ""
     milliseconds: int = 0
     receipt: latchkey.Receipt | None = None
+    count: int = 0
+    """Of several tokens."""
+    asked: int = 0
+    """How many of them the visitor selected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +56,8 @@ class Visit:
     viewer: Viewer
     session: str
     filter: Filter
+    reviewed: Mapping[Kind, int] = field(default_factory=dict)
+    """The kinds of findings that the visitor is done with, and how many tokens had them then."""
 
     @property
     def account_id(self) -> str:
@@ -71,20 +79,28 @@ class Frame:
         identity: Identity,
         seals: Seals,
         renderer: Renderer,
+        reviewed: Reviewed,
         now: Callable[[], datetime],
         monotonic: Callable[[], float],
     ) -> None:
         self.client = client
         self.seals = seals
         self.renderer = renderer
+        self.reviewed = reviewed
         self.now = now
         self.monotonic = monotonic
         self._identity = identity
         self._notices: Expiring[Notice] = Expiring(NOTICE_SECONDS, NOTICES_MAX, monotonic)
 
     def visit(self, request: Request, query: Mapping[str, str]) -> Visit:
-        """Return the visit. Raises NotSignedIn and Refused."""
-        return Visit(self._identity.viewer(request), session_id(request), Filter.read(query))
+        """Return the visit, for whose person the client makes calls from now on.
+
+        Raises NotSignedIn and Refused.
+        """
+        viewer = self._identity.viewer(request)
+        latchkey.current_person.set(viewer.person or None)
+        reviewed = self.reviewed.read(request, viewer.account_id, self.now())
+        return Visit(viewer, session_id(request), Filter.read(query), reviewed)
 
     def is_ours(self, fields: Mapping[str, str], visit: Visit) -> bool:
         """Return whether a form of this session and account sent the fields."""
@@ -103,10 +119,6 @@ class Frame:
     def leave(self, visit: Visit, notice: Notice) -> None:
         """Keep a notice for the next list that the visitor sees."""
         self._notices.put(visit.owner, notice)
-
-    async def inventory(self, visit: Visit) -> Inventory:
-        """Return the account's tokens. Raises LatchkeyError."""
-        return await listing.fetch(self.client, visit.account_id, self.now())
 
     async def limits(self, visit: Visit) -> latchkey.Limits:
         """Return the limits for the account's tokens, so that forms offer only what is allowed.
@@ -190,37 +202,58 @@ class Frame:
         """Return the context of the list, or of the error if Latchkey does not provide one."""
         frame = self._frame(visit)
         try:
-            inventory = await self.inventory(visit)
+            listed = await listing.fetch(self.client, visit.account_id, visit.filter, self.now())
         except latchkey.LatchkeyError as error:
             _log.warning("list failed: %s", error.code.name)
             return {**frame, "trouble": trouble(error)}
-        matching = inventory.matching(visit.filter)
         return {
             **frame,
-            **rows_context(inventory, visit.filter),
+            **rows_context(listed, visit.filter),
             "trouble": None,
-            "findings": inventory.findings(),
-            "total": len(inventory.tokens),
-            "complete": inventory.complete,
-            "matching": len(matching),
-            "rows": matching[: visit.filter.rows],
+            **_reviewed(listed.findings, visit.reviewed),
+            "total": listed.total,
+            "matching": listed.matching,
+            **_further(listed, visit.filter),
         }
 
 
-def rows_context(inventory: Inventory, wanted: Filter) -> dict[str, Any]:
+def rows_context(listed: Listed, wanted: Filter) -> dict[str, Any]:
     """Return the context of the table's rows."""
     return {
         "filter": wanted,
-        "now": inventory.now,
-        "kinds": inventory.kinds,
-        "use_recorded": inventory.use_recorded,
+        "now": listed.now,
+        "kinds": listed.kinds,
+        "use_recorded": listed.use_recorded,
+        "rows": listed.rows,
     }
 
 
-async def read_fields(request: Request) -> dict[str, str]:
-    """Return the fields of a submitted form. Raises Refused."""
+def _reviewed(findings: Sequence[Finding], reviewed: Mapping[Kind, int]) -> dict[str, Any]:
+    """Return the findings to show, and those that the visitor is done with.
+
+    Further tokens with a finding bring it back.
+    """
+    done = [finding for finding in findings if finding.count <= reviewed.get(finding.kind, 0)]
+    return {"findings": [found for found in findings if found not in done], "reviewed": done}
+
+
+def _further(listed: Listed, wanted: Filter) -> dict[str, Any]:
+    """Return the addresses of further rows: with the script, and without it."""
+    if not listed.following:
+        return {"further": None}
+    after = wanted.after(listed.following, wanted.at or listed.now)
+    # Without the script, the next page repeats these rows, up to a limit. A search that found fewer
+    # goes on where it ended.
+    full = len(listed.rows) == wanted.rows < ROWS_MAX
+    whole = wanted.more() if full else after
+    anchor = f"#{listed.rows[-1].id}" if whole is not after and listed.rows else ""
+    return {"further": {"rows": f"/rows{after.query}", "page": f"/{whole.query}{anchor}"}}
+
+
+async def read_fields(request: Request, repeated: str = "") -> dict[str, str]:
+    """Return the fields of a submitted form, as `read_form` does. Raises Refused."""
     try:
-        return await read_form(request)
+        return await read_form(request, repeated)
     except BadForm:
         raise Refused(400, "Invalid form", "Nothing was changed. Go back and try again.") from None
 

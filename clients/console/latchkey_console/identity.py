@@ -33,6 +33,8 @@ class Viewer:
 
     account_id: str
     can_sign_out: bool = False
+    person: str = ""
+    """The visitor's own name, for the audit log of Latchkey."""
 
 
 class NotSignedIn(Exception):
@@ -93,6 +95,7 @@ class ProxyHeader:
 
     def __init__(self, settings: ProxySettings) -> None:
         self._header = settings.header
+        self._person_header = settings.person_header
         self._trusted = settings.trusted
 
     def viewer(self, request: Request) -> Viewer:
@@ -116,7 +119,12 @@ class ProxyHeader:
         # With two values, one may come from the caller, and we cannot know which.
         if len(values) > 1 or not is_account_id(values[0]):
             raise invalid_account_id("The sign-in proxy did not send a single valid account ID.")
-        return Viewer(values[0])
+        return Viewer(values[0], person=self._person(request) or values[0])
+
+    def _person(self, request: Request) -> str:
+        """Return the name in the header for people, or "" if it has none, or several."""
+        names = [] if self._person_header is None else request.headers.getlist(self._person_header)
+        return names[0].strip() if len(names) == 1 else ""
 
     def _is_trusted(self, host: str) -> bool:
         try:

@@ -1,35 +1,72 @@
-"""Fetches an account's tokens, filters them and selects the rows to show.
+"""Asks the service for the part of the list that a page shows, its counts and its review.
 
-The service lists tokens in pages and cannot filter. This module fetches all tokens for every
-request, because the review and the filter must cover all of them; a thousand tokens take two
-calls. It caches nothing, so a deleted token disappears from the next page wherever it was deleted.
+The service filters, orders and counts. This module caches nothing, so a deleted token disappears
+from the next page wherever it was deleted.
 """
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Final
 from urllib.parse import urlencode
 
-from latchkey import Client, LatchkeyError, NotFound, Scope, Token
+from latchkey import (
+    Client,
+    InvalidArgument,
+    LatchkeyError,
+    NotFound,
+    Page,
+    Scope,
+    Token,
+    TokenFilter,
+    TokenOrder,
+    TokenState,
+)
 from latchkey_coherence.names import name_key
 
 from latchkey_console import review
-from latchkey_console.text import folded
+from latchkey_console.text import searchable
 
-__all__ = ["Filter", "Inventory", "fetch", "rows_after"]
+__all__ = ["ROWS_MAX", "Count", "Filter", "Listed", "Sort", "fetch", "more_rows", "named"]
 
 # The service's maximum, for the fewest round trips.
 PAGE_SIZE: Final = 500
-# 20 calls, about 0.1 s. For a larger account, the page says that it shows only the newest.
-TOKENS_MAX: Final = 10_000
+# What a page shows at most when it is loaded. The rows after them are on a further page.
+ROWS_MAX: Final = 1_000
 ROWS_STEP: Final = 50
-# One call takes milliseconds. With up to 20 calls, the default of 5 s for each would be too long.
+# One call takes milliseconds. With several calls, the default of 5 s for each would be too long.
 CALL_SECONDS: Final = 3.0
+# Calls for one request of a browser that find too few tokens. Each examines 10,000 tokens.
+SEARCHES_MAX: Final = 5
+# Counts for the review that run at once, a part of what a server does at once.
+COUNTS_AT_ONCE: Final = 3
 QUERY_LENGTH_MAX: Final = 64
+# A page token of the service is shorter.
+PAGE_TOKEN_LENGTH_MAX: Final = 300
 
 _SCOPES: Final[Mapping[str, Scope]] = {"read": Scope.READ, "write": Scope.WRITE}
+_STATES: Final = {state.value: state for state in TokenState}
+_ORDERS: Final = {order.value: order for order in TokenOrder}
 _KINDS: Final = {kind.value: kind for kind in review.Kind}
+
+
+@dataclass(frozen=True, slots=True)
+class Sort:
+    """An order of the list."""
+
+    order: TokenOrder = TokenOrder.NEWEST
+    reverse: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its name in URLs."""
+        return f"-{self.order.value}" if self.reverse else self.order.value
+
+    @property
+    def descending(self) -> bool:
+        """Whether the latest time comes first."""
+        return (self.order is TokenOrder.NEWEST) != self.reverse
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +77,30 @@ class Filter:
     scope: Scope | None = None
     kind: review.Kind | None = None
     rows: int = ROWS_STEP
+    state: TokenState | None = None
+    chosen: Sort | None = None
+    """The order that the visitor chose. None: the usual one."""
+    start: str = ""
+    """The page token of the first row. Empty: the list begins at its beginning."""
+    at: datetime | None = None
+    """The time from which the review counts its days, if `start` belongs to an earlier one."""
 
     @classmethod
     def read(cls, query: Mapping[str, str]) -> "Filter":
         """Parse the filter from a URL's query. Ignores invalid values."""
         rows = query.get("show", "")
+        kind, chosen = _KINDS.get(query.get("review", "")), _sort(query.get("sort", ""))
+        start, at = query.get("page", "")[:PAGE_TOKEN_LENGTH_MAX], _time(query.get("at", ""))
         return cls(
-            text=query.get("q", "").strip()[:QUERY_LENGTH_MAX],
+            text=searchable(query.get("q", "").strip()[:QUERY_LENGTH_MAX]).strip(),
             scope=_SCOPES.get(query.get("access", "")),
-            kind=_KINDS.get(query.get("review", "")),
+            kind=kind,
+            state=_STATES.get(query.get("state", "")),
+            chosen=None if chosen == _usual(kind) else chosen,
+            start=start if at else "",
+            at=at if start else None,
             rows=(
-                min(max(int(rows), ROWS_STEP), TOKENS_MAX)
+                min(max(int(rows), ROWS_STEP), ROWS_MAX)
                 if rows.isascii() and rows.isdigit() and len(rows) < 10
                 else ROWS_STEP
             ),
@@ -59,7 +109,17 @@ class Filter:
     @property
     def narrows(self) -> bool:
         """Whether the filter may leave tokens out."""
-        return bool(self.text or self.scope or self.kind)
+        return bool(self.text or self.scope or self.kind or self.state)
+
+    @property
+    def sort(self) -> Sort:
+        """The order to show, which for a kind of finding begins with the most urgent tokens."""
+        return self.chosen or _usual(self.kind)
+
+    @property
+    def usual_sort(self) -> str:
+        """The name of the order that the list has unless the visitor chooses another one."""
+        return _usual(self.kind).name
 
     @property
     def fields(self) -> dict[str, str]:
@@ -70,8 +130,12 @@ class Filter:
         fields = {
             "q": self.text,
             "access": self.scope.value if self.scope else "",
+            "state": self.state.value if self.state else "",
             "review": self.kind.value if self.kind else "",
+            "sort": self.chosen.name if self.chosen else "",
             "show": str(self.rows) if self.rows != ROWS_STEP else "",
+            "page": self.start,
+            "at": self.at.isoformat() if self.at else "",
         }
         return {name: value for name, value in fields.items() if value}
 
@@ -85,91 +149,172 @@ class Filter:
         return f"?{urlencode({'id': token_id, **self.fields})}"
 
     def with_kind(self, kind: review.Kind | None) -> "Filter":
-        """Return the filter for another kind of finding, from the first row."""
-        return replace(self, kind=kind, rows=ROWS_STEP)
+        """Return the filter for another kind of finding, in its order and from the first row.
+
+        Kinds of findings are about tokens in a certain state.
+        """
+        return replace(self.first_rows(), kind=kind, state=None, chosen=None)
+
+    def sorted_by(self, order: TokenOrder) -> "Filter":
+        """Return the filter that lists in another order, or the opposite of this order."""
+        reverse = self.sort.order is order and not self.sort.reverse
+        chosen = Sort(order, reverse)
+        return replace(self.first_rows(), chosen=None if chosen == _usual(self.kind) else chosen)
+
+    def first_rows(self) -> "Filter":
+        """Return the filter at the beginning of the list."""
+        return replace(self, rows=ROWS_STEP, start="", at=None)
 
     def more(self) -> "Filter":
         """Return the filter with one more step of rows."""
         return replace(self, rows=self.rows + ROWS_STEP)
 
-    def matches(self, token: Token, kinds: Sequence[review.Kind]) -> bool:
-        """Return whether the filter includes a token that has these kinds of findings."""
-        if self.scope is not None and token.scope is not self.scope:
-            return False
-        if self.kind is not None and self.kind not in kinds:
-            return False
-        # Also search the hints: someone who found a secret looks for its last characters.
-        wanted = folded(self.text)
-        hints = (token.hint, *(secret.hint for secret in token.secrets))
-        return any(wanted in folded(text) for text in (token.name, *hints))
+    def after(self, start: str, at: datetime) -> "Filter":
+        """Return the filter for the rows from a page token on."""
+        return replace(self, rows=ROWS_STEP, start=start, at=at)
+
+    def selects(self, now: datetime) -> TokenFilter:
+        """Return what the service selects."""
+        selected = TokenFilter() if self.kind is None else self.kind.selects(now)
+        selected = replace(selected, search=self.text)
+        if self.scope is not None:
+            selected = replace(selected, scope=self.scope)
+        if self.state is not None and self.kind is None:
+            selected = replace(selected, state=self.state)
+        return selected
 
 
 @dataclass(frozen=True, slots=True)
-class Inventory:
-    """An account's tokens, newest first; not `complete` if there are more than TOKENS_MAX."""
+class Count:
+    """A number of tokens, or a lower bound of it."""
 
-    tokens: tuple[Token, ...]
-    complete: bool
+    number: int
+    capped: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.number:,}{'+' if self.capped else ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """What a page shows."""
+
+    rows: Sequence[Token]
+    following: str
+    """The page token of the rows after these. Empty: there are none."""
     now: datetime
     use_recorded: bool
-
-    def findings(self) -> list[review.Finding]:
-        """Return the review's findings about all tokens."""
-        return review.review(self.tokens, self.now, use_recorded=self.use_recorded)
+    matching: Count = Count(0)
+    total: Count = Count(0)
+    findings: Sequence[review.Finding] = ()
 
     def kinds(self, token: Token) -> list[review.Kind]:
         """Return the kinds of findings about one token."""
         return review.findings_of(token, self.now, use_recorded=self.use_recorded)
 
-    def matching(self, wanted: Filter) -> list[Token]:
-        """Return the tokens that match a filter, newest first."""
-        if not wanted.narrows:
-            return list(self.tokens)
-        return [token for token in self.tokens if wanted.matches(token, self.kinds(token))]
 
-    def named(self, name: str) -> Token | None:
-        """Return the token with this name, comparing names as the service does, or None."""
-        wanted = name_key(name)
-        return next((token for token in self.tokens if name_key(token.name) == wanted), None)
-
-
-async def fetch(client: Client, account_id: str, now: datetime) -> Inventory:
-    """Return all of the account's tokens. Raises LatchkeyError."""
-    tokens: list[Token] = []
-    position = ""
-    while True:
-        page = await client.list_page(
-            account_id, page_size=PAGE_SIZE, page_token=position, timeout_seconds=CALL_SECONDS
+async def fetch(client: Client, account_id: str, wanted: Filter, now: datetime) -> Listed:
+    """Return the rows, counts and findings of a page. Raises LatchkeyError."""
+    at = wanted.at or now
+    rows, following, first = await _rows(client, account_id, wanted, at, count=True)
+    matching = _count(first)
+    total, some = matching, rows
+    if wanted.narrows:
+        everything = await client.list_page(
+            account_id, page_size=1, include_total_size=True, timeout_seconds=CALL_SECONDS
         )
-        tokens += page.tokens
-        # A repeated position would loop forever. An empty page need not be the last one.
+        total, some = _count(everything), [*rows, *everything.tokens]
+    recorded = await _is_use_recorded(client, some)
+    findings: list[review.Finding] = []
+    if total.number:
+        findings = await _findings(client, account_id, now, use_recorded=recorded)
+    return Listed(rows, following, now, recorded, matching, total, findings)
+
+
+async def more_rows(client: Client, account_id: str, wanted: Filter, now: datetime) -> Listed:
+    """Return the rows from the filter's start on. Raises LatchkeyError."""
+    rows, following, _ = await _rows(client, account_id, wanted, wanted.at or now, count=False)
+    return Listed(rows, following, now, await _is_use_recorded(client, rows))
+
+
+async def named(client: Client, account_id: str, name: str) -> Token | None:
+    """Return the token with this name, comparing names as the service does, or None.
+
+    In an account with tens of thousands of tokens, it looks among the newest. Raises LatchkeyError.
+    """
+    key, position = name_key(name), ""
+    for _ in range(SEARCHES_MAX):
+        try:
+            page = await client.list_page(
+                account_id,
+                TokenFilter(name_contains=name),
+                page_size=PAGE_SIZE,
+                page_token=position,
+                timeout_seconds=CALL_SECONDS,
+            )
+        except InvalidArgument:
+            return None  # no token can have this name
+        for token in page.tokens:
+            if name_key(token.name) == key:
+                return token
         if page.next_page_token in ("", position):
             break
         position = page.next_page_token
-        if len(tokens) >= TOKENS_MAX:
-            return await _inventory(client, tokens[:TOKENS_MAX], complete=False, now=now)
-    return await _inventory(client, tokens, complete=True, now=now)
+    return None
 
 
-def rows_after(tokens: Sequence[Token], token_id: str, count: int) -> Sequence[Token]:
-    """Return the next `count` tokens after the one with this id, which may itself be deleted.
+async def _rows(
+    client: Client, account_id: str, wanted: Filter, at: datetime, *, count: bool
+) -> tuple[list[Token], str, Page]:
+    """Return rows, the page token of those after them, and the first page with its counts."""
+    tokens: list[Token] = []
+    position, first, searches = wanted.start, None, 0
+    while True:
+        page = await client.list_page(
+            account_id,
+            wanted.selects(at),
+            order=wanted.sort.order,
+            reverse=wanted.sort.reverse,
+            include_total_size=count and first is None,
+            page_size=min(wanted.rows - len(tokens), PAGE_SIZE),
+            page_token=position,
+            timeout_seconds=CALL_SECONDS,
+        )
+        first = first or page
+        tokens += page.tokens
+        # A repeated position would loop forever.
+        following = "" if page.next_page_token == position else page.next_page_token
+        position = following
+        # A page that is not full need not be the last one.
+        searches += len(page.tokens) < PAGE_SIZE
+        if not following or len(tokens) >= wanted.rows or searches >= SEARCHES_MAX:
+            return tokens, following, first
 
-    An id, unlike an index, stays correct when tokens are created or deleted in the meantime.
-    """
-    for place, token in enumerate(tokens):
-        if token.id == token_id:
-            return tokens[place + 1 : place + 1 + count]
-    # Ids sort by creation time, except within one millisecond. There the script drops the rows that
-    # it already has.
-    older = [token for token in tokens if token.id < token_id]
-    return older[:count]
 
+async def _findings(
+    client: Client, account_id: str, now: datetime, *, use_recorded: bool
+) -> list[review.Finding]:
+    """Return the findings about all tokens, most urgent first, without kinds that have none."""
+    at_once = asyncio.Semaphore(COUNTS_AT_ONCE)
 
-async def _inventory(
-    client: Client, tokens: list[Token], *, complete: bool, now: datetime
-) -> Inventory:
-    recorded = await _is_use_recorded(client, tokens)
-    return Inventory(tuple(tokens), complete, now, recorded)
+    async def count(kind: review.Kind) -> review.Finding | None:
+        async with at_once:
+            page = await client.list_page(
+                account_id,
+                kind.selects(now),
+                order=kind.order,
+                include_total_size=True,
+                page_size=1,
+                timeout_seconds=CALL_SECONDS,
+            )
+        found = _count(page)
+        if not page.tokens:
+            return None
+        return review.Finding(kind, max(found.number, 1), page.tokens[0], capped=found.capped)
+
+    kinds = [kind for kind in review.Kind if use_recorded or kind is not review.Kind.NEVER_USED]
+    counted = await asyncio.gather(*map(count, kinds))
+    return [finding for finding in counted if finding is not None]
 
 
 async def _is_use_recorded(client: Client, tokens: Sequence[Token]) -> bool:
@@ -187,3 +332,25 @@ async def _is_use_recorded(client: Client, tokens: Sequence[Token]) -> bool:
     except LatchkeyError:
         return False
     return True
+
+
+def _count(page: Page) -> Count:
+    return Count(page.total_size or 0, page.total_size_capped)
+
+
+def _usual(kind: review.Kind | None) -> Sort:
+    return Sort(kind.order if kind else TokenOrder.NEWEST)
+
+
+def _sort(text: str) -> Sort | None:
+    order = _ORDERS.get(text.removeprefix("-"))
+    return None if order is None else Sort(order, text.startswith("-"))
+
+
+def _time(text: str) -> datetime | None:
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    # The review subtracts days, so the year 1 would not do.
+    return time if time.tzinfo is not None and 2000 <= time.year < 9000 else None

@@ -5,7 +5,7 @@ signed session cookie, so that signing out also invalidates every copy of the co
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -40,6 +40,7 @@ ID_TOKEN_LENGTH_MAX: Final = 8_192
 class _SignIn:
     account_id: str
     id_token: str | None
+    person: str
 
 
 class OpenId:
@@ -69,7 +70,7 @@ class OpenId:
         sign_in = self._sign_ins.get(session_id(request))
         if sign_in is None:
             raise NotSignedIn
-        return Viewer(sign_in.account_id, can_sign_out=True)
+        return Viewer(sign_in.account_id, can_sign_out=True, person=sign_in.person)
 
     async def begin(self, request: Request) -> Response:
         """Return the redirect to the provider. Raises Refused if it cannot be reached."""
@@ -120,7 +121,11 @@ class OpenId:
                 "valid account ID."
             )
         id_token = tokens.get("id_token", "")
-        sign_in = _SignIn(account_id, id_token if len(id_token) <= ID_TOKEN_LENGTH_MAX else None)
+        sign_in = _SignIn(
+            account_id,
+            id_token if len(id_token) <= ID_TOKEN_LENGTH_MAX else None,
+            _person(claims),
+        )
         self._sign_ins.pop(session_id(request))
         # A full store evicts the oldest sign-in. That visitor signs in again with one redirect.
         self._sign_ins.put(new_session(request), sign_in)
@@ -156,6 +161,13 @@ class OpenId:
         metadata = await self._provider.load_server_metadata()
         if metadata.get("issuer") != self._settings.issuer:
             raise ValueError("the provider's metadata names another issuer")
+
+
+def _person(claims: Mapping[str, Any]) -> str:
+    """Return the person's identifier at the provider, which never changes, and their address."""
+    subject, email = str(claims.get("sub", "")), claims.get("email")
+    known = isinstance(email, str) and email != subject
+    return f"{subject} ({email})" if known else subject
 
 
 def _unreachable(error: Exception) -> Refused:

@@ -7,6 +7,7 @@ Nothing else differs.
 
 import logging
 import secrets
+from dataclasses import replace
 from datetime import datetime
 from typing import Final
 
@@ -30,6 +31,8 @@ _log = logging.getLogger("latchkey.console")
 # Signing in takes a while if the visitor must reset a password.
 DRAFT_SECONDS: Final = 900.0
 DRAFTS_MAX: Final = 1_000
+# Where the script finds the address of the rows after those that it received.
+NEXT_HEADER: Final = "x-latchkey-next"
 
 _STALE: Final = (
     "This form has expired or belongs to another session. Nothing was created. "
@@ -45,7 +48,7 @@ class Pages:
         self._client = frame.client
         self._renderer = frame.renderer
         self._displays = displays
-        self._creations = Creations(frame.client, displays, frame.now, frame.monotonic)
+        self._creations = Creations(frame.client, displays, frame.monotonic)
         self._drafts: Expiring[TokenForm] = Expiring(DRAFT_SECONDS, DRAFTS_MAX, frame.monotonic)
 
     async def index(self, request: Request) -> Response:
@@ -55,15 +58,20 @@ class Pages:
     async def rows(self, request: Request) -> Response:
         """Send the script the rows that follow its last one."""
         visit = self._frame.visit(request, request.query_params)
+        wanted = replace(visit.filter, rows=listing.ROWS_STEP)
         try:
-            inventory = await self._frame.inventory(visit)
+            listed = await listing.more_rows(
+                self._client, visit.account_id, wanted, self._frame.now()
+            )
         except latchkey.LatchkeyError as error:
             return self._frame.message(request, visit, unchanged(error))
-        matching = inventory.matching(visit.filter)
-        after = request.query_params.get("after", "")
-        rows = listing.rows_after(matching, after, listing.ROWS_STEP)
-        context = {**rows_context(inventory, visit.filter), "rows": rows}
-        return self._renderer.fragment("rows.html", context)
+        # The links of these rows lead back to the whole list.
+        context = rows_context(listed, visit.filter.first_rows())
+        response = self._renderer.fragment("rows.html", context)
+        if listed.following:
+            following = wanted.after(listed.following, wanted.at or listed.now)
+            response.headers[NEXT_HEADER] = f"/rows{following.query}"
+        return response
 
     async def new(self, request: Request) -> Response:
         """Show the form for a new token."""

@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from latchkey_console.forms import BODY_BYTES_MAX, parse_body
+from latchkey_console.forms import BODY_BYTES_MAX, SELECTION_BYTES_MAX, parse_body
 
 __all__ = [
     "FORM_SECONDS",
@@ -175,8 +175,12 @@ class Seals:
         return TimestampSigner(self._key, salt=f"mark {session} {account_id}")
 
 
-async def read_form(request: Request) -> dict[str, str]:
-    """Return the fields of a submitted form, bounded in size and time. Raises BadForm."""
+async def read_form(request: Request, repeated: str = "") -> dict[str, str]:
+    """Return the fields of a submitted form, bounded in size and time. Raises BadForm.
+
+    The field `repeated` may occur several times; see `parse_body`.
+    """
+    bytes_max = SELECTION_BYTES_MAX if repeated else BODY_BYTES_MAX
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/x-www-form-urlencoded":
         raise BadForm
@@ -185,8 +189,8 @@ async def read_form(request: Request) -> dict[str, str]:
         async with asyncio.timeout(BODY_SECONDS):
             async for chunk in request.stream():
                 body += chunk
-                if len(body) > BODY_BYTES_MAX:
+                if len(body) > bytes_max:
                     raise BadForm
-        return parse_body(body)
+        return parse_body(body, repeated)
     except (TimeoutError, ValueError, ClientDisconnect):
         raise BadForm from None

@@ -10,6 +10,7 @@ from importlib import resources
 from typing import Any, Final
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from latchkey import TokenOrder
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
@@ -17,12 +18,22 @@ from latchkey_console import times
 from latchkey_console.failures import Trouble
 from latchkey_console.identity import Viewer
 from latchkey_console.review import Kind
+from latchkey_console.reviewed import REVIEWED_DAYS
 from latchkey_console.text import visible, visible_lines
 
 __all__ = ["PART_HEADER", "Renderer", "is_part"]
 
 # Sent by the page's own script. Other sites cannot send it: it would need a CORS preflight.
 PART_HEADER: Final = "x-latchkey-part"
+# The orders of the list, by their names in URLs.
+SORTS: Final = {
+    "newest": "newest first",
+    "-newest": "oldest first",
+    "expiry": "earliest expiry first",
+    "-expiry": "latest expiry first",
+    "last-use": "longest unused first",
+    "-last-use": "last used first",
+}
 _TYPES: Final = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 
 
@@ -48,11 +59,18 @@ class Renderer:
             "exact": times.exact,
             "iso": times.iso,
             "minute": times.minute,
+            "sort_words": SORTS.__getitem__,
             "span": times.span,
             "visible": visible,
             "visible_lines": visible_lines,
         }
-        self._templates.globals |= {"static": f"/static/{self._version}", "Kind": Kind}
+        self._templates.globals |= {
+            "static": f"/static/{self._version}",
+            "Kind": Kind,
+            "Order": TokenOrder,
+            "reviewed_days": REVIEWED_DAYS,
+            "sorts": SORTS.items(),
+        }
 
     def page(self, request: Request, context: Mapping[str, Any], status: int = 200) -> Response:
         """Return the list with its open dialog, or for the script only the part to insert."""

@@ -5,14 +5,13 @@ the least privilege, and are removed once unused. The thresholds are our own.
 """
 
 import enum
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
-from latchkey import Scope, Token
+from latchkey import Scope, Token, TokenFilter, TokenOrder, TokenState
 
-__all__ = ["Finding", "Kind", "findings_of", "review"]
+__all__ = ["Finding", "Kind", "findings_of"]
 
 # Long enough to replace a token before its program fails.
 SOON: Final = timedelta(days=14)
@@ -44,6 +43,34 @@ class Kind(enum.Enum):
     def why(self) -> str:
         """Why it matters and what to do about it."""
         return _WORDS[self][1]
+
+    @property
+    def order(self) -> TokenOrder:
+        """The order that begins with the most urgent tokens."""
+        return TokenOrder.LAST_USE if self in _BY_USE else TokenOrder.EXPIRY
+
+    def selects(self, now: datetime) -> TokenFilter:
+        """Return the filter for the tokens with this finding, as `findings_of` decides."""
+        match self:
+            case Kind.EXPIRED:
+                # Disabled ones too.
+                return TokenFilter(expires_before=now)
+            case Kind.EXPIRES_SOON:
+                return TokenFilter(state=TokenState.ACTIVE, expires_before=now + SOON)
+            case Kind.NEVER_EXPIRES:
+                return TokenFilter(state=TokenState.ACTIVE, never_expires=True)
+            case Kind.OLD:
+                return TokenFilter(state=TokenState.ACTIVE, secret_created_before=now - OLD)
+            case Kind.WRITE:
+                return TokenFilter(can_write=True)
+            case Kind.UNUSED:
+                return TokenFilter(
+                    state=TokenState.ACTIVE, unused_since=now - UNUSED, never_used=False
+                )
+            case Kind.NEVER_USED:
+                return TokenFilter(
+                    state=TokenState.ACTIVE, unused_since=now - NEVER_USED, never_used=True
+                )
 
     @property
     def remedy(self) -> tuple[str, str]:
@@ -81,6 +108,7 @@ _WORDS: Final = {
         "Not used since it was created. If nothing needs it, delete it.",
     ),
 }
+_BY_USE: Final = frozenset({Kind.UNUSED, Kind.NEVER_USED})
 # For the other kinds, a new secret is the remedy.
 _REMEDIES: Final = {
     Kind.EXPIRED: ("delete", "Delete"),
@@ -97,30 +125,13 @@ class Finding:
     kind: Kind
     count: int
     first: Token
-
-
-def review(tokens: Iterable[Token], now: datetime, *, use_recorded: bool) -> list[Finding]:
-    """Return the findings about `tokens`, most urgent first, without kinds that have none."""
-    found: dict[Kind, list[Token]] = {kind: [] for kind in Kind}
-    for token in tokens:
-        for kind in findings_of(token, now, use_recorded=use_recorded):
-            found[kind].append(token)
-    return [
-        Finding(kind, len(those), min(those, key=_urgency))
-        for kind, those in found.items()
-        if those
-    ]
+    capped: bool = False
+    """Whether there may be more tokens than `count`."""
 
 
 def secret_time(token: Token) -> datetime:
     """Return when the newest secret was created: a Replace makes a token young again."""
     return token.secrets[0].create_time if token.secrets else token.create_time
-
-
-def _urgency(token: Token) -> tuple[float, float]:
-    """Order tokens by expiry, the earliest first, then by the age of the secret."""
-    expires = token.expire_time.timestamp() if token.expire_time else float("inf")
-    return expires, secret_time(token).timestamp()
 
 
 def findings_of(token: Token, now: datetime, *, use_recorded: bool) -> list[Kind]:

@@ -42,10 +42,14 @@ class SettingsError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ProxySettings:
-    """A sign-in proxy: the header that holds the account, and the networks that may send it."""
+    """A sign-in proxy: the header that holds the account, and the networks that may send it.
+
+    If accounts belong to several people, `person_header` holds the visitor's own name.
+    """
 
     header: str
     trusted: tuple[Network, ...]
+    person_header: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +109,7 @@ def make(
     target: str = TARGET,
     account: str | None = None,
     account_header: str | None = None,
+    person_header: str | None = None,
     trusted_proxies: tuple[str, ...] = (),
     oidc_issuer: str | None = None,
     oidc_client_id: str | None = None,
@@ -142,13 +147,19 @@ def make(
             )
     if trusted_proxies and account_header is None:
         raise SettingsError("--trusted-proxy requires --account-header")
+    if person_header is not None and account_header is None:
+        raise SettingsError("--person-header requires --account-header")
     return Settings(
         host=host,
         port=port,
         public_url=_public_url(public_url, host, port, alone=account is not None),
         target=target,
         account=account,
-        proxy=None if account_header is None else _proxy(account_header, trusted_proxies),
+        proxy=(
+            None
+            if account_header is None
+            else _proxy(account_header, person_header, trusted_proxies)
+        ),
         openid=(
             None
             if oidc_issuer is None
@@ -249,9 +260,11 @@ def _split(url: str) -> SplitResult | None:
     return parts
 
 
-def _proxy(header: str, trusted: tuple[str, ...]) -> ProxySettings:
+def _proxy(header: str, person_header: str | None, trusted: tuple[str, ...]) -> ProxySettings:
     if not _HEADER_NAME.fullmatch(header):
         raise SettingsError("--account-header: give a header name, such as X-Forwarded-User")
+    if person_header is not None and not _HEADER_NAME.fullmatch(person_header):
+        raise SettingsError("--person-header: give a header name, such as X-Forwarded-Email")
     if not trusted:
         raise SettingsError(
             "--trusted-proxy: give the addresses that may send the header, such as 127.0.0.1; "
@@ -269,7 +282,11 @@ def _proxy(header: str, trusted: tuple[str, ...]) -> ProxySettings:
         if network.prefixlen == 0:
             raise SettingsError(f"--trusted-proxy {text}: this would trust everyone")
         networks.append(network)
-    return ProxySettings(header.lower(), tuple(networks))
+    return ProxySettings(
+        header.lower(),
+        tuple(networks),
+        None if person_header is None else person_header.lower(),
+    )
 
 
 def _openid(issuer: str, client_id: str | None, secret: str | None, claim: str) -> OpenIdSettings:

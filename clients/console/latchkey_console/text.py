@@ -3,7 +3,9 @@
 import unicodedata
 from typing import Final
 
-__all__ = ["folded", "visible", "visible_lines"]
+from latchkey_coherence.names import name_key
+
+__all__ = ["searchable", "visible", "visible_lines"]
 
 # These two invisible characters join emoji and the letters of many scripts.
 _JOINERS: Final = frozenset({"\u200c", "\u200d"})
@@ -11,6 +13,9 @@ _JOINERS: Final = frozenset({"\u200c", "\u200d"})
 # and private-use and unassigned characters. This includes tag characters: showing hidden text
 # matters more than regional flags.
 _SHOWN_AS_CODE: Final = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+
+# Rejected in names and searches.
+_REJECTED: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
 
 
 def visible(text: str) -> str:
@@ -25,9 +30,10 @@ def visible_lines(text: str) -> str:
     return "\n".join(map(visible, text.split("\n")))
 
 
-def folded(text: str) -> str:
-    """Return the form of `text` for searching, which ignores case and Unicode composition."""
-    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+def searchable(text: str) -> str:
+    """Return `text` without characters that the service rejects in searches, or an empty text."""
+    clean = "".join(c for c in text if unicodedata.category(c) not in _REJECTED)
+    return clean if name_key(clean) else ""
 
 
 def _visible_character(character: str) -> str:

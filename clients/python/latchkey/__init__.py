@@ -8,6 +8,8 @@ here, so only their users need their dependencies.
 """
 
 from latchkey._audit import AuditEntry, AuditFilter, AuditPage, Outcome
+from latchkey._connection import current_person
+from latchkey._imported import ImportedToken, ImportOutcome, ImportResult
 from latchkey._rate_limit import RateLimit
 from latchkey._version import __version__
 from latchkey.access import Access
@@ -28,14 +30,12 @@ from latchkey.errors import (
     Unavailable,
     UnexpectedStatus,
 )
+from latchkey.filters import TokenFilter, TokenOrder, TokenState
 from latchkey.models import (
     CallerUsage,
     Change,
     CreatedToken,
     Deletions,
-    ImportedToken,
-    ImportOutcome,
-    ImportResult,
     Limits,
     Notifications,
     Page,
@@ -46,9 +46,7 @@ from latchkey.models import (
     SecretOutcome,
     Status,
     Token,
-    TokenFilter,
     TokenSecret,
-    TokenState,
     Unchanged,
     Verdict,
     Verification,
@@ -96,6 +94,7 @@ __all__ = [
     "Status",
     "Token",
     "TokenFilter",
+    "TokenOrder",
     "TokenSecret",
     "TokenState",
     "Unauthenticated",
@@ -108,4 +107,5 @@ __all__ = [
     "VerifierStats",
     "VerifierStatus",
     "__version__",
+    "current_person",
 ]

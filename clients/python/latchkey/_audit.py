@@ -44,6 +44,12 @@ class AuditEntry:
     reason: str
     calls: int
     """How many calls this entry stands for."""
+    person: str = ""
+    """The person for whom the caller made the call, as it reported."""
+    client_address: str = ""
+    """The client's address, as a trusted proxy reported it."""
+    call_id: str = ""
+    """The service's own identifier of the call. `request_id` may be the caller's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +117,9 @@ def page_in(message: pb.AuditServiceListResponse) -> AuditPage:
                 code=entry.code,
                 reason=entry.reason,
                 calls=entry.calls,
+                person=entry.person,
+                client_address=entry.client_address,
+                call_id=entry.call_id,
             )
             for entry in message.entries
         ),

@@ -20,8 +20,8 @@ from latchkey.errors import (
 )
 from latchkey.models import Scope, Verification
 
-# With the largest labels, networks and permissions, about this many answers fit into 4 MiB, which
-# is the usual message limit of a channel that the application made. Larger batches are not faster.
+# With the largest labels, networks and permissions, this many complete answers fit into the 4 MiB
+# that a response may have. Larger batches are not faster.
 BATCH_MAX: Final = 150
 # A waiter whose deadline is at most this much earlier than the batch's waits for the whole batch.
 # Misses of one event loop turn with the same timeout then need no timer each.
@@ -61,9 +61,9 @@ class Batcher:
         """Return the service's answer, or None if the caller has to verify by itself.
 
         `end` is the deadline, by the event loop's clock. None means that there is no other question
-        to share a call with, or that batches were refused, which may have taken most of the time.
-        A caller without others can cancel its own call without affecting them. If the shared call
-        fails, each caller gets a copy of its error.
+        to share a call with, that the answer lacks details of the token, or that batches were
+        refused, which may have taken most of the time. A caller without others can cancel its own
+        call without affecting them. If the shared call fails, each caller gets a copy of its error.
 
         Equal questions share an answer, except those that are `alone`: for a token with a rate
         limit, each VALID answer stands for one call of it.
@@ -113,7 +113,10 @@ class Batcher:
                 [question for question, _ in batch], timeout_seconds=max(end - loop.time(), 0.001)
             )
             for waiters, answer in zip(batch.values(), answers, strict=True):
-                if answer.allowed and answer.token is not None and answer.token.rate_limit:
+                if answer.details_omitted:
+                    # The application gets the whole token, so the question is asked again.
+                    _answer(waiters, None)
+                elif answer.allowed and answer.token is not None and answer.token.rate_limit:
                     # It stands for one call, so the others have to ask for theirs.
                     _answer(waiters[1:], None)
                     _answer(waiters[:1], answer)

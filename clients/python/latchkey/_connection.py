@@ -6,7 +6,9 @@ the methods mean.
 
 import asyncio
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from urllib.parse import quote
 
 import grpc
 from google.protobuf.message import Message
@@ -21,6 +23,18 @@ from latchkey.errors import AccessError, InternalError, LatchkeyError, Unavailab
 if TYPE_CHECKING:
     # This class exists only in the stubs' types. At run time one class serves both channel types.
     from latchkey_proto.v1.token_service_pb2_grpc import TokenServiceAsyncStub
+
+__all__ = ["Connection", "current_person"]
+
+current_person: ContextVar[str | None] = ContextVar("latchkey_person", default=None)
+"""The person for whom the current task or thread makes calls, such as an e-mail address.
+
+The service writes it into its audit log, if the policy trusts this caller to report people.
+"""
+# Percent-encoded, because metadata is ASCII.
+_PERSON: Final = "x-latchkey-person"
+# The service ignores longer names.
+_PERSON_LENGTH_MAX: Final = 128
 
 RequestT = TypeVar("RequestT", bound=Message)
 ResponseT = TypeVar("ResponseT", bound=Message)
@@ -134,7 +148,10 @@ class Connection:
         answer: ResponseT | None = None
         failure: LatchkeyError
         try:
-            answer = await method(request, timeout=left_seconds, metadata=self._access.metadata())
+            metadata = self._access.metadata()
+            if (person := current_person.get()) is not None:
+                metadata = (*metadata, (_PERSON, quote(person[:_PERSON_LENGTH_MAX])))
+            answer = await method(request, timeout=left_seconds, metadata=metadata)
             # grpc returns None, and logs, if it cannot parse a message.
             failure = InternalError(f"{rpc} failed: the service's answer could not be parsed.")
         except grpc.aio.AioRpcError as error:

@@ -15,9 +15,11 @@ from latchkey_coherence.verdict_cache import Position
 from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
 
+from latchkey._imported import ImportedToken, ImportOutcome, ImportResult
 from latchkey._rate_messages import (
     duration_in,
     rate_limit_in,
+    rate_limit_out,
     shares_in,
     shares_out,
 )
@@ -34,9 +36,6 @@ from latchkey._uses import UseReport
 from latchkey.errors import FieldViolation, InternalError, InvalidArgument, invalid
 from latchkey.models import (
     CallerUsage,
-    ImportedToken,
-    ImportOutcome,
-    ImportResult,
     Limits,
     Notifications,
     Page,
@@ -247,6 +246,7 @@ def imported_out(token: ImportedToken) -> pb.ImportedToken:
                 None if token.create_time is None else time_out(token.create_time, "create_time")
             ),
             disabled=token.disabled,
+            rate_limit=None if token.rate_limit is None else rate_limit_out(token.rate_limit),
         )
     )
 
@@ -263,11 +263,13 @@ def import_result_in(message: pb.ImportResult) -> ImportResult:
     )
 
 
-def page_in(message: pb.ListResponse) -> Page:
-    """Convert a page from protobuf."""
+def page_in(message: pb.ListResponse, *, counted: bool) -> Page:
+    """Convert a page from protobuf. `counted`: whether the request asked for the total size."""
     return Page(
         tokens=tuple(token_in(token) for token in message.tokens),
         next_page_token=message.next_page_token,
+        total_size=message.total_size if counted else None,
+        total_size_capped=message.total_size_capped,
     )
 
 
@@ -305,6 +307,7 @@ def verification_in(message: pb.VerifyResponse) -> Verification:
         token=token,
         revision=message.revision,
         mark=message.mark,
+        details_omitted=message.details_omitted,
         retry_after=(duration_in(message.retry_after) if message.HasField("retry_after") else None),
     )
 

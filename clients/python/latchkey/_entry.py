@@ -35,7 +35,7 @@ _LEVELS: Final[Mapping[Scope | None, int]] = MappingProxyType(
 
 
 class CacheEntry(Entry):
-    """The answers for one secret. Most are ready to return, so that a verify builds nothing."""
+    """The answers for one secret. Those that are VALID are ready: a verify builds nothing."""
 
     __slots__ = (
         "deleted",
@@ -48,27 +48,30 @@ class CacheEntry(Entry):
         "networks",
         "permissions",
         "read",
+        "ready_read",
+        "ready_write",
         "reported",
         "scope",
         "share",
-        "special",
         "uses",
-        "write",
     )
 
     def __init__(
         self,
         token_id: str,
         read: Verification,
-        write: Verification,
         expires_at: float | None,
         keep_until: float,
     ) -> None:
         super().__init__(token_id, keep_until)
         self.read = read
-        """The answer if READ or no scope is required. Every token has at least READ."""
-        self.write = write
-        """The answer if WRITE is required. The same object as `read` if the answer is the same."""
+        """The answer if READ or no scope is required, and nothing else decides. Every token has at
+        least READ."""
+        self.ready_read: Verification | None = read
+        """The answer that counts as a use if READ or no scope, and no permission, is required.
+        None: more than that decides, or the answer is not VALID."""
+        self.ready_write: Verification | None = read
+        """The same if WRITE is required."""
         self.expires_at = expires_at
         """POSIX seconds from which the service is asked again. None: never.
 
@@ -91,8 +94,6 @@ class CacheEntry(Entry):
         self.permissions: frozenset[str] | None = None
         self.share: Share | None = None
         """The calls that this client may accept. None: the token has no rate limit."""
-        self.special = False
-        """Whether more than the scope decides: the token has networks or a rate limit."""
 
     @property
     def final(self) -> bool:
@@ -126,11 +127,12 @@ def cache_entry(
     a token under a limit.
     """
     token = answer.token
-    if token is None:
+    if token is None or answer.details_omitted:
+        # Without the networks, the verdict would apply to every address.
         return None
     if answer.verdict in _FINAL:
         # Without an expiry: after EXPIRED, this machine's clock must not make it VALID again.
-        return CacheEntry(token.id, answer, answer, None, keep_until)
+        return CacheEntry(token.id, answer, None, keep_until)
     level = _LEVELS.get(token.scope)
     decided = answer.verdict
     if decided is Verdict.RATE_LIMITED and token.rate_limit is not None:
@@ -138,7 +140,7 @@ def cache_entry(
         decided = Verdict.VALID
     if decided not in _LIVE.values() or not level:
         return None
-    entry = CacheEntry(token.id, answer, answer, _posix(token.expire_time), keep_until)
+    entry = CacheEntry(token.id, answer, _posix(token.expire_time), keep_until)
     entry.live = True
     entry.scope = level
     try:
@@ -153,15 +155,13 @@ def cache_entry(
             # A limit that this version does not know. Ask the service each time.
             return None
         entry.share = share_of(token.id, limit)
-    entry.special = entry.networks is not None or entry.share is not None
     if entry.answer(scope, client_address, permissions).verdict is not decided:
         # This version and the service disagree about the rules. Ask the service each time.
         return None
-    entry.read, entry.write = (
-        entry.answer(required, "", ()) for required in (Scope.READ, Scope.WRITE)
-    )
-    if entry.write.verdict is entry.read.verdict:
-        entry.write = entry.read
+    entry.read = entry.answer(Scope.READ, "", ())
+    is_ready = entry.networks is None and entry.share is None
+    entry.ready_read = entry.read if is_ready else None
+    entry.ready_write = entry.read if is_ready and token.scope is Scope.WRITE else None
     return entry
 
 

@@ -13,20 +13,19 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 
 from latchkey import _convert, _rate_messages
 from latchkey._connection import Connection
+from latchkey._filters import filter_out
+from latchkey._imported import ImportedToken, ImportResult
 from latchkey._rate_limit import RateLimit
 from latchkey.errors import InternalError, invalid
+from latchkey.filters import TokenFilter
 from latchkey.models import (
     UNCHANGED,
     Change,
     Deletions,
-    ImportedToken,
-    ImportResult,
     Revocation,
     RotatedToken,
     Scope,
     SecretOutcome,
-    TokenFilter,
-    TokenState,
     Unchanged,
 )
 from latchkey.secret import Secret
@@ -37,11 +36,6 @@ _OUTCOMES: Final[Mapping[int, SecretOutcome]] = {
     pb.SECRET_OUTCOME_UNKNOWN: SecretOutcome.UNKNOWN,
     pb.SECRET_OUTCOME_MALFORMED: SecretOutcome.MALFORMED,
     pb.SECRET_OUTCOME_REPORTED: SecretOutcome.REPORTED,
-}
-_STATES_OUT: Final[Mapping[TokenState, pb.TokenState.ValueType]] = {
-    TokenState.ACTIVE: pb.TOKEN_STATE_ACTIVE,
-    TokenState.DISABLED: pb.TOKEN_STATE_DISABLED,
-    TokenState.EXPIRED: pb.TOKEN_STATE_EXPIRED,
 }
 
 
@@ -287,7 +281,7 @@ class LifecycleCalls(Connection):
         request = _convert.build(
             lambda: pb.DeleteAllRequest(
                 account_id=account_id,
-                filter=_filter_out(wanted),
+                filter=filter_out(wanted),
                 dry_run=dry_run,
                 no_wait=no_wait,
             )
@@ -316,19 +310,3 @@ def _outcomes_in(
     return tuple(
         _OUTCOMES.get(result.outcome, SecretOutcome.UNSPECIFIED) for result in answer.results
     )
-
-
-def _filter_out(wanted: TokenFilter) -> pb.TokenFilter:
-    message = pb.TokenFilter(name_contains=wanted.name_contains, label=wanted.labels)
-    if wanted.scope is not None:
-        message.scope = _convert.scope_out(wanted.scope, "filter.scope")
-    if wanted.state is not None:
-        message.state = _STATES_OUT[wanted.state]
-    if wanted.expires_before is not None:
-        time = _convert.time_out(wanted.expires_before, "filter.expires_before")
-        message.expires_before.CopyFrom(time)
-    if wanted.unused_since is not None:
-        message.unused_since.CopyFrom(_convert.time_out(wanted.unused_since, "filter.unused_since"))
-    if wanted.can_write is not None:
-        message.can_write = wanted.can_write
-    return message

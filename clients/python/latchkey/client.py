@@ -17,9 +17,11 @@ from latchkey_proto.v1.status_service_pb2_grpc import StatusServiceStub
 
 from latchkey import _audit, _convert, _rate_messages
 from latchkey._audit import AuditFilter, AuditPage
+from latchkey._filters import check_applied, filter_out, order_out
 from latchkey._lifecycle import LifecycleCalls
 from latchkey._rate_limit import RateLimit
 from latchkey.errors import InternalError, invalid
+from latchkey.filters import TokenFilter, TokenOrder
 from latchkey.models import (
     CallerUsage,
     CreatedToken,
@@ -140,27 +142,54 @@ class Client(LifecycleCalls):
     async def list_page(
         self,
         account_id: str,
+        wanted: TokenFilter = TokenFilter(),  # noqa: B008 - immutable
         *,
+        order: TokenOrder = TokenOrder.NEWEST,
+        reverse: bool = False,
+        include_total_size: bool = False,
         page_size: int = 0,
         page_token: str = "",
         timeout_seconds: float | None = None,
     ) -> Page:
-        """Return one page of the account's live tokens, newest first.
+        """Return one page of the account's live tokens that match `wanted`, in an order.
 
-        With `page_size` 0 the service chooses the size (50). The maximum is 500.
+        With `page_size` 0 the service chooses the size (50). The maximum is 500. A page can be
+        shorter, or empty, without being the last one: the service examines at most 10,000 tokens
+        for each. A `page_token` belongs to its account, filter and order. Raises FailedPrecondition
+        if the server is of a release that cannot filter, order or count.
         """
-        request = _convert.build(
-            lambda: pb.ListRequest(
-                account_id=account_id, page_size=page_size, page_token=page_token
+
+        def request() -> pb.ListRequest:
+            message = pb.ListRequest(
+                account_id=account_id,
+                page_size=page_size,
+                page_token=page_token,
+                reverse=reverse,
+                include_total_size=include_total_size,
             )
-        )
-        answer = await self._call("List", self._rpcs().List, request, timeout_seconds)
-        return _convert.page_in(answer)
+            # Absent where they are the default, for servers that do not know them.
+            if wanted != TokenFilter():
+                message.filter.CopyFrom(filter_out(wanted))
+            if order is not TokenOrder.NEWEST:
+                message.order = order_out(order)
+            return message
+
+        built = _convert.build(request)
+        answer = await self._call("List", self._rpcs().List, built, timeout_seconds)
+        check_applied(built, answer)
+        return _convert.page_in(answer, counted=include_total_size)
 
     async def list(
-        self, account_id: str, *, page_size: int = 0, timeout_seconds: float | None = None
+        self,
+        account_id: str,
+        wanted: TokenFilter = TokenFilter(),  # noqa: B008 - immutable
+        *,
+        order: TokenOrder = TokenOrder.NEWEST,
+        reverse: bool = False,
+        page_size: int = 0,
+        timeout_seconds: float | None = None,
     ) -> AsyncIterator[Token]:
-        """Iterate over all of the account's live tokens, newest first.
+        """Iterate over all of the account's live tokens that match `wanted`, in an order.
 
         Fetches the next page when the previous one is used up. `timeout_seconds` is per page.
         """
@@ -168,6 +197,9 @@ class Client(LifecycleCalls):
         while True:
             page = await self.list_page(
                 account_id,
+                wanted,
+                order=order,
+                reverse=reverse,
                 page_size=page_size,
                 page_token=position,
                 timeout_seconds=timeout_seconds,
@@ -234,15 +266,19 @@ class Client(LifecycleCalls):
             | tuple[str | Secret, Scope | None, str, Collection[str]]
         ],
         *,
+        omit_details: bool = False,
         timeout_seconds: float | None = None,
     ) -> tuple[Verification, ...]:
         """Verify 1 to 1,000 pairs of secret and required scope at the cost of one look-up.
 
         A pair may be followed by the client's address and the required permissions. The answers
-        come in the order of the questions.
+        come in the order of the questions. With `omit_details`, their tokens lack labels, networks
+        and permissions. If the complete tokens would take more than 4 MiB, some lack them in any
+        case. `Verification.details_omitted` says so.
         """
         request = pb.BatchVerifyRequest(
-            requests=[_verify_request(*question) for question in requests]
+            requests=[_verify_request(*question) for question in requests],
+            omit_details=omit_details,
         )
         answer = await self._call("BatchVerify", self._rpcs().BatchVerify, request, timeout_seconds)
         if len(answer.responses) != len(request.requests):

@@ -4,13 +4,12 @@ All datetimes are timezone-aware, in UTC.
 """
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from typing import Final
 
 from latchkey._rate_limit import RateLimit
-from latchkey.errors import FieldViolation
 from latchkey.secret import Secret
 
 
@@ -187,38 +186,6 @@ class Revocation:
     grace ended by the clock. None: no secret belongs to a token."""
 
 
-@enum.unique
-class TokenState(enum.Enum):
-    """State of a token that is not deleted."""
-
-    ACTIVE = "active"
-    """Neither disabled nor expired."""
-    DISABLED = "disabled"
-    """Disabled, whether expired or not."""
-    EXPIRED = "expired"
-    """Expired, but not disabled."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenFilter:
-    """Selects live tokens that match every given field. Without fields, it selects all."""
-
-    scope: Scope | None = None
-    """Tokens with exactly this scope."""
-    name_contains: str = ""
-    """Tokens whose name contains this text, ignoring letter case."""
-    # A dict is not hashable.
-    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """Tokens that have all of these labels, with these values."""
-    state: TokenState | None = None
-    expires_before: datetime | None = None
-    """Tokens that expire, or have expired, before this time."""
-    unused_since: datetime | None = None
-    """Tokens that were created before this time and have no recorded use since."""
-    can_write: bool | None = None
-    """True: active tokens with WRITE. False: all others."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deletions:
     """What `Client.delete_all` deleted or, with `dry_run`, would delete."""
@@ -234,53 +201,6 @@ class Deletions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ImportedToken:
-    """A token to import, whose secret exists already. The fields are those of `Client.create`."""
-
-    account_id: str
-    name: str
-    scope: Scope
-    secret_sha256: bytes = field(repr=False)
-    """The SHA-256 hash of the whole secret: 32 bytes."""
-    hint: str = ""
-    """What people may see of the secret, such as its prefix and last four characters."""
-    create_time: datetime | None = None
-    """When the secret was created. None: now."""
-    expire_time: datetime | None = None
-    labels: Mapping[str, str] = field(default_factory=dict)
-    description: str = ""
-    allowed_networks: Sequence[str] = ()
-    permissions: Sequence[str] = ()
-    disabled: bool = False
-
-
-class ImportOutcome(enum.Enum):
-    """What `import_tokens` did with a token."""
-
-    IMPORTED = "imported"
-    """The token was created. With `validate_only`: it would be."""
-    EXISTS = "exists"
-    """A token of this account has this secret already, or had it. Nothing was changed."""
-    OTHER_ACCOUNT = "other_account"
-    """A token of another account has or had this secret."""
-    NAME_TAKEN = "name_taken"
-    INVALID = "invalid"
-    UNSPECIFIED = "unspecified"
-    """An outcome that this version of the library does not know."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImportResult:
-    """What `import_tokens` did with one token."""
-
-    outcome: ImportOutcome
-    token_id: str = ""
-    """Set with IMPORTED and EXISTS."""
-    field_violations: tuple[FieldViolation, ...] = ()
-    """Set with INVALID."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """Limits for the tokens of an account that a caller creates or changes."""
 
@@ -293,11 +213,16 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
-    """A page of an account's live tokens, newest first."""
+    """A page of an account's live tokens. It can be empty without being the last one."""
 
     tokens: tuple[Token, ...]
     next_page_token: str
     """Opaque; requests the next page. Empty on the last page."""
+    total_size: int | None = None
+    """How many tokens all pages have together, or at least so many if `total_size_capped`. None
+    unless requested."""
+    total_size_capped: bool = False
+    """Whether there may be more tokens than `total_size`: the service counts among 10,000."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -334,6 +259,9 @@ class Verification:
     """The revision at which the answer was read. 0 if nothing was read."""
     mark: int = 0
     """The mark of `revision`. Together they are a position in one history of the database."""
+    details_omitted: bool = False
+    """Whether `token` lacks its labels, networks and permissions. Only in answers of
+    `batch_verify`; the verdict takes them into account."""
     retry_after: timedelta | None = None
     """With RATE_LIMITED: how long to wait before the token may be allowed again."""
 

@@ -25,7 +25,13 @@ from latchkey import verifier as _async
 from latchkey._retry import TIMEOUTS_SECONDS, VERIFY_TIMEOUT_SECONDS, checked_timeout
 from latchkey.access import Access
 from latchkey.errors import InternalError, Unavailable, invalid, late
-from latchkey.models import Scope, Token, Verification, VerifierStats
+from latchkey.filters import TokenFilter, TokenOrder
+from latchkey.models import (
+    Scope,
+    Token,
+    Verification,
+    VerifierStats,
+)
 from latchkey.secret import Secret
 
 __all__ = ["Client", "Verifier"]
@@ -235,9 +241,16 @@ class Client:
     audit_page = _blocking(_client.Client.audit_page)
 
     def list(
-        self, account_id: str, *, page_size: int = 0, timeout_seconds: float | None = None
+        self,
+        account_id: str,
+        wanted: TokenFilter = TokenFilter(),  # noqa: B008 - immutable
+        *,
+        order: TokenOrder = TokenOrder.NEWEST,
+        reverse: bool = False,
+        page_size: int = 0,
+        timeout_seconds: float | None = None,
     ) -> Iterator[Token]:
-        """Iterate over all of the account's live tokens, newest first.
+        """Iterate over all of the account's live tokens that match `wanted`, in an order.
 
         Fetches the next page when the previous one is used up. `timeout_seconds` is per page.
         """
@@ -245,6 +258,9 @@ class Client:
         while True:
             page = self.list_page(
                 account_id,
+                wanted,
+                order=order,
+                reverse=reverse,
                 page_size=page_size,
                 page_token=position,
                 timeout_seconds=timeout_seconds,

@@ -132,22 +132,19 @@ class Verifier:
             lease_end if lease_end < entry.keep_until else entry.keep_until  # noqa: FURB136
         ):
             if scope is None or scope is _READ:
-                answer = entry.read
+                answer = entry.ready_read
             elif scope is _WRITE:
-                answer = entry.write
+                answer = entry.ready_write
             else:
                 _convert.scope_out(scope, "scope")
                 return None
-            if entry.special or permissions:
+            if answer is None or permissions:
                 answer = entry.answer(scope, client_address, permissions)
-                return self._other_answer(entry, answer, secret, now)
-            if answer is not entry.read:
                 return self._other_answer(entry, answer, secret, now)
             if entry.expires_at is None or _wall_clock() < entry.expires_at:
                 entry.used = True
                 # Counted before `idle` is read: see UseLog.begin. CPython does not switch threads
-                # inside this addition. If the entry is not final, the answer is VALID, because a
-                # token with networks or a rate limit does not get here.
+                # inside this addition. If the entry is not final, the answer is VALID.
                 entry.uses += 1
                 entry.last_use = now
                 if entry.idle:

@@ -156,12 +156,18 @@ class AuditEntry(_message.Message):
     CODE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     CALLS_FIELD_NUMBER: _builtins.int
+    PERSON_FIELD_NUMBER: _builtins.int
+    CLIENT_ADDRESS_FIELD_NUMBER: _builtins.int
+    CALL_ID_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Opaque identifier."""
     caller: _builtins.str
     """Name of the caller in the policy. Empty: unknown, or there is no policy."""
     method: _builtins.str
-    """Full name of the method, such as /latchkey.v1.TokenService/Create."""
+    """Full name of the method, such as /latchkey.v1.TokenService/Create. Or
+    /latchkey.v1.Policy/InForce: a server process put a policy in force; then
+    `peer` names the process, and `reason` has the SHA-256 of the policy.
+    """
     account_id: _builtins.str
     """The account that the request named. Empty: invalid, or several accounts."""
     token_id: _builtins.str
@@ -182,9 +188,21 @@ class AuditEntry(_message.Message):
     expired.
     """
     calls: _builtins.int
-    """Number of calls that this entry represents. Of a caller's calls that are
-    denied or fail in the same way, the first ten in a minute get one entry
-    each, and a single entry represents the rest.
+    """Number of calls that this entry represents. Calls that change something have
+    one entry each. Of a caller's other calls that end in the same way in a
+    minute, the first ten have one each, and so have the first calls about up to
+    100 different tokens and accounts. Of the others, ten chosen at random have
+    one each, and a single entry represents the rest.
+    """
+    person: _builtins.str
+    """The person for whom the caller made the call, as it reported in the metadata
+    x-latchkey-person. Only from callers with reports_people in the policy.
+    """
+    client_address: _builtins.str
+    """Address of the client, as the trusted proxy reported it. Empty: no proxy."""
+    call_id: _builtins.str
+    """The service's own identifier of the call; the log has it too. request_id may
+    be the caller's. Empty: several calls.
     """
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
@@ -205,10 +223,13 @@ class AuditEntry(_message.Message):
         code: _builtins.int = ...,
         reason: _builtins.str = ...,
         calls: _builtins.int = ...,
+        person: _builtins.str = ...,
+        client_address: _builtins.str = ...,
+        call_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "caller", b"caller", "calls", b"calls", "code", b"code", "id", b"id", "method", b"method", "outcome", b"outcome", "peer", b"peer", "reason", b"reason", "request_id", b"request_id", "time", b"time", "token_id", b"token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "call_id", b"call_id", "caller", b"caller", "calls", b"calls", "client_address", b"client_address", "code", b"code", "id", b"id", "method", b"method", "outcome", b"outcome", "peer", b"peer", "person", b"person", "reason", b"reason", "request_id", b"request_id", "time", b"time", "token_id", b"token_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -63,8 +63,8 @@ class AuditServiceServicer(object):
     """
 
     def List(self, request, context):
-        """Lists calls of Create, Get, List, Delete and InvalidateAll, allowed or
-        denied, newest first. A change and its entry are stored together or not at
+        """Lists calls of all methods that manage tokens, of this method and of
+        InvalidateAll, allowed or denied, newest first. A change and its entry are stored together or not at
         all. Entries of calls that changed nothing follow within a second. Has no
         side effects and is safe to retry. A caller that the policy limits to
         certain accounts must set account_id to one of them.

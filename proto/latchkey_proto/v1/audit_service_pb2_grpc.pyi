@@ -43,8 +43,8 @@ class AuditServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AuditServiceAsyncStub: ...
     List: _grpc.UnaryUnaryMultiCallable[_audit_service_pb2.AuditServiceListRequest, _audit_service_pb2.AuditServiceListResponse]
-    """Lists calls of Create, Get, List, Delete and InvalidateAll, allowed or
-    denied, newest first. A change and its entry are stored together or not at
+    """Lists calls of all methods that manage tokens, of this method and of
+    InvalidateAll, allowed or denied, newest first. A change and its entry are stored together or not at
     all. Entries of calls that changed nothing follow within a second. Has no
     side effects and is safe to retry. A caller that the policy limits to
     certain accounts must set account_id to one of them.
@@ -66,8 +66,8 @@ class AuditServiceAsyncStub(AuditServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     List: _aio.UnaryUnaryMultiCallable[_audit_service_pb2.AuditServiceListRequest, _audit_service_pb2.AuditServiceListResponse]  # type: ignore[assignment]
-    """Lists calls of Create, Get, List, Delete and InvalidateAll, allowed or
-    denied, newest first. A change and its entry are stored together or not at
+    """Lists calls of all methods that manage tokens, of this method and of
+    InvalidateAll, allowed or denied, newest first. A change and its entry are stored together or not at
     all. Entries of calls that changed nothing follow within a second. Has no
     side effects and is safe to retry. A caller that the policy limits to
     certain accounts must set account_id to one of them.
@@ -92,8 +92,8 @@ class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _audit_service_pb2.AuditServiceListRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_audit_service_pb2.AuditServiceListResponse, _abc.Awaitable[_audit_service_pb2.AuditServiceListResponse]]:
-        """Lists calls of Create, Get, List, Delete and InvalidateAll, allowed or
-        denied, newest first. A change and its entry are stored together or not at
+        """Lists calls of all methods that manage tokens, of this method and of
+        InvalidateAll, allowed or denied, newest first. A change and its entry are stored together or not at
         all. Entries of calls that changed nothing follow within a second. Has no
         side effects and is safe to retry. A caller that the policy limits to
         certain accounts must set account_id to one of them.

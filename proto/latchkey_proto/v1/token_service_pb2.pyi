@@ -165,6 +165,38 @@ TOKEN_STATE_EXPIRED: TokenState.ValueType  # 3
 """Expired, but not disabled."""
 Global___TokenState: _TypeAlias = TokenState  # noqa: Y015
 
+class _TokenOrder:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TokenOrderEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TokenOrder.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TOKEN_ORDER_UNSPECIFIED: _TokenOrder.ValueType  # 0
+    """TOKEN_ORDER_NEWEST."""
+    TOKEN_ORDER_NEWEST: _TokenOrder.ValueType  # 1
+    """The time of creation, the latest first."""
+    TOKEN_ORDER_EXPIRY: _TokenOrder.ValueType  # 2
+    """The expire_time, the earliest first. Tokens that never expire come last."""
+    TOKEN_ORDER_LAST_USE: _TokenOrder.ValueType  # 3
+    """The last recorded use, the earliest first. Tokens without a recorded use come
+    before all others. Uses within a minute of each other may be in any order.
+    """
+
+class TokenOrder(_TokenOrder, metaclass=_TokenOrderEnumTypeWrapper):
+    """Order of a list."""
+
+TOKEN_ORDER_UNSPECIFIED: TokenOrder.ValueType  # 0
+"""TOKEN_ORDER_NEWEST."""
+TOKEN_ORDER_NEWEST: TokenOrder.ValueType  # 1
+"""The time of creation, the latest first."""
+TOKEN_ORDER_EXPIRY: TokenOrder.ValueType  # 2
+"""The expire_time, the earliest first. Tokens that never expire come last."""
+TOKEN_ORDER_LAST_USE: TokenOrder.ValueType  # 3
+"""The last recorded use, the earliest first. Tokens without a recorded use come
+before all others. Uses within a minute of each other may be in any order.
+"""
+Global___TokenOrder: _TypeAlias = TokenOrder  # noqa: Y015
+
 class _SecretOutcome:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -583,6 +615,11 @@ class TokenFilter(_message.Message):
     EXPIRES_BEFORE_FIELD_NUMBER: _builtins.int
     UNUSED_SINCE_FIELD_NUMBER: _builtins.int
     CAN_WRITE_FIELD_NUMBER: _builtins.int
+    IDS_FIELD_NUMBER: _builtins.int
+    SEARCH_FIELD_NUMBER: _builtins.int
+    NEVER_USED_FIELD_NUMBER: _builtins.int
+    NEVER_EXPIRES_FIELD_NUMBER: _builtins.int
+    SECRET_CREATED_BEFORE_FIELD_NUMBER: _builtins.int
     scope: Global___Scope.ValueType
     """Tokens with exactly this scope."""
     name_contains: _builtins.str
@@ -593,6 +630,15 @@ class TokenFilter(_message.Message):
     """true: tokens that can write now, which are active and have SCOPE_WRITE.
     false: all others.
     """
+    search: _builtins.str
+    """Tokens whose name contains this text, as with `name_contains`, or that have a
+    working secret with this text among its last four characters: 0-64
+    characters. The text may also be the hint of a secret.
+    """
+    never_used: _builtins.bool
+    """true: tokens without a recorded use. false: tokens with one."""
+    never_expires: _builtins.bool
+    """true: tokens without an expire_time. false: tokens with one."""
     @_builtins.property
     def label(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Tokens that have all of these labels, with these values: up to 16."""
@@ -605,6 +651,17 @@ class TokenFilter(_message.Message):
     def unused_since(self) -> _timestamp_pb2.Timestamp:
         """Tokens that were created before this time and have no recorded use since."""
 
+    @_builtins.property
+    def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Tokens with one of these ids: up to 1,000. Ids of other accounts and of
+        deleted tokens match nothing. Empty: any id, so a caller that builds the list
+        must not send an empty one.
+        """
+
+    @_builtins.property
+    def secret_created_before(self) -> _timestamp_pb2.Timestamp:
+        """Tokens whose newest secret was created before this time."""
+
     def __init__(
         self,
         *,
@@ -615,14 +672,28 @@ class TokenFilter(_message.Message):
         expires_before: _timestamp_pb2.Timestamp | None = ...,
         unused_since: _timestamp_pb2.Timestamp | None = ...,
         can_write: _builtins.bool | None = ...,
+        ids: _abc.Iterable[_builtins.str] | None = ...,
+        search: _builtins.str = ...,
+        never_used: _builtins.bool | None = ...,
+        never_expires: _builtins.bool | None = ...,
+        secret_created_before: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_can_write", b"_can_write", "can_write", b"can_write", "expires_before", b"expires_before", "unused_since", b"unused_since"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_can_write", b"_can_write", "_never_expires", b"_never_expires", "_never_used", b"_never_used", "can_write", b"can_write", "expires_before", b"expires_before", "never_expires", b"never_expires", "never_used", b"never_used", "secret_created_before", b"secret_created_before", "unused_since", b"unused_since"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_can_write", b"_can_write", "can_write", b"can_write", "expires_before", b"expires_before", "label", b"label", "name_contains", b"name_contains", "scope", b"scope", "state", b"state", "unused_since", b"unused_since"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_can_write", b"_can_write", "_never_expires", b"_never_expires", "_never_used", b"_never_used", "can_write", b"can_write", "expires_before", b"expires_before", "ids", b"ids", "label", b"label", "name_contains", b"name_contains", "never_expires", b"never_expires", "never_used", b"never_used", "scope", b"scope", "search", b"search", "secret_created_before", b"secret_created_before", "state", b"state", "unused_since", b"unused_since"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__can_write: _TypeAlias = _typing.Literal["can_write"]  # noqa: Y015
     _WhichOneofArgType__can_write: _TypeAlias = _typing.Literal["_can_write", b"_can_write"]  # noqa: Y015
+    _WhichOneofReturnType__never_expires: _TypeAlias = _typing.Literal["never_expires"]  # noqa: Y015
+    _WhichOneofArgType__never_expires: _TypeAlias = _typing.Literal["_never_expires", b"_never_expires"]  # noqa: Y015
+    _WhichOneofReturnType__never_used: _TypeAlias = _typing.Literal["never_used"]  # noqa: Y015
+    _WhichOneofArgType__never_used: _TypeAlias = _typing.Literal["_never_used", b"_never_used"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__can_write) -> _WhichOneofReturnType__can_write | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__never_expires) -> _WhichOneofReturnType__never_expires | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__never_used) -> _WhichOneofReturnType__never_used | None: ...
 
 Global___TokenFilter: _TypeAlias = TokenFilter  # noqa: Y015
 
@@ -834,24 +905,42 @@ class ListRequest(_message.Message):
     ACCOUNT_ID_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    ORDER_FIELD_NUMBER: _builtins.int
+    REVERSE_FIELD_NUMBER: _builtins.int
+    INCLUDE_TOTAL_SIZE_FIELD_NUMBER: _builtins.int
     account_id: _builtins.str
     """Owner of the tokens. Required."""
     page_size: _builtins.int
     """Maximum number of tokens. 0 means 50; more than 500 means 500."""
     page_token: _builtins.str
-    """The next_page_token of the previous page of the same account. Empty:
-    returns the first page.
+    """The next_page_token of the previous page of the same account, filter and
+    order. Empty: returns the first page.
     """
+    order: Global___TokenOrder.ValueType
+    """The order of the list. Tokens with equal times are ordered by id."""
+    reverse: _builtins.bool
+    """Lists in the opposite of `order`, from its last token to its first."""
+    include_total_size: _builtins.bool
+    """Counts the tokens that match. Takes up to as long as the list itself."""
+    @_builtins.property
+    def filter(self) -> Global___TokenFilter:
+        """The tokens to list. Absent: all live tokens of the account."""
+
     def __init__(
         self,
         *,
         account_id: _builtins.str = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        filter: Global___TokenFilter | None = ...,
+        order: Global___TokenOrder.ValueType = ...,
+        reverse: _builtins.bool = ...,
+        include_total_size: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "filter", b"filter", "include_total_size", b"include_total_size", "order", b"order", "page_size", b"page_size", "page_token", b"page_token", "reverse", b"reverse"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -865,21 +954,40 @@ class ListResponse(_message.Message):
 
     TOKENS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    TOTAL_SIZE_FIELD_NUMBER: _builtins.int
+    TOTAL_SIZE_CAPPED_FIELD_NUMBER: _builtins.int
+    FILTER_APPLIED_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """The page_token of the next page. Empty: this is the last page."""
+    total_size: _builtins.int
+    """With include_total_size: number of tokens on all pages together, or a lower
+    bound of it. Otherwise 0.
+    """
+    total_size_capped: _builtins.bool
+    """Whether total_size is a lower bound, because the service counted among the
+    first 10,000 tokens and there are more. Never true for an account with up to
+    10,000 tokens.
+    """
+    filter_applied: _builtins.bool
+    """Always true. A server of a release without `filter` and `order` leaves it
+    false: it has ignored both.
+    """
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]:
-        """Live tokens, newest first. Never contains deleted tokens."""
+        """Live tokens in the requested order. Never contains deleted tokens."""
 
     def __init__(
         self,
         *,
         tokens: _abc.Iterable[Global___Token] | None = ...,
         next_page_token: _builtins.str = ...,
+        total_size: _builtins.int = ...,
+        total_size_capped: _builtins.bool = ...,
+        filter_applied: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter_applied", b"filter_applied", "next_page_token", b"next_page_token", "tokens", b"tokens", "total_size", b"total_size", "total_size_capped", b"total_size_capped"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1511,8 +1619,8 @@ class DeleteAllResponse(_message.Message):
     """Whether more tokens match than this call deleted. If so, call again."""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]:
-        """With dry_run: the tokens that would be deleted first, up to 500, the oldest
-        first. Otherwise empty.
+        """With dry_run: the tokens that would be deleted first, up to 500 and 4 MB, the
+        oldest first. Otherwise empty.
         """
 
     @_builtins.property
@@ -1724,6 +1832,7 @@ class ImportedToken(_message.Message):
     HINT_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     DISABLED_FIELD_NUMBER: _builtins.int
+    RATE_LIMIT_FIELD_NUMBER: _builtins.int
     account_id: _builtins.str
     """Owner of the token. Required."""
     name: _builtins.str
@@ -1762,6 +1871,10 @@ class ImportedToken(_message.Message):
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When the secret was created. Not in the future. Absent: now."""
 
+    @_builtins.property
+    def rate_limit(self) -> Global___RateLimit:
+        """How often the token may be used. Absent: as often as its holder likes."""
+
     def __init__(
         self,
         *,
@@ -1777,10 +1890,11 @@ class ImportedToken(_message.Message):
         hint: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         disabled: _builtins.bool = ...,
+        rate_limit: Global___RateLimit | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "rate_limit", b"rate_limit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "allowed_networks", b"allowed_networks", "create_time", b"create_time", "description", b"description", "disabled", b"disabled", "expire_time", b"expire_time", "hint", b"hint", "labels", b"labels", "name", b"name", "permissions", b"permissions", "scope", b"scope", "secret_sha256", b"secret_sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "allowed_networks", b"allowed_networks", "create_time", b"create_time", "description", b"description", "disabled", b"disabled", "expire_time", b"expire_time", "hint", b"hint", "labels", b"labels", "name", b"name", "permissions", b"permissions", "rate_limit", b"rate_limit", "scope", b"scope", "secret_sha256", b"secret_sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1984,6 +2098,7 @@ class VerifyResponse(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     MARK_FIELD_NUMBER: _builtins.int
     RETRY_AFTER_FIELD_NUMBER: _builtins.int
+    DETAILS_OMITTED_FIELD_NUMBER: _builtins.int
     verdict: Global___Verdict.ValueType
     """The answer."""
     revision: _builtins.int
@@ -1994,6 +2109,13 @@ class VerifyResponse(_message.Message):
     mark: _builtins.int
     """The mark of `revision`. A client caches the answer only if it knows this
     position. 0 if `revision` is 0.
+    """
+    details_omitted: _builtins.bool
+    """Whether `token` lacks its labels, allowed_networks and permissions, although
+    the token may have some. Only in the responses of BatchVerify. The verdict
+    takes them into account. `revision` and `mark` are then 0, so that no client
+    caches the answer and applies it to other addresses or permissions. Verify
+    returns the complete token.
     """
     @_builtins.property
     def token(self) -> Global___Token:
@@ -2016,10 +2138,11 @@ class VerifyResponse(_message.Message):
         revision: _builtins.int = ...,
         mark: _builtins.int = ...,
         retry_after: _duration_pb2.Duration | None = ...,
+        details_omitted: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["retry_after", b"retry_after", "token", b"token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["mark", b"mark", "retry_after", b"retry_after", "revision", b"revision", "token", b"token", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["details_omitted", b"details_omitted", "mark", b"mark", "retry_after", b"retry_after", "revision", b"revision", "token", b"token", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2032,6 +2155,12 @@ class BatchVerifyRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUESTS_FIELD_NUMBER: _builtins.int
+    OMIT_DETAILS_FIELD_NUMBER: _builtins.int
+    omit_details: _builtins.bool
+    """Omits labels, allowed_networks and permissions from all tokens of the
+    response, for callers that need only the verdict, the account and the scope.
+    Such a response is small, and each of its answers has details_omitted.
+    """
     @_builtins.property
     def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___VerifyRequest]:
         """1-1,000 verifies."""
@@ -2040,10 +2169,11 @@ class BatchVerifyRequest(_message.Message):
         self,
         *,
         requests: _abc.Iterable[Global___VerifyRequest] | None = ...,
+        omit_details: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["requests", b"requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["omit_details", b"omit_details", "requests", b"requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -216,10 +216,19 @@ class TokenServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def List(self, request, context):
-        """Lists the live tokens of an account, newest first. Has no side effects and
-        is safe to retry. A page of more than 200 tokens may exceed gRPC's default
-        message limit of 4 MiB.
-        Errors: INVALID_ARGUMENT; UNAVAILABLE.
+        """Lists the live tokens of an account, or those that match a filter, the newest
+        first or in another order. Has no side effects and is safe to retry. A page
+        of more than 200 tokens may exceed gRPC's default message limit of 4 MiB.
+
+        One call examines at most 10,000 tokens, so that it takes the same time
+        however many tokens the account has. A page may therefore have fewer tokens
+        than requested, or none, and still have a `next_page_token` (AIP-158).
+        Some filters skip the tokens that do not match, so that the limit does not
+        matter: `expires_before`, `never_expires` and TOKEN_STATE_EXPIRED with
+        TOKEN_ORDER_EXPIRY, `unused_since` and `never_used` with
+        TOKEN_ORDER_LAST_USE, and `ids` with any order.
+        Errors: INVALID_ARGUMENT, also for a condition that this server does not
+        know; UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -402,9 +411,10 @@ class TokenServiceServicer(object):
 
     def BatchVerify(self, request, context):
         """Verifies up to 1,000 secrets with one look-up. Safe to retry, as Verify is.
-        The response contains each token with its labels, networks and permissions,
-        up to 27 MB. A client with gRPC's default message limit of 4 MiB must raise
-        the limit or send at most 150 requests at a time.
+        The response has at most 4 MiB, gRPC's default message limit. If the tokens
+        with all their labels, networks and permissions would take more, some of the
+        later responses omit these, and say so in details_omitted. Their verdicts take
+        everything into account. The tokens of up to 150 requests always fit.
         Errors: INVALID_ARGUMENT if there are no requests or too many; otherwise
         those of Verify.
         """

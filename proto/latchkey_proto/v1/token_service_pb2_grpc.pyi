@@ -83,10 +83,19 @@ class TokenServiceStub:
     this id, also if the token belongs to another account; UNAVAILABLE.
     """
     List: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.ListRequest, _token_service_pb2.ListResponse]
-    """Lists the live tokens of an account, newest first. Has no side effects and
-    is safe to retry. A page of more than 200 tokens may exceed gRPC's default
-    message limit of 4 MiB.
-    Errors: INVALID_ARGUMENT; UNAVAILABLE.
+    """Lists the live tokens of an account, or those that match a filter, the newest
+    first or in another order. Has no side effects and is safe to retry. A page
+    of more than 200 tokens may exceed gRPC's default message limit of 4 MiB.
+
+    One call examines at most 10,000 tokens, so that it takes the same time
+    however many tokens the account has. A page may therefore have fewer tokens
+    than requested, or none, and still have a `next_page_token` (AIP-158).
+    Some filters skip the tokens that do not match, so that the limit does not
+    matter: `expires_before`, `never_expires` and TOKEN_STATE_EXPIRED with
+    TOKEN_ORDER_EXPIRY, `unused_since` and `never_used` with
+    TOKEN_ORDER_LAST_USE, and `ids` with any order.
+    Errors: INVALID_ARGUMENT, also for a condition that this server does not
+    know; UNAVAILABLE.
     """
     Delete: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.DeleteRequest, _token_service_pb2.DeleteResponse]
     """Deletes a token permanently. After this returns OK, no verify that starts
@@ -213,9 +222,10 @@ class TokenServiceStub:
     """
     BatchVerify: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.BatchVerifyRequest, _token_service_pb2.BatchVerifyResponse]
     """Verifies up to 1,000 secrets with one look-up. Safe to retry, as Verify is.
-    The response contains each token with its labels, networks and permissions,
-    up to 27 MB. A client with gRPC's default message limit of 4 MiB must raise
-    the limit or send at most 150 requests at a time.
+    The response has at most 4 MiB, gRPC's default message limit. If the tokens
+    with all their labels, networks and permissions would take more, some of the
+    later responses omit these, and say so in details_omitted. Their verdicts take
+    everything into account. The tokens of up to 150 requests always fit.
     Errors: INVALID_ARGUMENT if there are no requests or too many; otherwise
     those of Verify.
     """
@@ -295,10 +305,19 @@ class TokenServiceAsyncStub(TokenServiceStub):
     this id, also if the token belongs to another account; UNAVAILABLE.
     """
     List: _aio.UnaryUnaryMultiCallable[_token_service_pb2.ListRequest, _token_service_pb2.ListResponse]  # type: ignore[assignment]
-    """Lists the live tokens of an account, newest first. Has no side effects and
-    is safe to retry. A page of more than 200 tokens may exceed gRPC's default
-    message limit of 4 MiB.
-    Errors: INVALID_ARGUMENT; UNAVAILABLE.
+    """Lists the live tokens of an account, or those that match a filter, the newest
+    first or in another order. Has no side effects and is safe to retry. A page
+    of more than 200 tokens may exceed gRPC's default message limit of 4 MiB.
+
+    One call examines at most 10,000 tokens, so that it takes the same time
+    however many tokens the account has. A page may therefore have fewer tokens
+    than requested, or none, and still have a `next_page_token` (AIP-158).
+    Some filters skip the tokens that do not match, so that the limit does not
+    matter: `expires_before`, `never_expires` and TOKEN_STATE_EXPIRED with
+    TOKEN_ORDER_EXPIRY, `unused_since` and `never_used` with
+    TOKEN_ORDER_LAST_USE, and `ids` with any order.
+    Errors: INVALID_ARGUMENT, also for a condition that this server does not
+    know; UNAVAILABLE.
     """
     Delete: _aio.UnaryUnaryMultiCallable[_token_service_pb2.DeleteRequest, _token_service_pb2.DeleteResponse]  # type: ignore[assignment]
     """Deletes a token permanently. After this returns OK, no verify that starts
@@ -425,9 +444,10 @@ class TokenServiceAsyncStub(TokenServiceStub):
     """
     BatchVerify: _aio.UnaryUnaryMultiCallable[_token_service_pb2.BatchVerifyRequest, _token_service_pb2.BatchVerifyResponse]  # type: ignore[assignment]
     """Verifies up to 1,000 secrets with one look-up. Safe to retry, as Verify is.
-    The response contains each token with its labels, networks and permissions,
-    up to 27 MB. A client with gRPC's default message limit of 4 MiB must raise
-    the limit or send at most 150 requests at a time.
+    The response has at most 4 MiB, gRPC's default message limit. If the tokens
+    with all their labels, networks and permissions would take more, some of the
+    later responses omit these, and say so in details_omitted. Their verdicts take
+    everything into account. The tokens of up to 150 requests always fit.
     Errors: INVALID_ARGUMENT if there are no requests or too many; otherwise
     those of Verify.
     """
@@ -522,10 +542,19 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _token_service_pb2.ListRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_token_service_pb2.ListResponse, _abc.Awaitable[_token_service_pb2.ListResponse]]:
-        """Lists the live tokens of an account, newest first. Has no side effects and
-        is safe to retry. A page of more than 200 tokens may exceed gRPC's default
-        message limit of 4 MiB.
-        Errors: INVALID_ARGUMENT; UNAVAILABLE.
+        """Lists the live tokens of an account, or those that match a filter, the newest
+        first or in another order. Has no side effects and is safe to retry. A page
+        of more than 200 tokens may exceed gRPC's default message limit of 4 MiB.
+
+        One call examines at most 10,000 tokens, so that it takes the same time
+        however many tokens the account has. A page may therefore have fewer tokens
+        than requested, or none, and still have a `next_page_token` (AIP-158).
+        Some filters skip the tokens that do not match, so that the limit does not
+        matter: `expires_before`, `never_expires` and TOKEN_STATE_EXPIRED with
+        TOKEN_ORDER_EXPIRY, `unused_since` and `never_used` with
+        TOKEN_ORDER_LAST_USE, and `ids` with any order.
+        Errors: INVALID_ARGUMENT, also for a condition that this server does not
+        know; UNAVAILABLE.
         """
 
     @_abc_1.abstractmethod
@@ -736,9 +765,10 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_token_service_pb2.BatchVerifyResponse, _abc.Awaitable[_token_service_pb2.BatchVerifyResponse]]:
         """Verifies up to 1,000 secrets with one look-up. Safe to retry, as Verify is.
-        The response contains each token with its labels, networks and permissions,
-        up to 27 MB. A client with gRPC's default message limit of 4 MiB must raise
-        the limit or send at most 150 requests at a time.
+        The response has at most 4 MiB, gRPC's default message limit. If the tokens
+        with all their labels, networks and permissions would take more, some of the
+        later responses omit these, and say so in details_omitted. Their verdicts take
+        everything into account. The tokens of up to 150 requests always fit.
         Errors: INVALID_ARGUMENT if there are no requests or too many; otherwise
         those of Verify.
         """

@@ -130,6 +130,11 @@ class Authenticator:
             name = self._screened[evidence] = self._identify(metadata, None).name
         return name
 
+    @property
+    def trusts_proxy(self) -> bool:
+        """Whether calls come through a trusted proxy, which reports the clients' addresses."""
+        return self._proxy is not None
+
     def authorize(self, path: str, context: HasMetadata) -> Caller:
         """Return the caller if it may call `path`. Raises Unauthenticated or PermissionDenied."""
         caller = self.identify(context)

@@ -19,6 +19,9 @@ __all__ = [
     "REMOVALS",
     "REVOKER",
     "ROLES",
+    "ROTATE",
+    "TWO_SIDED",
+    "UPDATE",
     "VERIFIER",
     "VERIFY",
     "AccountSource",
@@ -49,9 +52,12 @@ VERIFY_BYTES_MAX: Final = 16 * 1024
 # within the limit, 131,072 empty questions, takes 7 ms to parse.
 BATCH_VERIFY_BYTES_MAX: Final = 256 * 1024
 # The fields of a token: 16 labels of 318 characters, a name of 64 and a description of 256, each of
-# up to 4 bytes, 32 networks and 64 permissions take 28 KiB. A filter has labels and a name. The
-# slowest request within the limit, 4,000 labels, takes 0.3 ms to parse.
+# up to 4 bytes, 32 networks and 64 permissions take 28 KiB. The slowest request within the limit,
+# 4,000 labels, takes 0.3 ms to parse.
 TOKEN_BYTES_MAX: Final = 32 * 1024
+# 1,000 ids of 30 characters, labels, and texts take 64 KiB. The slowest request within the limit,
+# 48,000 empty ids, takes 2 ms to parse.
+FILTER_BYTES_MAX: Final = 96 * 1024
 # 1,000 secrets of 128 characters, as long as imported ones may be, take 131 KB. The slowest request
 # within the limit, 65,000 empty ones, takes some milliseconds to parse.
 REVOKE_SECRET_BYTES_MAX: Final = 128 * 1024
@@ -99,7 +105,9 @@ METHODS: Final[Mapping[str, Rule]] = MappingProxyType(
         _TOKENS + "GetUsage": Rule(MANAGER, AccountSource.REQUEST, audited=True),
         # Reads only settings and policy.
         _TOKENS + "GetLimits": Rule(MANAGER, AccountSource.REQUEST),
-        _TOKENS + "List": Rule(MANAGER, AccountSource.REQUEST, audited=True),
+        _TOKENS + "List": Rule(
+            MANAGER, AccountSource.REQUEST, audited=True, bytes_max=FILTER_BYTES_MAX
+        ),
         _TOKENS + "Delete": Rule(MANAGER, AccountSource.REQUEST, audited=True),
         _TOKENS + "Update": Rule(
             MANAGER, AccountSource.REQUEST, audited=True, bytes_max=TOKEN_BYTES_MAX
@@ -109,7 +117,7 @@ METHODS: Final[Mapping[str, Rule]] = MappingProxyType(
         _TOKENS + "Rotate": Rule(MANAGER, AccountSource.REQUEST, audited=True),
         _TOKENS + "RetireSecrets": Rule(MANAGER, AccountSource.REQUEST, audited=True),
         _TOKENS + "DeleteAll": Rule(
-            MANAGER, AccountSource.REQUEST, audited=True, bytes_max=TOKEN_BYTES_MAX
+            MANAGER, AccountSource.REQUEST, audited=True, bytes_max=FILTER_BYTES_MAX
         ),
         # The secrets may belong to any account.
         _TOKENS + "RevokeSecret": Rule(
@@ -126,7 +134,7 @@ METHODS: Final[Mapping[str, Rule]] = MappingProxyType(
         "/latchkey.v1.MaintenanceService/InvalidateAll": Rule(
             OPERATOR, AccountSource.ALL, audited=True
         ),
-        "/latchkey.v1.AuditService/List": Rule(OPERATOR, AccountSource.REQUEST),
+        "/latchkey.v1.AuditService/List": Rule(OPERATOR, AccountSource.REQUEST, audited=True),
         "/grpc.health.v1.Health/Check": OPEN,
         "/grpc.health.v1.Health/Watch": OPEN,
         # Served only with LATCHKEY_REFLECTION.
@@ -140,6 +148,9 @@ REFLECTION: Final = "/grpc.reflection."
 REMOVALS: Final = frozenset(
     _TOKENS + name for name in ("Delete", "DeleteAll", "Disable", "RetireSecrets", "RevokeSecret")
 )
+UPDATE: Final = _TOKENS + "Update"
+ROTATE: Final = _TOKENS + "Rotate"
+TWO_SIDED: Final = frozenset((UPDATE, ROTATE))
 
 
 def rule_of(path: str) -> Rule:

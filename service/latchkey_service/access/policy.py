@@ -7,6 +7,7 @@
     accounts = ["acme", "team-*"]       # default: every account
     rates = { verifier = 5000 }         # default: no limit
     watches = 200                       # default: half of a process's limit
+    reports_people = true               # whether it names the person it acts for; default: no
 
     [callers.portal]
     certificates = ["portal.internal"]
@@ -28,6 +29,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Annotated, Final, Self, TypeVar
 
 from pydantic import (
@@ -41,7 +43,7 @@ from pydantic import (
 
 from latchkey_service.access.credentials import DIGEST
 from latchkey_service.access.methods import METHODS, ROLES
-from latchkey_service.access.rates import RateLimits
+from latchkey_service.access.rates import RateLimits, limits_for
 from latchkey_service.identifiers import ACCOUNT_ID
 from latchkey_service.lifetime import NO_RULES, Lifetime, LifetimeRules, duration_in
 from latchkey_service.secret_format import redact_secrets
@@ -103,6 +105,8 @@ class Caller:
     accounts: Accounts | None = None
     rates: RateLimits | None = field(default=None, compare=False)
     watches_max: int = WATCHES_MAX
+    reports_people: bool = False
+    """Whether the audit log records the person that the caller says it acts for."""
     lifetimes: LifetimeRules = field(default=NO_RULES, compare=False)
 
 
@@ -122,6 +126,8 @@ class Policy:
 
     unidentified: tuple[str, ...] = ()
     """Callers with neither certificate nor credential, which no call can be from."""
+    digest: str = ""
+    """SHA-256 of the text, in hexadecimal."""
 
     @property
     def callers(self) -> frozenset[str]:
@@ -158,8 +164,9 @@ def parse(text: str) -> Policy:
             name,
             frozenset().union(*(roles[role] for role in table.roles)),
             None if table.accounts is None else _accounts(table.accounts),
-            None if table.rates is None else RateLimits(table.rates),
+            limits_for(table.rates, restricted=table.accounts is not None),
             table.watches,
+            table.reports_people,
             LifetimeRules(table.lifetime, accounts),
         )
         if not table.certificates and not table.credentials:
@@ -174,7 +181,8 @@ def parse(text: str) -> Policy:
             owner = credentials.setdefault(bytes.fromhex(digest), caller)
             if owner is not caller:
                 raise PolicyError(f"{where}.credentials: a digest already belongs to {owner.name}")
-    return Policy(certificates, credentials, tuple(unidentified))
+    digest = sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return Policy(certificates, credentials, tuple(unidentified), digest)
 
 
 def is_name(text: str) -> bool:
@@ -284,6 +292,7 @@ class _Caller(_Limited):
     certificates: _Unique[Annotated[str, AfterValidator(_certificate)]] = []
     credentials: _Unique[Annotated[str, AfterValidator(_digest)]] = []
     rates: dict[Annotated[str, AfterValidator(_built_in)], _Rate] | None = None
+    reports_people: bool = False
     roles: _Unique[str] = []
     watches: Annotated[int, Field(ge=0, le=WATCHES_MAX * 2)] = WATCHES_MAX
 

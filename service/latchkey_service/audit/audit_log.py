@@ -5,11 +5,11 @@ Calls that change nothing, reads and failures, are recorded here and written in 
 after: no caller waits for that. If a process is killed, its log still has the calls that it had not
 written.
 
-Failures are sampled, because otherwise a denied caller could fill the table. In each minute, the
-first few failures of a kind have their own entries; one entry counts all others.
+Those are sampled (`sampling.py`), because otherwise a caller could fill the table.
 """
 
 import asyncio
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,7 +17,8 @@ from typing import Final, NamedTuple
 
 import grpc
 
-from latchkey_service.audit.audit_table import AuditTable, NewEntry
+from latchkey_service.audit.audit_table import POLICY_IN_FORCE, AuditTable, NewEntry
+from latchkey_service.audit.sampling import Sample
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.identifiers import ACCOUNT_ID, TOKEN_ID
 from latchkey_service.secret_format import CREDENTIAL_LENGTH, contains_secret
@@ -31,7 +32,6 @@ FLUSH_SECONDS: Final = 0.2
 WAITING_MAX: Final = 10_000
 BATCH_MAX: Final = 1_000
 SAMPLE_SECONDS: Final = 60.0
-SAMPLE_MAX: Final = 10
 CLOSE_SECONDS: Final = 1.0
 _PEER_LENGTH_MAX: Final = 200
 
@@ -44,8 +44,15 @@ class AuditContext:
     method: str
     peer: str
     request_id: str
+    """The caller's own id, if it sent one."""
     account_id: str
     token_id: str
+    person: str = ""
+    """The person that the caller acts for."""
+    client_address: str = ""
+    """The client's address, as the trusted proxy reports it."""
+    call_id: str = ""
+    """The service's own id."""
 
     @classmethod
     def of(
@@ -56,6 +63,10 @@ class AuditContext:
         request_id: str,
         account_id: str,
         token_id: str,
+        *,
+        person: str = "",
+        client_address: str = "",
+        call_id: str = "",
     ) -> "AuditContext":
         """Build the context; drop ids from the caller that do not have the expected form."""
         if not ACCOUNT_ID.fullmatch(account_id) or (
@@ -65,11 +76,33 @@ class AuditContext:
             account_id = ""
         if not TOKEN_ID.fullmatch(token_id):
             token_id = ""
-        return cls(caller, method, peer[:_PEER_LENGTH_MAX], request_id, account_id, token_id)
+        return cls(
+            caller,
+            method,
+            peer[:_PEER_LENGTH_MAX],
+            request_id,
+            account_id,
+            token_id,
+            person,
+            client_address,
+            call_id,
+        )
+
+    @property
+    def details(self) -> list[str]:
+        """The values of `audit_table.DETAIL_COLUMNS`."""
+        return [self.person, self.client_address, self.call_id]
 
     def fields(self) -> dict[str, str]:
         """Return the fields for the log, except method and peer."""
-        fields = {"caller": self.caller, "account_id": self.account_id, "token_id": self.token_id}
+        fields = {
+            "caller": self.caller,
+            "account_id": self.account_id,
+            "token_id": self.token_id,
+            "person": self.person,
+            "client_address": self.client_address,
+            "call_id": self.call_id,
+        }
         return {name: value for name, value in fields.items() if value}
 
 
@@ -80,17 +113,6 @@ class _Kind(NamedTuple):
     reason: str
 
 
-class _Sample:
-    """Calls of one kind since `since`, and how many of them have no entry."""
-
-    __slots__ = ("calls", "since", "without_entry")
-
-    def __init__(self, since: float) -> None:
-        self.since = since
-        self.calls = 0
-        self.without_entry = 0
-
-
 class AuditLog:
     """The entries not written yet. Event loop only."""
 
@@ -99,14 +121,16 @@ class AuditLog:
         table: AuditTable,
         monotonic: Callable[[], float],
         now: Callable[[], datetime],
+        randrange: Callable[[int], int] = random.randrange,
     ) -> None:
         self._table = table
+        self._randrange = randrange
         self._monotonic = monotonic
         self._now = now
         self._waiting: list[NewEntry] = []
-        self._samples: dict[_Kind, _Sample] = {}
+        self._samples: dict[_Kind, Sample[NewEntry]] = {}
         # For methods without entries, where only log lines are sampled.
-        self._logged: dict[_Kind, _Sample] = {}
+        self._logged: dict[_Kind, Sample[NewEntry]] = {}
         self._failing = False
         self.written = self.lost = self.aggregated = 0
         """Entries of calls without a change: written, and lost; and calls that share an entry with
@@ -119,55 +143,51 @@ class AuditLog:
         return len(self._waiting)
 
     def should_record(self, caller: str, method: str, code: str, reason: str) -> bool:
-        """Return whether to record a call that changed nothing; if not, it is counted here."""
-        sample = self._samples.get(_Kind(caller, method, code, reason))
-        if sample is None or self._has_room(sample, code):
+        """Return whether to describe and record a call that changed nothing.
+
+        If not, it is counted here. Otherwise, the next call must be `record`.
+        """
+        sample = self._sample(self._samples, _Kind(caller, method, code, reason))
+        if not self._full and sample.is_wanted():
             return True
-        sample.calls += 1
-        sample.without_entry += 1
+        sample.count()
         self.aggregated += 1
         return False
 
     def would_record(self, caller: str, method: str, code: str, reason: str) -> bool:
-        """Return what `should_record` would, without counting the call."""
+        """Return whether `should_record` would surely return True. Counts nothing."""
         sample = self._samples.get(_Kind(caller, method, code, reason))
-        return sample is None or self._has_room(sample, code)
+        return not self._full and (sample is None or sample.has_room)
 
     def record(self, audit_context: AuditContext, code: str, reason: str) -> bool:
         """Record a call that changed nothing. Return whether it got its own entry."""
         kind = _Kind(audit_context.caller, audit_context.method, code, reason)
         sample = self._sample(self._samples, kind)
-        has_room = self._has_room(sample, code)
-        sample.calls += 1
-        if not has_room:
-            sample.without_entry += 1
+        if self._full:
+            sample.count()
             self.aggregated += 1
             return False
-        self._waiting.append(
-            NewEntry(
-                self._now(),
-                audit_context.caller,
-                audit_context.method,
-                audit_context.account_id,
-                audit_context.token_id,
-                audit_context.peer,
-                audit_context.request_id,
-                _number(code),
-                reason,
-                1,
-            )
-        )
+        target = (audit_context.account_id, audit_context.token_id)
+        if not sample.takes(target):
+            if sample.is_chosen():
+                sample.keep(self._entry(audit_context, code, reason))
+            self.aggregated += 1
+            return False
+        self._waiting.append(self._entry(audit_context, code, reason))
         return True
+
+    def policy_in_force(self, digest: str, process: str) -> None:
+        """Record that a process has put a policy in force. `digest`: SHA-256 of its text."""
+        if self._full:
+            self.lost += 1
+            return
+        context = AuditContext("", POLICY_IN_FORCE, process, "", "", "")
+        self._waiting.append(self._entry(context, "OK", f"sha256:{digest}"))
 
     def should_log(self, caller: str, method: str, reason: str) -> bool:
         """Return whether to log a failed call without an entry, and count it."""
         kind = _Kind(caller, method, "", reason)
-        sample = self._sample(self._logged, kind)
-        sample.calls += 1
-        if sample.calls > SAMPLE_MAX:
-            sample.without_entry += 1
-            return False
-        return True
+        return self._sample(self._logged, kind).takes(None)
 
     async def run(self) -> None:
         """Write entries until cancelled."""
@@ -193,25 +213,44 @@ class AuditLog:
                 "audit entries not written", entries=len(self._waiting), calls_without=without_entry
             )
 
-    def _has_room(self, sample: "_Sample", code: str) -> bool:
-        """Return whether one more call of this kind gets its own entry."""
-        full = len(self._waiting) >= WAITING_MAX
-        return not full and (code == "OK" or sample.calls < SAMPLE_MAX)
+    @property
+    def _full(self) -> bool:
+        return len(self._waiting) >= WAITING_MAX
 
-    def _sample(self, samples: dict[_Kind, _Sample], kind: _Kind) -> _Sample:
+    def _sample(self, samples: "dict[_Kind, Sample[NewEntry]]", kind: _Kind) -> "Sample[NewEntry]":
         sample = samples.get(kind)
         if sample is None:
-            sample = samples[kind] = _Sample(self._monotonic())
+            sample = samples[kind] = Sample(self._monotonic(), self._randrange)
         return sample
+
+    def _entry(self, audit_context: AuditContext, code: str, reason: str) -> NewEntry:
+        return NewEntry(
+            self._now(),
+            audit_context.caller,
+            audit_context.method,
+            audit_context.account_id,
+            audit_context.token_id,
+            audit_context.peer,
+            audit_context.request_id,
+            _number(code),
+            reason,
+            1,
+            audit_context.person,
+            audit_context.client_address,
+            audit_context.call_id,
+        )
 
     def _close_samples(self, before: float) -> None:
         """Write the counters of samples that began up to `before`, and start new samples."""
         for kind, sample in [item for item in self._samples.items() if item[1].since <= before]:
-            if sample.without_entry and len(self._waiting) >= WAITING_MAX:
+            if sample.without_entry and self._full:
                 # Keep counting; the entry is written when the database is back.
                 continue
             del self._samples[kind]
-            if sample.without_entry:
+            # One place stays for the count.
+            kept = sample.kept[: max(0, WAITING_MAX - len(self._waiting) - 1)]
+            self._waiting += kept
+            if sample.without_entry > len(kept):
                 self._waiting.append(
                     NewEntry(
                         self._now(),
@@ -223,7 +262,7 @@ class AuditLog:
                         "",
                         _number(kind.code),
                         kind.reason,
-                        sample.without_entry,
+                        sample.without_entry - len(kept),
                     )
                 )
                 self._log_aggregated(kind, sample)
@@ -232,7 +271,7 @@ class AuditLog:
             if sample.without_entry:
                 self._log_aggregated(kind, sample)
 
-    def _log_aggregated(self, kind: _Kind, sample: _Sample) -> None:
+    def _log_aggregated(self, kind: _Kind, sample: Sample[NewEntry]) -> None:
         self._log.warning(
             "calls aggregated",
             method=kind.method,

@@ -8,7 +8,18 @@ from typing import Any, Final, NamedTuple
 from latchkey_service.coherence.snapshot import SNAPSHOT, Snapshot, snapshot_of
 from latchkey_service.postgres.connections import Pool, retry_on_conflict
 
-__all__ = ["DENIED_CODES", "AuditTable", "Cursor", "Entry", "Filter", "NewEntry"]
+__all__ = [
+    "DENIED_CODES",
+    "DETAIL_COLUMNS",
+    "DETAIL_VALUES",
+    "ENTRY_COLUMNS",
+    "POLICY_IN_FORCE",
+    "AuditTable",
+    "Cursor",
+    "Entry",
+    "Filter",
+    "NewEntry",
+]
 
 # PERMISSION_DENIED and UNAUTHENTICATED.
 DENIED_CODES: Final = (7, 16)
@@ -16,6 +27,20 @@ _OUTCOMES: Final = {
     1: "a.code = 0",
     2: "a.code IN (7, 16)",
     3: "a.code NOT IN (0, 7, 16)",
+}
+# Stands in an entry for a method: a worker has put a policy in force.
+POLICY_IN_FORCE: Final = "/latchkey.v1.Policy/InForce"
+# The columns of an entry, in the order of the fields of `Entry`.
+ENTRY_COLUMNS: Final = (
+    "a.id, a.time, a.caller, a.method, a.account_id, a.token_id, a.peer, a.request_id, a.code,"
+    " a.reason, a.calls, a.person, a.client_address, a.call_id"
+)
+# For the statements of changes, which write their entries themselves.
+DETAIL_COLUMNS: Final = "person, client_address, call_id"
+# Their values, by the number of the parameter that is a list of them.
+DETAIL_VALUES: Final = {
+    number: f"(${number}::text[])[1], (${number}::text[])[2], (${number}::text[])[3]"
+    for number in range(1, 50)
 }
 
 
@@ -32,6 +57,9 @@ class NewEntry(NamedTuple):
     code: int
     reason: str
     calls: int
+    person: str = ""
+    client_address: str = ""
+    call_id: str = ""
 
 
 class Entry(NamedTuple):
@@ -48,6 +76,9 @@ class Entry(NamedTuple):
     code: int
     reason: str
     calls: int
+    person: str
+    client_address: str
+    call_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +115,11 @@ class AuditTable:
             await session.execute(
                 """
                 INSERT INTO audit (time, caller, method, account_id, token_id, peer, request_id,
-                                   code, reason, calls)
+                                   code, reason, calls, person, client_address, call_id)
                 SELECT * FROM unnest($1::timestamptz[], $2::text[], $3::text[], $4::text[],
                                      $5::text[], $6::text[], $7::text[], $8::smallint[],
-                                     $9::text[], $10::bigint[])
+                                     $9::text[], $10::bigint[], $11::text[], $12::text[],
+                                     $13::text[])
                 """,
                 *(list(column) for column in zip(*entries, strict=True)),
             )
@@ -104,8 +136,7 @@ class AuditTable:
                 SELECT h.revision, h.mark, h.timeline, page.*
                   FROM {SNAPSHOT}
                   LEFT JOIN (
-                       SELECT a.id, a.time, a.caller, a.method, a.account_id, a.token_id, a.peer,
-                              a.request_id, a.code, a.reason, a.calls
+                       SELECT {ENTRY_COLUMNS}
                          FROM audit a
                         WHERE {" AND ".join(conditions) or "true"}
                         ORDER BY a.time DESC, a.id DESC
@@ -116,26 +147,6 @@ class AuditTable:
                 limit,
             )
         return [Entry(*row[3:]) for row in rows if row[3] is not None], snapshot_of(rows[0])
-
-    @retry_on_conflict
-    async def purge(self, before: datetime, limit: int) -> int:
-        """Delete up to `limit` entries older than `before`. Return how many were deleted."""
-        async with self._pool.session() as session, session.transaction():
-            # The table's trigger requires this in the same transaction.
-            await session.execute("SET LOCAL latchkey.audit_retention = 'on'")
-            status = await session.execute(
-                """
-                DELETE FROM audit
-                 WHERE id IN (SELECT id FROM audit
-                               WHERE time < $1
-                               ORDER BY time
-                               LIMIT $2
-                                 FOR UPDATE SKIP LOCKED)
-                """,
-                before,
-                limit,
-            )
-        return int(status.removeprefix("DELETE "))
 
 
 def _conditions(wanted: Filter, after: Cursor | None) -> tuple[list[str], list[Any]]:

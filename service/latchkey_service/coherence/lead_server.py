@@ -53,7 +53,7 @@ class LeadServer:
 
     def __init__(
         self,
-        path: str | None,
+        path: str,
         rules: HostLead,
         renewer: LeaseRenewer,
         clock: Callable[[], float],
@@ -77,9 +77,7 @@ class LeadServer:
         self._log = logger()
 
     async def start(self) -> None:
-        """Listen, unless there is no path. Logs failures: siblings then have rows in Postgres."""
-        if self._path is None:
-            return
+        """Listen. Logs failures: siblings then have rows in Postgres."""
         try:
             self._server = await asyncio.start_unix_server(
                 self._accept, self._path, limit=LINE_BYTES_MAX
@@ -100,11 +98,11 @@ class LeadServer:
 
     async def stop(self) -> None:
         """Close all connections."""
-        if self._server is None or self._path is None:
+        if self._server is None:
             return
         self._server.close()
-        # Not cancelled: Python 3.11 logs the cancellation of such a task as an error. Each ends at the
-        # end of its stream, or when the request that it works on finds the stream closed.
+        # Not cancelled: Python 3.11 logs the cancellation of such a task as an error. Each ends
+        # with its stream, or when the request that it works on finds the stream closed.
         for writer in self._writers:
             writer.close()
         if self._tasks:

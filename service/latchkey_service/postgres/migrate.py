@@ -21,6 +21,7 @@ import asyncpg
 
 from latchkey_service.postgres.circuit_breaker import jittered
 from latchkey_service.postgres.connections import translate_errors
+from latchkey_service.postgres.grants import grant
 from latchkey_service.postgres.hosts import CONNECT_ERRORS, Hosts, is_permanent
 from latchkey_service.postgres.preflight import (
     DatabaseError,
@@ -93,12 +94,16 @@ def bundled() -> "list[Migration]":
 
 
 async def migrate(
-    url: str, migrations: "Sequence[Migration]", pooler: Pooler = "none", workers: int = 1
+    url: str,
+    migrations: "Sequence[Migration]",
+    pooler: Pooler = "none",
+    workers: int = 1,
+    service_role: str | None = None,
 ) -> "list[Migration]":
     """Apply the missing migrations and return them. Raises MigrationError and StoreUnavailable.
 
     First checks that the service can work with the database through `pooler`, and has enough
-    connections for `workers`.
+    connections for `workers`. Gives `service_role` the rights that the service needs.
     """
     if problems := database_url.file_problems(url):
         raise MigrationError("; ".join(problems))
@@ -114,7 +119,10 @@ async def migrate(
             try:
                 with needs_transactions():
                     await _check(connection, hosts, pooler, workers)
-                    return await _apply(connection, migrations)
+                    done = await _apply(connection, migrations)
+                    if service_role is not None:
+                        await grant(connection, service_role)
+                    return done
             except asyncpg.LockNotAvailableError as error:
                 raise MigrationError(
                     f"could not get a lock within {LOCK_TIMEOUT_SECONDS} s: another migration or a "
@@ -122,6 +130,11 @@ async def migrate(
                 ) from error
     except DatabaseError as error:
         raise MigrationError(str(error)) from error
+    except asyncpg.InsufficientPrivilegeError as error:
+        raise MigrationError(
+            f"the database needs a migration, and this role may not change its tables ({error}); "
+            "run 'latchkey migrate --grant ROLE' as their owner, with the role of the service"
+        ) from error
     except asyncpg.PostgresError as error:
         raise MigrationError(f"a migration failed and was rolled back: {error}") from error
     finally:

@@ -8,9 +8,9 @@ import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final
 
 from latchkey_coherence.lease import boottime
 
@@ -23,21 +23,15 @@ from latchkey_service.coherence.primary import Primary
 from latchkey_service.coherence.rows import PostgresRows, Rows
 from latchkey_service.coherence.verifier_table import Identity
 from latchkey_service.postgres.embedded_host import OsAccount
+from latchkey_service.process.periodic import PROBE_SECONDS, PROBE_SECONDS_SHARED, rest
 from latchkey_service.settings.logs import logger
 from latchkey_service.settings.settings import Settings
 
-__all__ = ["Share", "host_folder", "lead_of", "rows_of", "share_of", "variables"]
+__all__ = ["HostSharing", "host_folder", "variables"]
 
 # In a worker's environment: the path of the socket, and whether the worker is the lead.
 SOCKET_VARIABLE: Final = "LATCHKEY_HOST_SOCKET"
 LEAD_VARIABLE: Final = "LATCHKEY_HOST_LEAD"
-
-
-class Share(NamedTuple):
-    """A worker's part."""
-
-    path: str
-    leads: bool
 
 
 @contextlib.contextmanager
@@ -69,58 +63,102 @@ def variables(folder: str | None, number: int) -> Mapping[str, str]:
     return {SOCKET_VARIABLE: str(Path(folder, "lead")), LEAD_VARIABLE: str(int(number == 0))}
 
 
-def share_of(environment: Mapping[str, str]) -> Share | None:
-    """Return a worker's part, or None if it has a row of its own."""
-    path = environment.get(SOCKET_VARIABLE)
-    return None if path is None else Share(path, environment.get(LEAD_VARIABLE) == "1")
+class HostSharing:
+    """A worker's part: the lead, a sibling, or alone. `serve` comes after `rows`."""
 
+    def __init__(
+        self,
+        environment: Mapping[str, str],
+        identity: Identity,
+        primary: Primary,
+        listener: NotifyListener,
+    ) -> None:
+        path = environment.get(SOCKET_VARIABLE)
+        leads = environment.get(LEAD_VARIABLE) == "1"
+        self.probe_seconds = PROBE_SECONDS if path is None else PROBE_SECONDS_SHARED
+        """Between the checks for health."""
+        self._socket = path
+        self._upkeep = leads or path is None
+        self._identity = identity
+        self._primary = primary
+        self._listener = listener
+        self._postgres = PostgresRows(identity, primary, listener.connect)
+        self._lead: LeadServer | None = None
 
-def rows_of(
-    share: Share | None,
-    identity: Identity,
-    postgres: PostgresRows,
-    primary: Primary,
-    listener: NotifyListener,
-    renewer: Callable[[], LeaseRenewer],
-) -> Rows:
-    """Return where a worker has its row."""
-    if share is None or share.leads:
-        return postgres
+    def rows(self, renewer: Callable[[], LeaseRenewer]) -> Rows:
+        """Return where the worker has its row."""
+        if self._socket is None or self._upkeep:
+            return self._postgres
 
-    def on_news(kind: str) -> None:
-        if kind == "log":
-            renewer().wake()
-        else:
-            renewer().renew_now()
+        def on_news(kind: str) -> None:
+            if kind == "log":
+                renewer().wake()
+            else:
+                renewer().renew_now()
 
-    return HostRows(
-        share.path,
-        {"id": identity.id, "process_id": identity.process_id, "start_time": time.time()},
-        identity.lease_seconds,
-        postgres,
-        boottime,
-        on_news,
-        primary.shared,
-        listener.disconnected,
-    )
+        identity = self._identity
+        return HostRows(
+            self._socket,
+            {"id": identity.id, "process_id": identity.process_id, "start_time": time.time()},
+            identity.lease_seconds,
+            self._postgres,
+            boottime,
+            on_news,
+            self._primary.shared,
+            self._listener.disconnected,
+        )
 
+    def serve(
+        self,
+        renewer: LeaseRenewer,
+        on_news: Callable[[bool], None],
+        on_released: Callable[[], None],
+    ) -> Callable[[bool], None]:
+        """Return what the renewer calls after each read of the log: `on_news`, and if this worker
+        is the lead, the siblings. `on_released` is called when a sibling has released its lease.
+        """
+        if self._socket is None or not self._upkeep:
+            return on_news
+        primary, postgres = self._primary, self._postgres
+        rules = HostLead(renewer.state, lambda: postgres.row.incarnation)
+        self._lead = lead = LeadServer(
+            self._socket,
+            rules,
+            renewer,
+            boottime,
+            self._identity.id,
+            lambda: primary.host,
+            on_released,
+        )
+        renewer.attach_siblings(lead.reports, lead.counts)
 
-def lead_of(
-    share: Share | None,
-    renewer: LeaseRenewer,
-    postgres: PostgresRows,
-    primary: Primary,
-    on_released: Callable[[], None],
-) -> LeadServer:
-    """Return what serves the siblings of a worker. It does not listen if there are none."""
-    lead = LeadServer(
-        share.path if share is not None and share.leads else None,
-        HostLead(renewer.state, lambda: postgres.row.incarnation),
-        renewer,
-        boottime,
-        postgres.row.id,
-        lambda: primary.host,
-        on_released,
-    )
-    renewer.attach_siblings(lead.reports, lead.counts)
-    return lead
+        def on_all_news(changed: bool) -> None:  # noqa: FBT001 - called back
+            on_news(changed)
+            lead.on_news(changed)
+
+        return on_all_news
+
+    def rests(self, rests: Sequence[Callable[[], None]]) -> list[Coroutine[Any, Any, None]]:
+        """Return what closes idle connections, if the worker shares its lease."""
+        return [] if self._socket is None else [rest(rests)]
+
+    def upkeep(
+        self, works: Callable[[], list[Coroutine[Any, Any, None]]]
+    ) -> list[Coroutine[Any, Any, None]]:
+        """Return the works that one worker of a host does."""
+        return works() if self._upkeep else []
+
+    async def start(self) -> None:
+        """Listen for siblings, if this worker is the lead."""
+        if self._lead is not None:
+            await self._lead.start()
+
+    def close_to_siblings(self) -> None:
+        """Ask siblings to take rows of their own."""
+        if self._lead is not None:
+            self._lead.close_to_siblings()
+
+    async def stop(self) -> None:
+        """Close the connections of siblings."""
+        if self._lead is not None:
+            await self._lead.stop()

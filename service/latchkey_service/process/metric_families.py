@@ -84,6 +84,15 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "latchkey_lookup_seconds": Family("histogram", (), "time of look-up queries"),
     "latchkey_lookup_failures": Family("counter", (), "look-up queries that failed"),
     "latchkey_lookup_waiting": Family("gauge", (), "secrets that wait for a look-up query"),
+    "latchkey_imported_lookups": Family(
+        "counter",
+        ("result",),
+        "imported secrets that were not cached, by what became of them: found, absent, remembered, "
+        "rejected",
+    ),
+    "latchkey_imported_lookup_waiting": Family(
+        "gauge", (), "digests of imported secrets that wait for a look-up query"
+    ),
     "latchkey_rate_draws": Family(
         "counter", (), "statements that drew calls of tokens with a rate limit"
     ),
@@ -108,6 +117,12 @@ FAMILIES: Final[Mapping[str, Family]] = {
         "audit entries of reads and failures: written, lost, aggregated (counted in another entry)",
     ),
     "latchkey_audit_waiting": Family("gauge", (), "audit entries that wait to be written"),
+    "latchkey_audit_newest_batch": Family(
+        "gauge", (), "number of the newest sealed batch of audit entries"
+    ),
+    "latchkey_audit_regressions": Family(
+        "counter", (), "times that sealed audit entries were missing or different"
+    ),
     "latchkey_tokens_expiring": Family(
         "gauge", ("within",), "tokens of the whole database that expire within 1d, 7d, 30d"
     ),

@@ -9,7 +9,7 @@ import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 
-from latchkey_service.audit.audit_table import AuditTable
+from latchkey_service.audit.audit_sealer import AuditSealer
 from latchkey_service.coherence.verifier_table import VerifierTable
 from latchkey_service.errors import Overloaded, StoreUnavailable, Unavailable
 from latchkey_service.postgres.circuit_breaker import jittered
@@ -214,12 +214,14 @@ async def purge_lifecycle(
     await _repeat(PURGE_SECONDS, purge_all, "removal of expired tokens failed")
 
 
-async def purge_audit(table: AuditTable, retention: timedelta, now: Callable[[], datetime]) -> None:
+async def purge_audit(
+    sealer: AuditSealer, retention: timedelta, now: Callable[[], datetime]
+) -> None:
     """Remove old audit entries once an hour. Runs until cancelled."""
 
     async def purge_all() -> None:
         total = 0
-        while gone := await table.purge(now() - retention, PURGE_BATCH):
+        while gone := await sealer.purge(now() - retention, PURGE_BATCH):
             total += gone
         if total:
             logger().info("audit entries removed", entries=total)

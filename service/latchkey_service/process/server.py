@@ -188,6 +188,7 @@ def _register(services: Services, registrar: Any, *, reflected: bool) -> None:
     if reflected:
         names = (*SERVICES, health.SERVICE_NAME, *REFLECTION_SERVICES)
         register_reflection(Reflection(names), registrar)
+    registrar.refuse_others()
 
 
 def _with_port(listen: str, port: int) -> str:

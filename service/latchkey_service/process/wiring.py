@@ -23,24 +23,24 @@ from latchkey_coherence.verdict_cache import VerdictCache
 from latchkey_service.access import policy as policies
 from latchkey_service.access.authenticator import ActivePolicy
 from latchkey_service.access.policy import PolicyError
+from latchkey_service.audit.audit_chain import ChainKeys
 from latchkey_service.audit.audit_log import AuditLog
+from latchkey_service.audit.audit_sealer import AuditSealer
 from latchkey_service.audit.audit_table import AuditTable
+from latchkey_service.audit.chain_table import ChainTable
 from latchkey_service.coherence.ack_waiter import AckWaiter
 from latchkey_service.coherence.client_leases import ClientLeases
 from latchkey_service.coherence.lease_renewer import LeaseRenewer
 from latchkey_service.coherence.notify_listener import NotifyListener
 from latchkey_service.coherence.primary import Primary
 from latchkey_service.coherence.reads import LeasedReads
-from latchkey_service.coherence.rows import PostgresRows
 from latchkey_service.coherence.verifier_state import VerifierState
 from latchkey_service.coherence.verifier_table import Identity, VerifierTable
 from latchkey_service.coherence.watch_sessions import WatchSessions
 from latchkey_service.postgres.connections import Connector, Pool
 from latchkey_service.process.announcements import Announcements
-from latchkey_service.process.host_sharing import lead_of, rows_of, share_of
+from latchkey_service.process.host_sharing import HostSharing
 from latchkey_service.process.periodic import (
-    PROBE_SECONDS,
-    PROBE_SECONDS_SHARED,
     follow_peppers,
     follow_verifier,
     log_counts,
@@ -51,7 +51,6 @@ from latchkey_service.process.periodic import (
     purge_lifecycle,
     purge_rates,
     purge_usage,
-    rest,
 )
 from latchkey_service.process.server import SERVICES, Server, Services
 from latchkey_service.process.worker_metrics import WorkerMetrics
@@ -110,8 +109,11 @@ async def running(
     active_policy = None if text is None else ActivePolicy(policies.parse(text))
     keyring = Keyring(keyring.peppers, settings.accepted_prefixes)
     connector = Connector(settings.database_url.get_secret_value(), pooler=settings.pooler)
-    cache, notify = settings.cache == "on", settings.notify == "on"
-    identity = _identity(settings, keyring)
+    cache, notify, identity = (
+        settings.cache == "on",
+        settings.notify == "on",
+        _identity(settings, keyring),
+    )
     verifier_state: VerifierState[CachedToken] = VerifierState(
         VerdictCache(settings.cache_entries if cache else 0),
         ClientLeases(),
@@ -139,10 +141,8 @@ async def running(
         # LISTEN does not work through a pooler in transaction mode.
         enabled=notify and settings.pooler == "none",
     )
-    share = share_of(os.environ)
-    postgres_rows = PostgresRows(identity, primary, listener.connect)
-    rows = rows_of(share, identity, postgres_rows, primary, listener, lambda: renewer)
-    renewer = LeaseRenewer(verifier_state, identity.id, rows, boottime)
+    host = HostSharing(os.environ, identity, primary, listener)
+    renewer = LeaseRenewer(verifier_state, identity.id, host.rows(lambda: renewer), boottime)
     rates = TokenRates(
         RateDraws(
             connector.connect_with_generic_plans,
@@ -151,8 +151,7 @@ async def running(
         ),
         boottime,
     )
-    limits = limits_of(settings)
-    usage = UsageWriter(UsageTable(pool), identity.id, time.time)
+    limits, usage = limits_of(settings), UsageWriter(UsageTable(pool), identity.id, time.time)
     watch_sessions = WatchSessions(
         verifier_state,
         boottime,
@@ -163,14 +162,11 @@ async def running(
         on_uses=usage.report,
         draw_calls=rates.draw_for_client,
     )
-    lead = lead_of(share, renewer, postgres_rows, primary, watch_sessions.lease_released.set)
-
-    def on_news(changed: bool) -> None:  # noqa: FBT001 - called back
-        """Pass the news on to the clients, and to the siblings of this process."""
-        watch_sessions.on_news(changed)
-        lead.on_news(changed)
-
-    renewer.attach(on_news, watch_sessions.__len__, lambda: listener.state)
+    renewer.attach(
+        host.serve(renewer, watch_sessions.on_news, watch_sessions.lease_released.set),
+        watch_sessions.__len__,
+        lambda: listener.state,
+    )
 
     store, table = TokenStore(pool), VerifierTable(pool)
     ack_waiter = AckWaiter(
@@ -217,6 +213,7 @@ async def running(
     )
     counts, audit_table = Counts(), AuditTable(pool)
     audit = AuditLog(audit_table, time.monotonic, _now)
+    sealer = AuditSealer(ChainTable(pool), ChainKeys(keyring), time.monotonic, random.random)
     reporter = CallReporter(counts, audit, time.monotonic)
     managed = ManagedCalls(counts, audit, reporter, time.monotonic, boottime)
     paths = Paths(
@@ -234,7 +231,7 @@ async def running(
         Streams(reporter, time.monotonic),
     )
     if active_policy is not None:
-        active_policy.on_change(paths.recheck)
+        _follow_policy(active_policy, paths, audit)
     services = Services(
         FullTokenService(  # type: ignore[abstract]  # VerifyCalls has the rest
             management, watch_sessions, usage.table, time.time, keyring.imported_prefixes
@@ -261,6 +258,7 @@ async def running(
         primary=primary,
         managed=managed,
         audit=audit,
+        sealer=sealer,
         guard=server.guard,
         active_policy=active_policy,
         certificates=server.certificates,
@@ -283,7 +281,7 @@ async def running(
 
     # These run until the last answer: until then, Deletes wait for this process.
     renewing, listening = begin(renewer.run()), begin(listener.run())
-    await lead.start()
+    await host.start()
     if active_policy is not None and (latest := policy_text()) is not None and latest != text:
         active_policy.replace(policies.parse(latest))
     await server.start()
@@ -296,38 +294,38 @@ async def running(
             renewer.in_doubt,
             lambda: lookup.failures,
             server.set_serving,
-            PROBE_SECONDS if share is None else PROBE_SECONDS_SHARED,
+            host.probe_seconds,
         ),
         log_counts_regularly(counts, gauges),
         *announcements.background(),
+        *host.rests([lookup.rest, imported_lookup.rest]),
+        *host.upkeep(
+            lambda: [
+                follow_peppers(table, identity.id),
+                primary.run(),
+                prune_log(table, settings.lease_seconds),
+                sealer.run(),
+                purge_audit(sealer, timedelta(days=settings.audit_retention_days), _now),
+                purge_usage(usage.table, _now),
+                purge_rates(RateTable(pool)),
+                seal_rows(management.guard, management.upkeep_store),
+                *_purges(settings, management),
+            ]
+        ),
     ]
-    if share is not None:
-        background.append(rest([lookup.rest, imported_lookup.rest]))
-    if share is None or share.leads:
-        # Once for each host.
-        background += [
-            follow_peppers(table, identity.id),
-            primary.run(),
-            prune_log(table, settings.lease_seconds),
-            purge_audit(audit_table, timedelta(days=settings.audit_retention_days), _now),
-            purge_usage(usage.table, _now),
-            purge_rates(RateTable(pool)),
-            seal_rows(management.guard, management.upkeep_store),
-            *_purges(settings, management),
-        ]
     tasks = [begin(work) for work in background]
     try:
         yield server
     finally:
         await _end(*tasks)
         # `drained` covers the siblings too, because their leases are on record.
-        lead.close_to_siblings()
+        host.close_to_siblings()
         drained = await server.stop(settings.grace_seconds, drain_seconds=settings.drain_seconds)
         # Only after the last answer: Deletes must wait for this process as long as it answers.
         await _end(renewing, listening, *lasts)
         await asyncio.gather(audit.close(), usage.close(), renewer.stop(remove=drained))
-        await lead.stop()
         await asyncio.gather(
+            host.stop(),
             ack_waiter.close(),
             management.first_use.close(),
             primary.close(),
@@ -376,6 +374,17 @@ def _identity(settings: Settings, keyring: Keyring) -> Identity:
         lease_seconds=settings.lease_seconds,
         pepper_ids=tuple(pepper.id for pepper in keyring.peppers),
     )
+
+
+def _follow_policy(active_policy: ActivePolicy, paths: Paths, audit: AuditLog) -> None:
+    """Record the policy, and each one that replaces it, and end streams that it does not allow."""
+
+    def record() -> None:
+        audit.policy_in_force(active_policy.policy.digest, f"{socket.gethostname()}:{os.getpid()}")
+
+    record()
+    active_policy.on_change(record)
+    active_policy.on_change(paths.recheck)
 
 
 def _now() -> datetime:

@@ -13,6 +13,7 @@ from prometheus_client.process_collector import ProcessCollector
 
 from latchkey_service.access.authenticator import ActivePolicy
 from latchkey_service.audit.audit_log import AuditLog
+from latchkey_service.audit.audit_sealer import AuditSealer
 from latchkey_service.coherence.ack_waiter import AckWaiter
 from latchkey_service.coherence.lease_renewer import LeaseRenewer
 from latchkey_service.coherence.notify_listener import Notifications, NotifyListener
@@ -54,6 +55,7 @@ class WorkerMetrics:
     primary: Primary
     managed: ManagedCalls
     audit: AuditLog
+    sealer: AuditSealer
     guard: ConnectionGuard
     active_policy: ActivePolicy | None
     certificates: Certificates | None
@@ -70,6 +72,8 @@ class WorkerMetrics:
         found.add("latchkey_audit_entries", self.audit.lost, "lost")
         found.add("latchkey_audit_entries", self.audit.aggregated, "aggregated")
         found.add("latchkey_audit_waiting", self.audit.waiting)
+        found.add("latchkey_audit_newest_batch", self.sealer.head.number)
+        found.add("latchkey_audit_regressions", self.sealer.regressions)
         self.announcements.add_metrics(found)
         found.add("latchkey_event_loop_tasks", len(asyncio.all_tasks()))
         process_metrics(found)
@@ -127,6 +131,10 @@ class WorkerMetrics:
         found.add_histogram("latchkey_lookup_seconds", self.lookup.seconds)
         found.add("latchkey_lookup_failures", self.lookup.failures)
         found.add("latchkey_lookup_waiting", self.lookup.waiting)
+        imported = self.verifier.imported
+        for result in ("found", "absent", "remembered", "rejected"):
+            found.add("latchkey_imported_lookups", imported.results[result], result)
+        found.add("latchkey_imported_lookup_waiting", imported.waiting)
         found.add("latchkey_rate_draws", self.rate_draws.statements)
         used, idle = self.pool.usage()
         found.add("latchkey_pool_connections", used, "used")

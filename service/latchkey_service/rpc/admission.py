@@ -10,6 +10,8 @@ the database at once, and the queue for these slots is short:
   accepted call takes at most a few times as long as it does alone, under any load. This lasts until
   no call has been rejected for `CALM_SECONDS`.
 - A call whose deadline would pass in the queue is rejected at once.
+- Callers take turns, and a full queue makes room for a caller that has less than its share.
+- Calls that only take rights away (removals) go before all others, and have their own room.
 
 Each role has its own slots, so a flood of calls in one role does not slow the others. Verifies
 need no slot. A cached answer costs less than a rejection, and verifies that read the database share
@@ -21,7 +23,8 @@ once from using the time that answers need.
 """
 
 import asyncio
-from collections import OrderedDict
+import itertools
+import sys
 from collections.abc import Callable
 from types import TracebackType
 from typing import Final, Self
@@ -33,6 +36,7 @@ from latchkey_service.errors import (
     Overloaded,
     StoreUnavailable,
 )
+from latchkey_service.tokens.fair_queue import FairQueue
 from latchkey_service.tokens.queue_limit import (
     STUCK_SECONDS,
     QueueLimit,
@@ -78,8 +82,11 @@ class ConcurrencyLimiter:
         self._total_max = total_max
         self._total = 0
         self._monotonic = monotonic
-        # In order of arrival. A future with a result means that its call now holds a slot.
-        self._queue: OrderedDict[asyncio.Future[None], None] = OrderedDict()
+        # By a number. A future with a result means that its call now holds a slot.
+        self._queue: FairQueue[asyncio.Future[None]] = FairQueue(sys.maxsize)
+        self._removals: FairQueue[asyncio.Future[None]] = FairQueue(sys.maxsize)
+        self._removals_max = count * BURST
+        self._numbers = itertools.count()
         self._queue_limit = QueueLimit(count * STANDING, count * BURST)
         # When a call last succeeded, or the queue formed; and whether the last call failed because
         # of the database.
@@ -95,34 +102,46 @@ class ConcurrencyLimiter:
     @property
     def queued(self) -> int:
         """How many calls wait for a slot."""
-        return len(self._queue)
+        return len(self._queue.caller_of) + len(self._removals.caller_of)
 
-    def check(self) -> None:
+    def check(self, caller: str = "", *, removal: bool = False) -> None:
         """Reject a call for which there is no room, before any work is done for it.
 
-        Raises Overloaded, or StoreUnavailable if the database hangs.
+        Raises Overloaded, or StoreUnavailable if the database hangs. In a full queue, the newest
+        call of the caller with the most may be rejected instead.
         """
         if self._total >= self._total_max:
             raise self._rejection()
-        if not self._free and self._queue_limit.rejects(len(self._queue), self._monotonic()):
-            raise self._rejection()
+        if self._free:
+            return
+        if removal:
+            queue, full = self._removals, len(self._removals.caller_of) >= self._removals_max
+        else:
+            queue = self._queue
+            full = self._queue_limit.rejects(len(queue), self._monotonic())
+        if full:
+            displaced = queue.displace(caller)
+            if displaced is None:
+                raise self._rejection()
+            if not displaced.done():
+                displaced.set_exception(self._rejection())
 
-    def slot(self, seconds: float) -> "Slot":
+    def slot(self, seconds: float, caller: str = "", *, removal: bool = False) -> "Slot":
         """Return a slot as a context manager, for a call with `seconds` left that passed `check`.
 
         Entering it raises Overloaded or StoreUnavailable, as `check` does.
         """
-        return Slot(self, seconds)
+        return Slot(self, seconds, caller, removal)
 
-    async def acquire(self, seconds: float) -> float:
+    async def acquire(self, seconds: float, caller: str, removal: bool) -> float:  # noqa: FBT001 - from Slot
         """Wait for a slot. Return the time at which the call acquired it."""
         self._total += 1
         try:
             # Overtaking the queue would starve it.
-            if self._free and not self._queue:
+            if self._free and not self.queued:
                 self._free -= 1
             else:
-                await self._wait(seconds)
+                await self._wait(seconds, caller, removal=removal)
         except BaseException:
             self._total -= 1
             raise
@@ -144,31 +163,32 @@ class ConcurrencyLimiter:
         """Leave the limiter after the call has ended."""
         self._total -= 1
 
-    async def _wait(self, seconds: float) -> None:
-        now, waiting = self._monotonic(), len(self._queue)
-        if not waiting:
+    async def _wait(self, seconds: float, caller: str, *, removal: bool) -> None:
+        if not self.queued:
             # The queue was empty, so nothing is stuck yet.
-            self._progress_at = now
-        if wait_seconds(waiting, self._count, self._call_seconds) > seconds:
+            self._progress_at = self._monotonic()
+        queue = self._removals if removal else self._queue
+        ahead = queue.ahead_of(caller) + (0 if removal else len(self._removals))
+        if wait_seconds(ahead, self._count, self._call_seconds) > seconds:
             raise self._rejection(TOO_LATE)
-        future = asyncio.get_running_loop().create_future()
-        self._queue[future] = None
+        number, future = next(self._numbers), asyncio.get_running_loop().create_future()
+        queue.add(number, caller, future, 0)
         try:
             async with asyncio.timeout(QUEUE_SECONDS_MAX):
                 await future
         except BaseException as error:
             # The caller left, its deadline passed, or the wait took too long.
-            if future.done() and not future.cancelled():
+            if future.done() and not future.cancelled() and future.exception() is None:
                 # A slot became free at the same moment; pass it on.
                 self._pass_on()
-            self._queue.pop(future, None)
+            queue.remove(number)
             if isinstance(error, TimeoutError):
                 raise self._rejection() from None
             raise
 
     def _pass_on(self) -> None:
-        while self._queue:
-            future, _ = self._queue.popitem(last=False)
+        while self.queued:
+            future = (self._removals if self._removals.caller_of else self._queue).take()
             if not future.done():
                 future.set_result(None)
                 return
@@ -176,7 +196,7 @@ class ConcurrencyLimiter:
 
     def _rejection(self, message: str = TOO_MANY) -> LatchkeyError:
         longest = max(STUCK_SECONDS, STUCK_CALLS * self._call_seconds)
-        hangs = self._queue and self._monotonic() - self._progress_at > longest
+        hangs = self.queued and self._monotonic() - self._progress_at > longest
         stuck = self._failing or hangs
         return StoreUnavailable(NO_ANSWER) if stuck else Overloaded(message)
 
@@ -184,16 +204,24 @@ class ConcurrencyLimiter:
 class Slot:
     """A call's slot, from entry until it is released."""
 
-    __slots__ = ("_holds", "_limiter", "_seconds", "_since")
+    __slots__ = ("_caller", "_holds", "_limiter", "_removal", "_seconds", "_since")
 
-    def __init__(self, limiter: ConcurrencyLimiter, seconds: float) -> None:
+    def __init__(
+        self,
+        limiter: ConcurrencyLimiter,
+        seconds: float,
+        caller: str,
+        removal: bool,  # noqa: FBT001 - from `slot`
+    ) -> None:
         self._limiter = limiter
         self._seconds = seconds
+        self._caller = caller
+        self._removal = removal
         self._holds = False
         self._since = 0.0
 
     async def __aenter__(self) -> Self:
-        self._since = await self._limiter.acquire(self._seconds)
+        self._since = await self._limiter.acquire(self._seconds, self._caller, self._removal)
         self._holds = True
         return self
 
@@ -222,7 +250,12 @@ class RejectionPacer:
     A delayed caller retries later, because a connection carries a limited number of calls.
     """
 
-    def __init__(self, seconds_max: float = REJECTION_SECONDS_MAX) -> None:
+    def __init__(
+        self,
+        per_second: float = REJECTIONS_PER_SECOND,
+        seconds_max: float = REJECTION_SECONDS_MAX,
+    ) -> None:
+        self._per_second = per_second
         self._seconds_max = seconds_max
         self._due = 0.0
 
@@ -231,8 +264,8 @@ class RejectionPacer:
 
         The delay leaves the caller, who waits for `seconds`, time to receive the answer.
         """
-        burst_seconds = REJECTIONS_AT_ONCE / REJECTIONS_PER_SECOND
+        burst_seconds = REJECTIONS_AT_ONCE / self._per_second
         self._due = min(max(self._due, now - burst_seconds), now + self._seconds_max)
         delay = max(0.0, self._due - now)
-        self._due += 1 / REJECTIONS_PER_SECOND
+        self._due += 1 / self._per_second
         return delay if seconds is None else min(delay, seconds / 2)

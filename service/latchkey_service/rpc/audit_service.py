@@ -8,7 +8,14 @@ from latchkey_proto.v1 import audit_service_pb2 as pb
 from latchkey_proto.v1 import audit_service_pb2_grpc as pb_grpc
 
 from latchkey_service.access.methods import METHODS
-from latchkey_service.audit.audit_table import DENIED_CODES, AuditTable, Cursor, Entry, Filter
+from latchkey_service.audit.audit_table import (
+    DENIED_CODES,
+    POLICY_IN_FORCE,
+    AuditTable,
+    Cursor,
+    Entry,
+    Filter,
+)
 from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.errors import FieldViolation, InvalidArgument
 from latchkey_service.rpc.managed_calls import current_call
@@ -69,8 +76,9 @@ def _filter(request: pb.AuditServiceListRequest) -> Filter:
     if method and "/" not in method:
         # The short name of a method of the service whose calls have entries.
         method = f"/latchkey.v1.TokenService/{method}"
-    if method and not (method in METHODS and METHODS[method].audited):
-        violations.append(FieldViolation("method", "must be Create, Get, List or Delete"))
+    audited = method in METHODS and METHODS[method].audited
+    if method and not audited and method != POLICY_IN_FORCE:
+        violations.append(FieldViolation("method", "must be a method whose calls have entries"))
     if request.outcome not in pb.Outcome.values():
         violations.append(FieldViolation("outcome", "is not a known outcome"))
     if request.page_size < 0:
@@ -105,6 +113,9 @@ def _put_entry(entry: Entry, message: pb.AuditEntry) -> None:
     message.code = entry.code
     message.reason = entry.reason
     message.calls = entry.calls
+    message.person = entry.person
+    message.client_address = entry.client_address
+    message.call_id = entry.call_id
     if entry.code == 0:
         message.outcome = pb.OUTCOME_OK
     elif entry.code in DENIED_CODES:

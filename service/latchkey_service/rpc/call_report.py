@@ -8,7 +8,7 @@ import itertools
 import logging
 import random
 from collections.abc import Callable, Iterable
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 import structlog
 
@@ -41,16 +41,18 @@ __all__ = [
     "Metadata",
     "checked_id",
     "end_with",
+    "given_id",
     "level_of",
     "request_id_of",
 ]
 
 REQUEST_ID_LENGTH_MAX = 64
 Metadata = Iterable[tuple[str, str | bytes]] | None
-# Longest delay of an answer to a caller without an identity. Until then its call takes one of its
-# connection's places, so all connections that one address may have can make some thousands of calls
-# in a second.
-ANONYMOUS_SECONDS_MAX = 10.0
+# Answers to callers without an identity. grpcio needs 0.1 ms for each, so this takes some 2 % of a
+# core. Until its answer, a call takes one of its connection's places, so a flood with as many
+# connections as one address may have cannot make much more than a thousand calls in a second.
+ANONYMOUS_PER_SECOND = 200
+ANONYMOUS_SECONDS_MAX = 30.0
 # Delay of an answer to a caller above its rate limit, which keeps it from retrying at once.
 LIMITED_SECONDS_MAX = 0.25
 
@@ -63,7 +65,7 @@ class CallReporter:
         self._audit = audit
         self._monotonic = monotonic
         self._pacer = RejectionPacer()
-        self._anonymous_pacer = RejectionPacer(ANONYMOUS_SECONDS_MAX)
+        self._anonymous_pacer = RejectionPacer(ANONYMOUS_PER_SECOND, ANONYMOUS_SECONDS_MAX)
         self._log: structlog.stdlib.BoundLogger = logger()
 
     def failed(
@@ -75,8 +77,12 @@ class CallReporter:
         caller: Caller = ANONYMOUS,
         entry: Callable[[str], AuditContext] | None = None,
         change: AuditContext | None = None,
+        *,
+        delayed: bool = False,
     ) -> tuple[StatusParts, float]:
         """Count, log and audit a failed call. Return its status and the delay before sending it.
+
+        The delay is 0 if the call was `delayed` before.
 
         `entry` describes an audited call for its entry; its argument is the caller's name. `change`
         describes a change that stands, whose entry was written in the same transaction.
@@ -117,7 +123,14 @@ class CallReporter:
             )
         self._count(path, code.name, reason, self._monotonic() - start, request_id)
         status = status_of(error, request_id, random.random())  # noqa: S311 - to spread retries
-        return status, self._delay_seconds(error, context)
+        return status, 0.0 if delayed else self._delay_seconds(error, context)
+
+    def anonymous_delay_seconds(self) -> float:
+        """Return the delay before a caller without an identity is refused, and count it.
+
+        The deadline does not matter: a flood of calls with short ones must not be faster.
+        """
+        return self._anonymous_pacer.delay_seconds(self._monotonic())
 
     def started(self, path: str) -> None:
         """Count a call that starts. Each must be reported again when it ends."""
@@ -149,8 +162,7 @@ class CallReporter:
         if isinstance(error, Overloaded):
             return self._pacer.delay_seconds(self._monotonic(), context.time_remaining())
         if isinstance(error, Unauthenticated):
-            # The deadline does not matter: a flood of calls with short ones must not be faster.
-            return self._anonymous_pacer.delay_seconds(self._monotonic())
+            return self.anonymous_delay_seconds()
         return 0.0
 
     def succeeded(
@@ -234,7 +246,7 @@ class CallReporter:
         request_id = next(NEW_IDS)
         code = code_of(error).name
         if METHODS.get(path, OPEN).audited and not isinstance(error, Overloaded):
-            entry = AuditContext.of("", path, peer, request_id, "", "")
+            entry = AuditContext.of("", path, peer, request_id, "", "", call_id=request_id)
             logged = self._audit.record(entry, code, error.reason)
         else:
             logged = self._audit.should_log("", path, error.reason)
@@ -248,11 +260,10 @@ class CallReporter:
                 reason=error.reason,
                 peer=peer,
             )
-        now = self._monotonic()
         if isinstance(error, Unauthenticated):
-            delay_seconds = self._anonymous_pacer.delay_seconds(now)
+            delay_seconds = self.anonymous_delay_seconds()
         else:
-            delay_seconds = self._pacer.delay_seconds(now, seconds)
+            delay_seconds = self._pacer.delay_seconds(self._monotonic(), seconds)
         status = status_of(error, request_id, random.random())  # noqa: S311 - to spread retries
         return status, delay_seconds
 
@@ -289,20 +300,27 @@ NEW_IDS: Final = map(f"{random.getrandbits(48):012x}-".__add__, map(str, itertoo
 
 def request_id_of(metadata: Metadata) -> str:
     """Return the caller's request id if `metadata` has a well-formed one, else a new id."""
+    return given_id(metadata) or next(NEW_IDS)
+
+
+def given_id(metadata: Metadata) -> str:
+    """Return the caller's request id if `metadata` has a well-formed one, else ""."""
     given = dict(metadata or ()).get(REQUEST_ID_METADATA)
-    return next(NEW_IDS) if given is None else checked_id(given)
+    return given if _is_id(given) else ""
 
 
 def checked_id(given: str | bytes) -> str:
     """Return the caller's request id if it is well-formed, else a new id."""
-    if (
+    return given if _is_id(given) else next(NEW_IDS)
+
+
+def _is_id(given: str | bytes | None) -> TypeGuard[str]:
+    return (
         isinstance(given, str)
         and 0 < len(given) <= REQUEST_ID_LENGTH_MAX
         and given.replace("-", "").isalnum()
         and given.isascii()
-    ):
-        return given
-    return next(NEW_IDS)
+    )
 
 
 def _without_values(error: Exception) -> Any:

@@ -29,6 +29,8 @@ class Paths:
         self._verifies = verifies
         self._managed = managed
         self._streams = streams
+        self.unknown = managed.unknown
+        """Returns a handler for the calls of unknown methods."""
         self.refuser = managed.refuser
         """Returns a handler for the calls of a method that no caller makes."""
         self.recheck = streams.recheck
@@ -123,6 +125,13 @@ class Registrar:
         self._server.add_generic_rpc_handlers((_ByPath(by_path, refusing, self._screen),))
         self._server.add_registered_method_handlers(service, unary)
 
+    def refuse_others(self) -> None:
+        """Refuse calls of unknown methods at a limited rate. Call after all registrations.
+
+        The transports answer them at once, and a flood of them would delay other calls.
+        """
+        self._server.add_generic_rpc_handlers((_Unknown(self._paths.unknown()),))
+
 
 class _ByPath(grpc.GenericRpcHandler):
     """Finds handlers by exact path; `native` treats handlers keyed by service as registered.
@@ -150,3 +159,14 @@ class _ByPath(grpc.GenericRpcHandler):
             except LatchkeyError:
                 return self._refusing[path]
         return self._handlers.get(path)
+
+
+class _Unknown(grpc.GenericRpcHandler):
+    """Takes the calls that no other handler takes."""
+
+    def __init__(self, handler: Any) -> None:
+        self._handler = handler
+
+    def service(self, _: grpc.HandlerCallDetails) -> Any:
+        """Return the handler."""
+        return self._handler

@@ -38,7 +38,9 @@ def parse_non_utf8(path: str, data: bytes) -> Any | None:
             # would block the event loop for seconds.
             if len(batch.requests) > BATCH_MAX:
                 return None
-            return pb.BatchVerifyRequest(requests=map(_as_text, batch.requests))
+            return pb.BatchVerifyRequest(
+                requests=map(_as_text, batch.requests), omit_details=batch.omit_details
+            )
     except DecodeError:
         pass
     return None

@@ -3,11 +3,11 @@
 The other methods are in `token_service.py`, except Verify and BatchVerify.
 """
 
+import asyncio
 from datetime import datetime
 from typing import TYPE_CHECKING
 
 import grpc
-from google.protobuf.unknown_fields import UnknownFieldSet
 from latchkey_proto.v1 import token_service_pb2 as pb
 
 from latchkey_service.errors import FieldViolation, InvalidArgument
@@ -18,11 +18,12 @@ from latchkey_service.rpc.token_service import (
     put_receipt,
     rate_limit_of,
     to_datetime,
+    to_filter,
     to_timedelta,
 )
 from latchkey_service.rpc.verify_calls import put_token
-from latchkey_service.tokens.bulk_store import Filter
 from latchkey_service.tokens.changes import NewValues
+from latchkey_service.tokens.import_store import ROWS_AT_ONCE
 from latchkey_service.tokens.importing import IMPORTED_MAX, Row
 from latchkey_service.tokens.importing import Outcome as ImportOutcome
 from latchkey_service.tokens.lifecycle import Rotation
@@ -106,9 +107,14 @@ class FullTokenService(TokenService):
 
     async def Import(self, request: pb.ImportRequest, context: "Context") -> pb.ImportResponse:
         call = current_call.get()
+        rows = []
+        # Too many are refused, and need not be converted.
+        for number, token in enumerate(request.tokens[: IMPORTED_MAX + 1]):
+            if number % ROWS_AT_ONCE == 0:
+                await asyncio.sleep(0)
+            rows.append(_row(token))
         results = await self._importer.import_tokens(
-            # Too many are refused, and need not be converted.
-            [_row(token) for token in request.tokens[: IMPORTED_MAX + 1]],
+            rows,
             call_of(call, wait=False),
             call.caller.lifetimes.limit,
             validate_only=request.validate_only,
@@ -150,7 +156,7 @@ class FullTokenService(TokenService):
     ) -> pb.DeleteAllResponse:
         call = call_of(current_call.get(), wait=not request.no_wait)
         deletions = await self._bulk.delete_all(
-            request.account_id, _filter(request.filter), call, dry_run=request.dry_run
+            request.account_id, to_filter(request.filter), call, dry_run=request.dry_run
         )
         response = pb.DeleteAllResponse(count=deletions.count, more=deletions.more)
         for record in deletions.records:
@@ -160,32 +166,15 @@ class FullTokenService(TokenService):
         return response
 
 
-def _filter(message: pb.TokenFilter) -> Filter:
-    # A newer client's condition, which this server would ignore: more tokens would match.
-    if len(UnknownFieldSet(message)):
-        raise InvalidArgument(
-            FieldViolation("filter", "contains a condition that this server does not know")
-        )
-    expires_before = unused_since = None
-    if message.HasField("expires_before"):
-        expires_before = to_datetime("filter.expires_before", message.expires_before)
-    if message.HasField("unused_since"):
-        unused_since = to_datetime("filter.unused_since", message.unused_since)
-    return Filter(
-        message.scope,
-        message.name_contains,
-        message.label,
-        message.state,
-        expires_before,
-        unused_since,
-        message.can_write if message.HasField("can_write") else None,
-    )
-
-
 def _row(token: pb.ImportedToken) -> Row:
-    """Return a row. A time that cannot be represented is one of its violations."""
+    """Return a row. A time or duration that cannot be represented is one of its violations."""
     times: dict[str, datetime] = {}
     violations: list[FieldViolation] = []
+    rate_limit = None
+    try:
+        rate_limit = rate_limit_of(token)
+    except InvalidArgument as error:
+        violations += error.violations
     for field in ("expire_time", "create_time"):
         if token.HasField(field):
             try:
@@ -205,5 +194,6 @@ def _row(token: pb.ImportedToken) -> Row:
         token.hint,
         times.get("create_time"),
         token.disabled,
+        rate_limit,
         tuple(violations),
     )

@@ -19,12 +19,15 @@ from typing import Any, Final, Protocol
 
 import grpc
 
+from latchkey_service.access import origin
 from latchkey_service.access.authenticator import Authenticator, check_account
 from latchkey_service.access.methods import (
     IMPORTER,
     MANAGER,
     OPERATOR,
+    REMOVALS,
     REVOKER,
+    TWO_SIDED,
     Rule,
     rule_of,
 )
@@ -41,8 +44,9 @@ from latchkey_service.errors import (
 )
 from latchkey_service.rpc.admission import ConcurrencyLimiter, Slot
 from latchkey_service.rpc.call_context import CallContext
-from latchkey_service.rpc.call_report import CallReporter, end_with, request_id_of
+from latchkey_service.rpc.call_report import NEW_IDS, CallReporter, end_with, given_id
 from latchkey_service.rpc.counters import Counts
+from latchkey_service.rpc.removals import may_narrow
 
 __all__ = ["ManagedCall", "ManagedCalls", "current_call"]
 
@@ -155,6 +159,7 @@ class ManagedCalls:
         limiter = self.limiters.get(rule.role or "")
         counts = self._counts.method(path)
         quiet = path.startswith(HEALTH)
+        admit = self._admission(path, rule, parse)
         authorize = None if authenticator is None else authenticator.authorize
 
         async def call(data: bytes, context: CallContext) -> bytes:
@@ -162,19 +167,18 @@ class ManagedCalls:
             counts.started += 1
             caller = ANONYMOUS
             current: ManagedCall | None = None
+            describe = partial(_audit_context, path, context, authenticator)
             try:
                 if authorize is not None:
                     caller = authorize(path, context)
-                if limiter is not None:
-                    limiter.check()
-                if caller.rates is not None and rule.role is not None:
-                    caller.rates.spend(rule.role, 1, start)
-                request = _parsed(rule, parse, data)
+                request, removal = admit(data, caller, start)
                 if caller.accounts is not None:
                     check_account(path, caller, request)
                 seconds = _budget_seconds(context)
-                slot = None if limiter is None else limiter.slot(seconds)
-                audit_context = _audit_context(path, context, request, caller.name)
+                slot = None
+                if limiter is not None:
+                    slot = limiter.slot(seconds, caller.name, removal=removal)
+                audit_context = describe(request, caller.name, caller)
                 current = ManagedCall(audit_context, self._clock(), seconds, slot, caller)
                 current_call.set(current)
                 async with asyncio.timeout(seconds):
@@ -197,7 +201,7 @@ class ManagedCalls:
                     start,
                     error,
                     caller,
-                    partial(_refused_context, rule, parse, data, path, context)
+                    partial(_refused_context, rule, parse, data, caller, describe)
                     if rule.audited
                     else None,
                     None if current is None else current.change,
@@ -220,6 +224,43 @@ class ManagedCalls:
 
         return call
 
+    def _admission(
+        self, path: str, rule: Rule, parse: Callable[[bytes], Any]
+    ) -> Callable[[bytes, Caller, float], tuple[Any, bool]]:
+        """Return a function that admits a call of a caller at a time, or raises.
+
+        It returns the request, and whether it only takes rights away.
+        """
+        limiter, role = self.limiters.get(rule.role or ""), rule.role
+        removes, two_sided = path in REMOVALS, path in TWO_SIDED
+
+        def admit(data: bytes, caller: Caller, now: float) -> tuple[Any, bool]:
+            # Only the requests of two methods show what they do. They are small.
+            request = _parsed(rule, parse, data) if two_sided else None
+            removal = removes if request is None else may_narrow(path, request)
+            if limiter is not None:
+                limiter.check(caller.name, removal=removal)
+            if caller.rates is not None and role is not None:
+                caller.rates.spend(role, 1, now, removal=removal)
+            return (_parsed(rule, parse, data) if request is None else request), removal
+
+        return admit
+
+    def unknown(self) -> Any:
+        """Return a handler that refuses calls of unknown methods, without reading their messages.
+
+        They are neither counted nor logged, because anyone can call any number of them.
+        """
+
+        async def refuse(_messages: Any, context: CallContext) -> None:
+            delay_seconds = self._reporter.anonymous_delay_seconds()
+            if delay_seconds:
+                await asyncio.sleep(delay_seconds)
+            context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+            context.set_details("Method not found!")
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
+
     def refuser(
         self, path: str, parse: Callable[[bytes], Any], authenticator: Authenticator
     ) -> Any:
@@ -234,6 +275,10 @@ class ManagedCalls:
         async def refuse(messages: AsyncIterator[bytes], context: CallContext) -> None:
             start = self._monotonic()
             counts.started += 1
+            # First, so that a flood that arrives at once takes little time from other calls.
+            delay_seconds = self._reporter.anonymous_delay_seconds()
+            if delay_seconds:
+                await asyncio.sleep(delay_seconds)
             try:
                 caller = authenticator.authorize(path, context).name
                 # The policy has changed since.
@@ -245,10 +290,11 @@ class ManagedCalls:
                 code = code_of(error).name
                 audited = self._audit.would_record(caller, path, code, reason_of(error))
                 data = await _first(messages) if audited else b""
-                entry = partial(_refused_context, rule, parse, data, path, context)
-            status, delay_seconds = self._reporter.failed(path, context, start, error, entry=entry)
-            if delay_seconds:
-                await asyncio.sleep(delay_seconds)
+                describe = partial(_audit_context, path, context, authenticator)
+                entry = partial(_refused_context, rule, parse, data, ANONYMOUS, describe)
+            status, _ = self._reporter.failed(
+                path, context, start, error, entry=entry, delayed=True
+            )
             end_with(context, status)
 
         return grpc.stream_stream_rpc_method_handler(refuse)
@@ -281,14 +327,29 @@ def _parsed(rule: Rule, parse: Callable[[bytes], Any], data: bytes) -> Any:
         raise RequestNotParsed from None
 
 
-def _audit_context(path: str, context: CallContext, request: Any, caller: str) -> AuditContext:
+def _audit_context(
+    path: str,
+    context: CallContext,
+    authenticator: Authenticator | None,
+    request: Any,
+    name: str,
+    caller: Caller,
+) -> AuditContext:
+    metadata = context.invocation_metadata()
+    proxied = authenticator is not None and authenticator.trusts_proxy
+    # Without a policy, every caller is trusted alike.
+    reports_people = authenticator is None or caller.reports_people
+    call_id = next(NEW_IDS)
     return AuditContext.of(
-        caller,
+        name,
         path,
         context.peer(),
-        request_id_of(context.invocation_metadata()),
+        given_id(metadata) or call_id,
         getattr(request, "account_id", ""),
-        getattr(request, "id", ""),
+        getattr(request, "id", "") or getattr(request, "token_id", ""),
+        person=origin.person(metadata) if reports_people else "",
+        client_address=origin.client_address(metadata) if proxied else "",
+        call_id=call_id,
     )
 
 
@@ -296,9 +357,9 @@ def _refused_context(
     rule: Rule,
     parse: Callable[[bytes], Any],
     data: bytes,
-    path: str,
-    context: CallContext,
-    caller: str,
+    caller: Caller,
+    describe: Callable[[Any, str, Caller], AuditContext],
+    name: str,
 ) -> AuditContext:
     """Return the context of a refused call, for its audit entry.
 
@@ -309,4 +370,4 @@ def _refused_context(
         request = _parsed(rule, parse, data)
     except (RequestNotParsed, RequestTooLarge):
         request = None
-    return _audit_context(path, context, request, caller)
+    return describe(request, name, caller)

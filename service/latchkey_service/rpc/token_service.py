@@ -9,10 +9,11 @@ import re
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import grpc
 from google.protobuf import duration_pb2, timestamp_pb2
+from google.protobuf.unknown_fields import UnknownFieldSet
 from latchkey_coherence.verdict_cache import Position
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
@@ -37,6 +38,8 @@ from latchkey_service.rpc.streams import current_caller
 from latchkey_service.rpc.verify_calls import put_rate_limit, put_token
 from latchkey_service.tokens.assembly import Management
 from latchkey_service.tokens.confirmation import Call
+from latchkey_service.tokens.filters import Filter
+from latchkey_service.tokens.listing import Query
 from latchkey_service.tokens.management import NewToken
 from latchkey_service.tokens.receipt_table import Deletion
 from latchkey_service.tokens.usage_table import UsageTable
@@ -47,6 +50,7 @@ __all__ = [
     "put_receipt",
     "rate_limit_of",
     "to_datetime",
+    "to_filter",
     "to_timedelta",
 ]
 
@@ -58,6 +62,10 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _TIMESTAMP_SECONDS = range(-62135596800, 253402300800)
 # Range of google/protobuf/duration.proto: about 10,000 years.
 _DURATION_SECONDS_MAX = 315_576_000_000
+
+# The fields of a filter that can be absent.
+_TimeField = Literal["expires_before", "unused_since", "secret_created_before"]
+_ChoiceField = Literal["can_write", "never_used", "never_expires"]
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[object, object]
@@ -78,6 +86,7 @@ class TokenService(pb_grpc.TokenServiceServicer):
         self._tokens = management.tokens
         self._lifecycle = management.lifecycle
         self._bulk = management.bulk
+        self._listing = management.listing
         self._importer = management.importer
         self._watch_sessions = watch_sessions
         self._usage_table = usage_table
@@ -171,10 +180,22 @@ class TokenService(pb_grpc.TokenServiceServicer):
 
     async def List(self, request: pb.ListRequest, context: "Context") -> pb.ListResponse:
         deadline = current_call.get().deadline
-        page = await self._tokens.list(
-            request.account_id, request.page_size, request.page_token, deadline
+        query = Query(
+            request.account_id,
+            request.page_size,
+            request.page_token,
+            to_filter(request.filter),
+            request.order,
+            request.reverse,
+            request.include_total_size,
         )
-        response = pb.ListResponse(next_page_token=page.next_page_token)
+        page = await self._listing.list(query, deadline)
+        response = pb.ListResponse(
+            next_page_token=page.next_page_token,
+            total_size=page.total_size,
+            total_size_capped=page.total_size_capped,
+            filter_applied=True,
+        )
         for record in page.records:
             put_token(record, response.tokens.add())
         return response
@@ -241,7 +262,9 @@ def _wanted(request: pb.RateSharesRequest) -> list[WantedCalls]:
     return [WantedCalls(one.token_id, one.calls) for one in request.wanted[:WANTED_MAX]]
 
 
-def rate_limit_of(message: pb.CreateRequest | pb.Token) -> tuple[int, timedelta, int] | None:
+def rate_limit_of(
+    message: pb.CreateRequest | pb.ImportedToken | pb.Token,
+) -> tuple[int, timedelta, int] | None:
     """Return count, period and burst of the rate limit, or None. Raises InvalidArgument."""
     if not message.HasField("rate_limit"):
         return None
@@ -308,3 +331,37 @@ def to_timedelta(field: str, duration: duration_pb2.Duration) -> timedelta:
     ):
         raise InvalidArgument(FieldViolation(field, "is not a valid duration"))
     return timedelta(seconds=duration.seconds, microseconds=duration.nanos // 1_000)
+
+
+def to_filter(message: pb.TokenFilter) -> Filter:
+    """Return the filter. Raises InvalidArgument for a condition that this server does not know.
+
+    A newer client may send one. Without it, more tokens would match.
+    """
+    if len(UnknownFieldSet(message)):
+        raise InvalidArgument(
+            FieldViolation("filter", "contains a condition that this server does not know")
+        )
+
+    def time(field: _TimeField) -> datetime | None:
+        if not message.HasField(field):
+            return None
+        return to_datetime(f"filter.{field}", getattr(message, field))
+
+    def choice(field: _ChoiceField) -> bool | None:
+        return bool(getattr(message, field)) if message.HasField(field) else None
+
+    return Filter(
+        message.scope,
+        message.name_contains,
+        message.label,
+        message.state,
+        time("expires_before"),
+        time("unused_since"),
+        choice("can_write"),
+        tuple(message.ids),
+        message.search,
+        choice("never_used"),
+        choice("never_expires"),
+        time("secret_created_before"),
+    )

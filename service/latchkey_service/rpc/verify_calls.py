@@ -13,7 +13,7 @@ or the counts of uses (`tokens/`).
 import asyncio
 import math
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -32,6 +32,7 @@ from latchkey_service.errors import (
     RequestNotParsed,
     RequestTooLarge,
 )
+from latchkey_service.rpc.batch_answer import encode_batch, varint
 from latchkey_service.rpc.call_context import CallContext
 from latchkey_service.rpc.call_report import NEW_IDS, CallReporter, Metadata, checked_id, end_with
 from latchkey_service.rpc.counters import Counts
@@ -51,7 +52,7 @@ _RATE_LIMITED: Final = Verdict.RATE_LIMITED
 
 # Encoded fields: number and wire type, then the value.
 _VERDICT_FIELDS: Final = {verdict: bytes((0x08, verdict)) for verdict in Verdict}
-_REVISION_TAG, _MARK_TAG, _RESPONSES_TAG = b"\x18", b"\x21", b"\x0a"
+_REVISION_TAG, _MARK_TAG = b"\x18", b"\x21"
 
 Handler = Callable[[bytes, CallContext], Awaitable[bytes]]
 # Computes the encoded answer to an encoded request.
@@ -135,7 +136,8 @@ class VerifyCalls:
         return call
 
     async def _verify(self, data: bytes, context: CallContext, caller: Caller) -> bytes:
-        self._spend(caller, 1)
+        if caller.rates is not None:
+            self._spend(caller, 1)
         if len(data) > _VERIFY_BYTES_MAX:
             # The contract promises a verdict for every secret, however long. No secret, address and
             # permissions within their limits need as many bytes.
@@ -161,10 +163,11 @@ class VerifyCalls:
 
     async def _batch_verify(self, data: bytes, context: CallContext, caller: Caller) -> bytes:
         try:
-            requests = _parsed_batch(data)
+            batch = _parsed_batch(data)
         except InvalidArgument:
             self._spend(caller, 1)
             raise
+        requests = batch.requests
         # Charge at most the largest batch that is answered. A larger one is rejected, and must not
         # use up the rate of others. An empty batch costs time too.
         self._spend(caller, max(1, min(len(requests), BATCH_MAX)))
@@ -181,11 +184,11 @@ class VerifyCalls:
         ]
         left = context.time_remaining()
         answers = await self._verifier.verify_batch(questions, left, caller.name)
-        encoded: list[bytes] = []
-        for request, question, answer in zip(requests, questions, answers, strict=True):
-            response = self._completed(answer, question.presented, caller, request)
-            encoded += (_RESPONSES_TAG, _varint(len(response)), response)
-        return b"".join(encoded)
+        responses = [
+            self._completed(answer, question.presented, caller, request)
+            for request, question, answer in zip(requests, questions, answers, strict=True)
+        ]
+        return encode_batch(responses, omit_details=batch.omit_details)
 
     def _spend(self, caller: Caller, count: int) -> None:
         """Charge questions to the caller's rate limit, if any. Raises RateLimited."""
@@ -209,7 +212,7 @@ class VerifyCalls:
             answer = _restricted(answer, caller)
         verdict, record = answer.verdict, answer.record
         if verdict is _VALID and record is not None:
-            now = self._unix_time()
+            now = answer.decided_at or self._unix_time()
             use = record.use
             # Here and not in PendingUses, so that a warm Verify makes no further call.
             if use is not None and use.caller == caller.name:
@@ -237,15 +240,15 @@ class VerifyCalls:
         return fields
 
 
-def _parsed_batch(data: bytes) -> Sequence[pb.VerifyRequest]:
-    """Return the questions of a BatchVerify. Raises RequestTooLarge and RequestNotParsed."""
+def _parsed_batch(data: bytes) -> pb.BatchVerifyRequest:
+    """Return the request of a BatchVerify. Raises RequestTooLarge and RequestNotParsed."""
     if len(data) > _BATCH_VERIFY_BYTES_MAX:
         raise RequestTooLarge(_BATCH_VERIFY_BYTES_MAX)
     try:
-        batch = pb.BatchVerifyRequest.FromString(data)
+        return pb.BatchVerifyRequest.FromString(data)
     except Exception:  # noqa: BLE001 - the bytes may raise anything in the parser
-        batch = _lenient(BATCH_VERIFY, data)
-    return batch.requests
+        lenient: pb.BatchVerifyRequest = _lenient(BATCH_VERIFY, data)
+        return lenient
 
 
 def _too_many_required(field: str) -> InvalidArgument:
@@ -331,7 +334,7 @@ def _put_time(moment: datetime, timestamp: timestamp_pb2.Timestamp) -> None:
 
 def _position_fields(position: Position) -> bytes:
     """Return the encoded fields `revision` and `mark` of a VerifyResponse. Omits zeros."""
-    revision = _REVISION_TAG + _varint(position.revision) if position.revision else b""
+    revision = _REVISION_TAG + varint(position.revision) if position.revision else b""
     mark = _MARK_TAG + position.mark.to_bytes(8, "little") if position.mark else b""
     return revision + mark
 
@@ -348,13 +351,3 @@ def _retry_field(seconds: float) -> bytes:
     message.retry_after.seconds, rest = divmod(microseconds, 1_000_000)
     message.retry_after.nanos = rest * 1_000
     return message.SerializeToString()
-
-
-def _varint(number: int) -> bytes:
-    """Return the varint encoding of a number that is not negative, seven bits at a time."""
-    out = bytearray()
-    while number > 0x7F:
-        out.append(number & 0x7F | 0x80)
-        number >>= 7
-    out.append(number)
-    return bytes(out)

@@ -21,6 +21,8 @@ from latchkey_service.tokens.import_store import ImportStore
 from latchkey_service.tokens.importing import Importer
 from latchkey_service.tokens.lifecycle import Lifecycle
 from latchkey_service.tokens.lifecycle_store import LifecycleStore
+from latchkey_service.tokens.list_store import ListStore
+from latchkey_service.tokens.listing import Listing
 from latchkey_service.tokens.management import Tokens
 from latchkey_service.tokens.seal import SealGuard
 from latchkey_service.tokens.token_store import TokenStore
@@ -36,6 +38,7 @@ class Management:
     tokens: Tokens
     lifecycle: Lifecycle
     bulk: Bulk
+    listing: Listing
     importer: Importer
     guard: SealGuard
     first_use: FirstUse
@@ -77,5 +80,8 @@ def build_management(
     importer = Importer(
         ImportStore(pool), store, keyring, guard, confirmations, reads, now, os.urandom, lifetime
     )
+    listing = Listing(ListStore(pool), reads, now)
     first_use = FirstUse(lifecycle.retire_older, boottime)
-    return Management(tokens, lifecycle, bulk, importer, guard, first_use, UpkeepStore(pool))
+    return Management(
+        tokens, lifecycle, bulk, listing, importer, guard, first_use, UpkeepStore(pool)
+    )

@@ -252,6 +252,11 @@ class LeasedLookup:
         self._lookup = lookup
         self._reads = reads
 
+    @property
+    def waiting(self) -> int:
+        """How many digests wait for a query."""
+        return self._lookup.waiting
+
     async def find(self, digests: Sequence[bytes], deadline: float) -> list[Found]:
         """Look up digests as `Lookup.find_all` does, and return the accepted records, in order.
 

@@ -6,26 +6,20 @@ Owns the rules of these calls. Contains neither protobuf nor SQL (`bulk_store.py
 import asyncio
 import enum
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 
 from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.errors import FieldViolation
 from latchkey_service.secret_format import IMPORTED_LENGTH_MAX, Keyring, Malformed
-from latchkey_service.tokens.bulk_store import BulkStore, Filter
+from latchkey_service.tokens.answer_size import fitting
+from latchkey_service.tokens.bulk_store import BulkStore
 from latchkey_service.tokens.changes import require_new_rules
 from latchkey_service.tokens.confirmation import Call, Confirmations
+from latchkey_service.tokens.filters import Filter, filter_violations, folded
 from latchkey_service.tokens.lifecycle_store import LifecycleStore
-from latchkey_service.tokens.names import name_key
 from latchkey_service.tokens.receipt_table import Deletion
-from latchkey_service.tokens.validation import (
-    LABELS_MAX,
-    NAME_LENGTH_MAX,
-    account_violations,
-    check,
-    label_violations,
-    printable,
-)
+from latchkey_service.tokens.validation import account_violations, check
 from latchkey_service.tokens.verdict import TokenRecord
 
 __all__ = ["DELETED_MAX", "LISTED_MAX", "REVOKED_MAX", "Bulk", "Deletions", "Outcome"]
@@ -149,8 +143,8 @@ class Bulk:
 
         Idempotent. With `dry_run`, returns what would be deleted.
         """
-        check(*account_violations(account_id), *_filter_violations(selected))
-        selected = replace(selected, name_contains=name_key(selected.name_contains))
+        check(*account_violations(account_id), *filter_violations(selected))
+        selected = folded(selected)
         began = await self._reads.begin(call.deadline)
         now = self._now()
         if dry_run:
@@ -158,7 +152,8 @@ class Bulk:
                 account_id, selected, now, LISTED_MAX
             )
             await self._reads.accept(snapshot, began, call.deadline)
-            return Deletions(count, records, None, more=count > DELETED_MAX)
+            listed = records[: fitting(records)]
+            return Deletions(count, listed, None, more=count > DELETED_MAX)
         changed, ids = await self._store.delete_matching(
             account_id, selected, now, DELETED_MAX, call.audit_context
         )
@@ -210,26 +205,3 @@ def _outcome(working: Sequence[bool], done: Outcome) -> Outcome:
     if not working:
         return Outcome.UNKNOWN
     return done if any(working) else Outcome.ENDED_BEFORE
-
-
-def _filter_violations(selected: Filter) -> list[FieldViolation]:
-    violations = []
-    if selected.scope not in range(3):
-        violations.append(FieldViolation("scope", "must be a scope"))
-    if selected.state not in range(4):
-        violations.append(FieldViolation("state", "must be a state"))
-    if len(selected.name_contains) > NAME_LENGTH_MAX:
-        violations.append(
-            FieldViolation("name_contains", f"must have at most {NAME_LENGTH_MAX} characters")
-        )
-    if not printable(selected.name_contains):
-        violations.append(FieldViolation("name_contains", "must not contain control characters"))
-    elif selected.name_contains and not name_key(selected.name_contains):
-        # Every name contains it, and the call would delete every token.
-        violations.append(FieldViolation("name_contains", "must contain a visible character"))
-    labels = selected.labels or {}
-    if len(labels) > LABELS_MAX or label_violations(labels):
-        violations.append(
-            FieldViolation("label", f"must have at most {LABELS_MAX} pairs that a token can have")
-        )
-    return [FieldViolation(f"filter.{v.field}", v.description) for v in violations]

@@ -4,14 +4,13 @@ All changes of a call take one revision, and are named in the log and audited in
 makes them, as in `lifecycle_store.py`.
 """
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import datetime
 
 from latchkey_coherence.verdict_cache import Position
 
 from latchkey_service.audit.audit_log import AuditContext
+from latchkey_service.audit.audit_table import DETAIL_COLUMNS, DETAIL_VALUES
 from latchkey_service.coherence.ack_rules import Acknowledgements
 from latchkey_service.coherence.snapshot import SNAPSHOT, Snapshot, mark_in, mark_out, snapshot_of
 from latchkey_service.errors import StoreUnavailable
@@ -22,13 +21,15 @@ from latchkey_service.postgres.connections import (
     retry_on_conflict,
 )
 from latchkey_service.tokens.event_table import NO_EVENTS, Outbox
+from latchkey_service.tokens.filter_table import Arguments, condition_of
+from latchkey_service.tokens.filters import Filter
 from latchkey_service.tokens.lifecycle_store import Changed
 from latchkey_service.tokens.receipt_table import RECEIPT, Deletion
 from latchkey_service.tokens.token_store import deletion_of
 from latchkey_service.tokens.token_table import COLUMNS, DETAILS, detailed_record_of
 from latchkey_service.tokens.verdict import TokenRecord
 
-__all__ = ["BulkStore", "Filter"]
+__all__ = ["BulkStore"]
 
 # Rows of events, for `Outbox.insert`.
 _REVOKED = """SELECT s.moment, t.account_id, t.id, t.name, t.expire_time, $3
@@ -37,59 +38,6 @@ _LEAKED = """SELECT clock_timestamp(), t.account_id, t.id, t.name, t.expire_time
                FROM (SELECT DISTINCT id FROM marked) m JOIN token t ON t.id = m.id"""
 _DELETED = """SELECT s.moment, t.account_id, t.id, t.name, t.expire_time, $3
                 FROM stamped s, live l JOIN token t ON t.id = l.id"""
-
-
-@dataclass(frozen=True, slots=True)
-class Filter:
-    """Selects live tokens of an account. None and empty: not restricted."""
-
-    scope: int = 0
-    name_contains: str = ""
-    """Case-folded, as name keys are."""
-    labels: Mapping[str, str] | None = None
-    state: int = 0
-    """Numbered as in the contract's TokenState."""
-    expires_before: datetime | None = None
-    unused_since: datetime | None = None
-    can_write: bool | None = None
-
-    def condition(self, first: int, now: datetime) -> tuple[str, list[object]]:
-        """Return the SQL condition on `t`, and its arguments, numbered from `first`."""
-        parts: list[str] = []
-        arguments: list[object] = [now]
-        expired = f"coalesce(t.expire_time <= ${first}::timestamptz, false)"
-        active = f"t.disable_time IS NULL AND NOT {expired}"
-
-        def add(condition: str, argument: object) -> None:
-            arguments.append(argument)
-            parts.append(condition.format(f"${first + len(arguments) - 1}"))
-
-        if self.scope:
-            add("t.scope = {}::smallint", self.scope)
-        if self.name_contains:
-            # Without the prefix of a key whose name another token has taken over.
-            add(
-                r"position({}::text IN regexp_replace(t.name_key, '^\x01[^\x01]*\x01', '')) > 0",
-                self.name_contains,
-            )
-        if self.labels:
-            add("t.labels @> {}::jsonb", json.dumps(dict(self.labels)))
-        if self.expires_before is not None:
-            add("t.expire_time < {}::timestamptz", self.expires_before)
-        if self.unused_since is not None:
-            add(
-                "t.create_time < {0}::timestamptz AND NOT EXISTS (SELECT FROM token_usage u"
-                " WHERE u.token_id = t.id AND u.last_time >= {0}::timestamptz)",
-                self.unused_since,
-            )
-        parts += {1: [active], 2: ["t.disable_time IS NOT NULL"]}.get(self.state, [])
-        if self.state == 3:
-            parts.append(f"t.disable_time IS NULL AND {expired}")
-        if self.can_write is not None:
-            writes = f"t.scope = 2 AND {active}"
-            parts.append(f"({writes})" if self.can_write else f"NOT ({writes})")
-        # Names the parameter in any case: Postgres must know its type.
-        return " AND ".join([f"${first}::timestamptz IS NOT NULL", *parts]), arguments
 
 
 class BulkStore:
@@ -144,8 +92,9 @@ class BulkStore:
                         SELECT DISTINCT s.revision, s.mark, l.id FROM stamped s, live l),
                     audited AS (
                         INSERT INTO audit (time, account_id, token_id, caller, method, peer,
-                                           request_id)
-                        SELECT DISTINCT s.moment, e.account_id, e.id, $3, $4, $5, $6
+                                           request_id, {DETAIL_COLUMNS})
+                        SELECT DISTINCT s.moment, e.account_id, e.id, $3, $4, $5, $6,
+                               {DETAIL_VALUES[7]}
                           FROM stamped s, ended e)
                     {self._outbox.insert_for(audit_context.method, _REVOKED)}
                     SELECT s.revision, s.mark, s.moment, k.digest, coalesce(e.working, false),
@@ -161,6 +110,7 @@ class BulkStore:
                     audit_context.method,
                     audit_context.peer,
                     audit_context.request_id,
+                    audit_context.details,
                 )
         ended = {row[3]: row[4] for row in rows}
         audited = any(row[5] for row in rows)
@@ -199,8 +149,9 @@ class BulkStore:
                         RETURNING l.id, l.account_id),
                     audited AS (
                         INSERT INTO audit (time, account_id, token_id, caller, method, peer,
-                                           request_id)
-                        SELECT clock_timestamp(), account_id, id, $3, $4, $5, $6
+                                           request_id, {DETAIL_COLUMNS})
+                        SELECT clock_timestamp(), account_id, id, $3, $4, $5, $6,
+                               {DETAIL_VALUES[7]}
                           FROM (SELECT DISTINCT account_id, id FROM marked) m)
                     {self._outbox.insert_for(audit_context.method, _LEAKED)}
                     SELECT h.revision, h.mark, h.timeline, k.digest, l.digest IS NOT NULL,
@@ -215,6 +166,7 @@ class BulkStore:
                     audit_context.method,
                     audit_context.peer,
                     audit_context.request_id,
+                    audit_context.details,
                 )
         found = {row[3]: row[4] for row in rows if row[3] is not None}
         return found, rows[0][5], snapshot_of(rows[0])
@@ -238,7 +190,8 @@ class BulkStore:
         self, account_id: str, selected: Filter, now: datetime, limit: int
     ) -> tuple[int, list[TokenRecord], Snapshot]:
         """Return how many live tokens match, the oldest `limit` of them, and the snapshot."""
-        condition, arguments = selected.condition(3, now)
+        arguments = Arguments(account_id, limit)
+        condition = condition_of(selected, now, arguments)
         async with self._pool.session() as session:
             rows = await session.fetch(
                 f"""
@@ -255,9 +208,7 @@ class BulkStore:
                         LIMIT $2) page ON true
                  ORDER BY page.create_time, page.id
                 """,  # noqa: S608 - constants, and conditions without values
-                account_id,
-                limit,
-                *arguments,
+                *arguments.values,
             )
         found = [detailed_record_of(row) for row in rows if row[4] is not None]
         return rows[0][3], found, snapshot_of(rows[0])
@@ -276,7 +227,16 @@ class BulkStore:
         Returns the change, or None if no token matches, and the ids. Each token gets its own
         receipt and audit entry.
         """
-        condition, arguments = selected.condition(7, now)
+        arguments = Arguments(
+            account_id,
+            limit,
+            audit_context.caller,
+            audit_context.method,
+            audit_context.peer,
+            audit_context.request_id,
+            audit_context.details,
+        )
+        condition = condition_of(selected, now, arguments)
         async with self._pool.session() as session:
             with require_durable_commit(session):
                 rows = await session.fetch(
@@ -308,21 +268,16 @@ class BulkStore:
                         SELECT s.revision, s.mark, l.id FROM stamped s, live l),
                     audited AS (
                         INSERT INTO audit (time, account_id, token_id, caller, method, peer,
-                                           request_id)
-                        SELECT s.moment, $1, l.id, $3, $4, $5, $6 FROM stamped s, live l),
+                                           request_id, {DETAIL_COLUMNS})
+                        SELECT s.moment, $1, l.id, $3, $4, $5, $6, {DETAIL_VALUES[7]}
+                          FROM stamped s, live l),
                     recorded AS (
                         INSERT INTO deletion (token_id, revision, mark, commit_time)
                         SELECT l.id, s.revision, s.mark, s.moment FROM stamped s, live l)
                     {self._outbox.insert_for(audit_context.method, _DELETED)}
                     SELECT s.revision, s.mark, s.moment, l.id FROM stamped s, live l
                     """,  # noqa: S608 - constants, and conditions without values
-                    account_id,
-                    limit,
-                    audit_context.caller,
-                    audit_context.method,
-                    audit_context.peer,
-                    audit_context.request_id,
-                    *arguments,
+                    *arguments.values,
                 )
         if not rows:
             return None, []

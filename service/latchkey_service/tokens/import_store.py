@@ -3,6 +3,7 @@
 Decides nothing (`importing.py`).
 """
 
+import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -12,6 +13,7 @@ from asyncpg import UniqueViolationError
 from latchkey_coherence.verdict_cache import Position
 
 from latchkey_service.audit.audit_log import AuditContext
+from latchkey_service.audit.audit_table import DETAIL_COLUMNS, DETAIL_VALUES
 from latchkey_service.coherence.snapshot import SNAPSHOT, Snapshot, mark_in, snapshot_of
 from latchkey_service.postgres.connections import (
     DURABLE,
@@ -20,9 +22,13 @@ from latchkey_service.postgres.connections import (
     retry_on_conflict,
 )
 from latchkey_service.tokens.seal import TokenSeal
+from latchkey_service.tokens.token_table import rate_columns
 from latchkey_service.tokens.verdict import SecretRecord, TokenRecord
 
-__all__ = ["ImportStore", "Inserted", "NewRow", "Present"]
+__all__ = ["ROWS_AT_ONCE", "ImportStore", "Inserted", "NewRow", "Present"]
+
+ROWS_AT_ONCE = 25
+"""Rows to convert, check or seal before others get the event loop: a millisecond or two."""
 
 
 class NewRow(NamedTuple):
@@ -103,10 +109,14 @@ class ImportStore:
         Leaves out tokens whose names live tokens have. Takes names from expired tokens first.
         Returns None, and changes nothing, if the database has one of the secrets.
 
+        An Update that takes one of the names at the same moment waits for this statement, and this
+        one for it. Postgres then ends one of them after its `deadlock_timeout`, a second, and it is
+        repeated. Locking `head` first would do the same to each Delete of a token with such a name.
+
         The revision names one of the tokens. No cache has a verdict on any of them, so there is
         nothing to drop, but servers forget which imported secrets are absent (`imported.py`).
         """
-        document = json.dumps([_fields(row) for row in rows])
+        document = await _document(rows)
         try:
             async with self._pool.session() as session:
                 with require_durable_commit(session):
@@ -119,6 +129,7 @@ class ImportStore:
                         audit_context.method,
                         audit_context.peer,
                         audit_context.request_id,
+                        audit_context.details,
                     )
         except UniqueViolationError:
             return None
@@ -140,14 +151,15 @@ WITH rows AS MATERIALIZED (
         id text, account_id text, name text, name_key text, scope smallint,
         create_time timestamptz, expire_time timestamptz, disable_time timestamptz, hint text,
         labels jsonb, description text, allowed_networks text[], permissions text[],
+        rate_count integer, rate_period_seconds integer, rate_burst integer,
         digest text, seal text, token_seal text, token_seal_pepper_id text)),
 inserted AS (
     INSERT INTO token (id, account_id, name, name_key, scope, create_time, expire_time,
                        disable_time, hint, labels, description, allowed_networks, permissions,
-                       seal, seal_pepper_id)
+                       seal, seal_pepper_id, rate_count, rate_period_seconds, rate_burst)
     SELECT id, account_id, name, name_key, scope, create_time, expire_time, disable_time, hint,
            labels, description, allowed_networks, permissions, decode(token_seal, 'hex'),
-           token_seal_pepper_id
+           token_seal_pepper_id, rate_count, rate_period_seconds, rate_burst
       FROM rows
      WHERE {DURABLE}
      -- Concurrent calls lock names in this order.
@@ -170,10 +182,22 @@ logged AS (
     INSERT INTO invalidation (revision, mark, token_id)
     SELECT revision, mark, (SELECT min(id) FROM inserted) FROM stamped),
 audited AS (
-    INSERT INTO audit (time, account_id, token_id, caller, method, peer, request_id)
-    SELECT s.moment, i.account_id, i.id, $3, $4, $5, $6 FROM stamped s, inserted i)
+    INSERT INTO audit (time, account_id, token_id, caller, method, peer, request_id,
+                       {DETAIL_COLUMNS})
+    SELECT s.moment, i.account_id, i.id, $3, $4, $5, $6, {DETAIL_VALUES[7]}
+      FROM stamped s, inserted i)
 SELECT s.revision, s.mark, i.id FROM stamped s, inserted i
 """  # noqa: S608 - constants only
+
+
+async def _document(rows: Sequence[NewRow]) -> str:
+    """Return the rows as a JSON list. Lets others run meanwhile."""
+    parts = []
+    for number, row in enumerate(rows):
+        if number % ROWS_AT_ONCE == 0:
+            await asyncio.sleep(0)
+        parts.append(json.dumps(_fields(row)))
+    return f"[{','.join(parts)}]"
 
 
 def _names(rows: Sequence[NewRow]) -> tuple[list[str], list[str]]:
@@ -182,6 +206,7 @@ def _names(rows: Sequence[NewRow]) -> tuple[list[str], list[str]]:
 
 def _fields(row: NewRow) -> dict[str, Any]:
     record, secret = row.record, row.secret
+    calls, period_seconds, burst = rate_columns(record.rate_limit)
     return {
         "id": record.id,
         "account_id": record.account_id,
@@ -196,6 +221,9 @@ def _fields(row: NewRow) -> dict[str, Any]:
         "description": record.description,
         "allowed_networks": list(record.allowed_networks),
         "permissions": list(record.permissions),
+        "rate_count": calls,
+        "rate_period_seconds": period_seconds,
+        "rate_burst": burst,
         "digest": secret.digest.hex(),
         "seal": None if secret.seal is None else secret.seal.hex(),
         "token_seal": None if row.seal.seal is None else row.seal.seal.hex(),

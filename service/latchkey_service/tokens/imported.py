@@ -62,8 +62,14 @@ class ImportedSecrets:
         self._pending: Counter[str] = Counter()
         # By the first digest: the position of the read, and until when it counts. Oldest first.
         self._absent: dict[bytes, tuple[Position, float]] = {}
-        self.absent_hits = 0
-        """Questions about secrets that were remembered as absent. Only rises."""
+        self.results: Counter[str] = Counter()
+        """Questions that `verify_cached` did not answer, by what became of them: `found` and
+        `absent` by a look-up, `remembered` as absent, or `rejected` because too many waited."""
+
+    @property
+    def waiting(self) -> int:
+        """How many digests wait for a query."""
+        return self._lookup.waiting
 
     def parse(self, presented: str) -> Imported | None:
         """Return the secret's possible digests, or None if it is not an imported one."""
@@ -79,7 +85,7 @@ class ImportedSecrets:
         now, state = self._clock(), self._verifier_state
         if position != state.cache.position or now >= until or now >= state.lease_ends:
             return False
-        self.absent_hits += 1
+        self.results["remembered"] += 1
         return True
 
     async def find(self, secrets: Sequence[Imported], caller: str, deadline: float) -> list[Found]:
@@ -92,6 +98,7 @@ class ImportedSecrets:
         for secret in secrets:
             candidates = [next(found) for _ in secret.digests]
             present = [one for one in candidates if one.record is not None]
+            self.results["found" if present else "absent"] += 1
             if not present:
                 self._remember(secret, candidates[0].snapshot.position)
             results.append(present[0] if present else candidates[0])
@@ -101,6 +108,7 @@ class ImportedSecrets:
     def _admitted(self, caller: str, count: int) -> Iterator[None]:
         # A single batch is always admitted if nothing else waits.
         if self._pending[caller] and self._pending[caller] + count > PENDING_MAX:
+            self.results["rejected"] += count
             raise Overloaded("Too many imported secrets are waiting for the database; try again.")
         self._pending[caller] += count
         try:
@@ -111,8 +119,10 @@ class ImportedSecrets:
                 del self._pending[caller]
 
     def _remember(self, secret: Imported, position: Position) -> None:
-        if position != self._verifier_state.cache.position:
-            # Something has changed since this read, maybe by an import.
+        cache = self._verifier_state.cache
+        # With LATCHKEY_CACHE=off, each verify reads the database. And if something has changed
+        # since this read, it may have been by an import.
+        if not cache.entries_max or position != cache.position:
             return
         key = secret.digests[0]
         self._absent.pop(key, None)

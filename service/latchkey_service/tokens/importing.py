@@ -8,15 +8,16 @@ import asyncio
 import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from latchkey_service.coherence.reads import LeasedReads
+from latchkey_service.coherence.verifier_table import LIFECYCLE_RULES, RATE_RULES
 from latchkey_service.errors import FieldViolation
 from latchkey_service.lifetime import Lifetime
 from latchkey_service.secret_format import Keyring
 from latchkey_service.tokens.changes import require_new_rules
 from latchkey_service.tokens.confirmation import Call, Confirmations
-from latchkey_service.tokens.import_store import ImportStore, NewRow, Present
+from latchkey_service.tokens.import_store import ROWS_AT_ONCE, ImportStore, NewRow, Present
 from latchkey_service.tokens.lifecycle_store import LifecycleStore
 from latchkey_service.tokens.management import new_id
 from latchkey_service.tokens.names import name_key
@@ -30,6 +31,7 @@ from latchkey_service.tokens.validation import (
     new_token_violations,
     permissions_in,
     printable,
+    rate_limit_in,
     secret_violations,
 )
 from latchkey_service.tokens.verdict import Scope, SecretRecord, TokenRecord
@@ -41,8 +43,6 @@ IMPORTED_MAX = 1_000
 HINT_LENGTH_MAX = 16
 """As long as the longest hint of other secrets, and as short as the shortest imported secret."""
 HASH_BYTES = 32
-# Rows to check or seal before others get the event loop: some milliseconds.
-ROWS_AT_ONCE = 100
 # A hint that shows nothing.
 NO_HINT = "…"
 # Older systems than this have no keys.
@@ -75,6 +75,7 @@ class Row:
     hint: str
     create_time: datetime | None
     disabled: bool
+    rate_limit: tuple[int, timedelta, int] | None = None
     violations: tuple[FieldViolation, ...] = ()
     """What is wrong with times that cannot be represented here."""
 
@@ -130,10 +131,7 @@ class Importer:
         if not 1 <= len(rows) <= IMPORTED_MAX:
             check(FieldViolation("tokens", f"must have 1-{IMPORTED_MAX} entries"))
         results, new = await self._judge(rows, limit_of)
-        if any(n.record.allowed_networks or n.record.permissions for n in new.values()) or any(
-            n.record.disable_time is not None for n in new.values()
-        ):
-            require_new_rules(old_verifiers=await self._lifecycle_store.has_old_verifiers())
+        await self._require_rules([row.record for row in new.values()])
         for _ in range(ATTEMPTS_MAX):
             began = await self._reads.begin(call.deadline)
             present, snapshot = await self._store.find(
@@ -161,6 +159,17 @@ class Importer:
                 # Another call has taken the name since the read.
                 answers[number] = Result(Outcome.NAME_TAKEN)
         return _merged(results, answers)
+
+    async def _require_rules(self, records: Sequence[TokenRecord]) -> None:
+        """Raise FailedPrecondition if a verifier would not respect one of these tokens."""
+        rules = 0
+        if any(r.disable_time or r.allowed_networks or r.permissions for r in records):
+            rules = LIFECYCLE_RULES
+        if any(r.rate_limit is not None for r in records):
+            rules = RATE_RULES
+        if rules:
+            old_verifiers = await self._lifecycle_store.has_old_verifiers(rules)
+            require_new_rules(old_verifiers=old_verifiers)
 
     async def _judge(
         self, rows: Sequence[Row], limit_of: Callable[[str], Lifetime]
@@ -200,6 +209,7 @@ class Importer:
             violations.append(FieldViolation("create_time", "must be in the past, since 2000"))
         networks = networks_in(row.allowed_networks, violations)
         permissions = permissions_in(row.permissions, violations)
+        rate_limit = rate_limit_in(row.rate_limit, violations)
         if violations:
             return Result(Outcome.INVALID, violations=tuple(violations))
         record = TokenRecord(
@@ -215,6 +225,7 @@ class Importer:
             allowed_networks=networks,
             permissions=permissions,
             description=row.description,
+            rate_limit=rate_limit,
         )
         digests = self._keyring.imported_digests(row.secret_sha256)
         pepper_id = self._keyring.peppers[0].id

@@ -15,6 +15,7 @@ from uuid import UUID
 from latchkey_coherence.verdict_cache import Position
 
 from latchkey_service.audit.audit_log import AuditContext
+from latchkey_service.audit.audit_table import DETAIL_COLUMNS, DETAIL_VALUES
 from latchkey_service.coherence.snapshot import SNAPSHOT, Snapshot, mark_in, snapshot_of
 from latchkey_service.coherence.verifier_table import LIFECYCLE_RULES
 from latchkey_service.postgres.connections import (
@@ -262,8 +263,9 @@ class LifecycleStore:
                         SELECT revision, mark, id FROM stamped),
                     audited AS (
                         INSERT INTO audit (time, account_id, token_id, caller, method, peer,
-                                           request_id)
-                        SELECT moment, $1, id, $25, $31, $32, $33 FROM stamped)
+                                           request_id, {DETAIL_COLUMNS})
+                        SELECT moment, $1, id, $25, $31, $32, $33, {DETAIL_VALUES[40]}
+                          FROM stamped)
                     {announced}
                     SELECT s.revision, s.mark, s.moment, c.* FROM stamped s, changed c
                     """,  # noqa: S608 - constants only
@@ -303,6 +305,7 @@ class LifecycleStore:
                     change.repeats,
                     *(change.seal or (None, None)),
                     *rate_columns(record.rate_limit),
+                    audit_context.details,
                 )
         if row is None:
             return None
@@ -349,7 +352,7 @@ class LifecycleStore:
         """
         async with self._pool.session() as session:
             status = await session.execute(
-                """
+                f"""
                 WITH freed AS (
                     UPDATE token
                        -- Unique, and still found by a search for a part of the name.
@@ -357,9 +360,10 @@ class LifecycleStore:
                      WHERE account_id = $1 AND name_key = $2 AND delete_time IS NULL
                        AND expire_time <= $3
                     RETURNING id)
-                INSERT INTO audit (account_id, token_id, caller, method, peer, request_id, reason)
-                SELECT $1, id, $4, $5, $6, $7, $8 FROM freed
-                """,
+                INSERT INTO audit (account_id, token_id, caller, method, peer, request_id, reason,
+                                   {DETAIL_COLUMNS})
+                SELECT $1, id, $4, $5, $6, $7, $8, {DETAIL_VALUES[9]} FROM freed
+                """,  # noqa: S608 - constants only
                 account_id,
                 name_key,
                 now,
@@ -368,5 +372,6 @@ class LifecycleStore:
                 audit_context.peer,
                 audit_context.request_id,
                 NAME_FREED,
+                audit_context.details,
             )
         return bool(status != "INSERT 0 0")

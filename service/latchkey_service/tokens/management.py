@@ -1,8 +1,8 @@
-"""Creates, gets, lists and deletes tokens.
+"""Creates, gets and deletes tokens.
 
 Owns the rules of the contract: ids and the wait of a Delete. It contains neither protobuf
-(`rpc/token_service.py`), nor SQL (`token_store.py`), nor the later changes of a token
-(`lifecycle.py`).
+(`rpc/token_service.py`), nor SQL (`token_store.py`), nor lists (`listing.py`), nor the later
+changes of a token (`lifecycle.py`).
 """
 
 import asyncio
@@ -16,18 +16,15 @@ from latchkey_service.coherence.ack_waiter import AckWaiter
 from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.errors import (
     AlreadyExists,
-    FieldViolation,
     NotConfirmed,
     NotFound,
 )
-from latchkey_service.identifiers import TOKEN_ID
 from latchkey_service.lifetime import UNLIMITED, Lifetime
 from latchkey_service.secret_format import Keyring, Secret
-from latchkey_service.tokens import page_tokens
 from latchkey_service.tokens.names import name_key
 from latchkey_service.tokens.receipt_table import Deletion
 from latchkey_service.tokens.seal import Sealer
-from latchkey_service.tokens.token_store import PageStart, Request, TokenStore
+from latchkey_service.tokens.token_store import Request, TokenStore
 from latchkey_service.tokens.validation import (
     account_violations,
     check,
@@ -42,10 +39,8 @@ from latchkey_service.tokens.validation import (
 )
 from latchkey_service.tokens.verdict import Scope, SecretRecord, TokenRecord, TokenSecret
 
-__all__ = ["Created", "NewToken", "Page", "Tokens", "new_id"]
+__all__ = ["Created", "NewToken", "Tokens", "new_id"]
 
-PAGE_SIZE_DEFAULT = 50
-PAGE_SIZE_MAX = 500
 # Receipts written at once. Each takes a connection of the pool (`connections.POOL_SIZE_MAX`).
 CONFIRMING_MAX = 4
 # Crockford's base 32, in ASCII order, so that ids sort like the numbers that they encode.
@@ -79,14 +74,6 @@ class Created:
     secret: Secret
     receipt: Deletion | None = None
     """Of a call that ended other secrets."""
-
-
-@dataclass(frozen=True, slots=True)
-class Page:
-    """Tokens, newest first, and the token of the next page, which is empty on the last page."""
-
-    records: list[TokenRecord]
-    next_page_token: str
 
 
 class Tokens:
@@ -196,25 +183,6 @@ class Tokens:
         if record is None:
             raise NotFound("The account has no live token with this id.")
         return record
-
-    async def list(self, account_id: str, page_size: int, page_token: str, deadline: float) -> Page:
-        """Return a page of live tokens, newest first (AIP-158)."""
-        violations = account_violations(account_id)
-        if page_size < 0:
-            violations.append(FieldViolation("page_size", "must not be negative"))
-        check(*violations)
-        after = None
-        if page_token:
-            after = PageStart(*page_tokens.decode(account_id, page_token, TOKEN_ID))
-        size = min(page_size or PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX)
-        # One token more than requested shows whether there is a next page.
-        began = await self._reads.begin(deadline)
-        records, snapshot = await self._store.list_tokens(account_id, after, size + 1)
-        await self._reads.accept(snapshot, began, deadline)
-        if len(records) <= size:
-            return Page(records, "")
-        last = records[size - 1]
-        return Page(records[:size], page_tokens.encode(account_id, last.create_time, last.id))
 
     async def delete(
         self,

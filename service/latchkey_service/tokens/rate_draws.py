@@ -94,7 +94,9 @@ class RateDraws:
         """
         if self._closed:
             raise StoreUnavailable("The server is stopping.")
-        if self._waiting_tokens + len(wants) > WAITING_MAX:
+        # Clients that ask ahead of demand leave room for verifies that wait.
+        room = WAITING_MAX if any(want.needed for want in wants) else WAITING_MAX // 2
+        if self._waiting_tokens + len(wants) > room:
             raise Overloaded("Too many verifies wait for calls of their tokens; try again.")
         waiter = _Waiter(wants, asyncio.get_running_loop().create_future())
         self._waiting.append(waiter)
@@ -146,7 +148,10 @@ class RateDraws:
             self._worker = None
 
     async def _draw_for(self, batch: Sequence[_Waiter]) -> None:
-        wants = _sums(want for waiter in batch for want in waiter.wants)
+        # Nothing is drawn for callers that have left.
+        wants = _sums(want for waiter in batch if not waiter.future.done() for want in waiter.wants)
+        if not wants:
+            return
         limit = self._clock() + SECONDS_MAX
         try:
             async with asyncio.timeout(SECONDS_MAX):

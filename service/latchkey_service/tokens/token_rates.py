@@ -62,11 +62,12 @@ class TokenRates:
         now = self._clock()
         accepted: dict[Share, int] = {}
         for share, want, one in zip(needed, wants, drawn, strict=True):
-            accepted[share] = one.calls
-            share.count(one.calls)
+            # The process may have been paused since the draw.
+            calls = accepted[share] = one.calls if now < one.ends else 0
+            share.count(calls)
             if one.limit == share.limit:
                 share.add(one.ahead, one.ends)
-            if one.calls < want.needed:
+            if calls < want.needed:
                 share.deny(now + max(one.retry_seconds, _denied_seconds(share.limit)))
         for number, share in enumerate(shares):
             if results[number] is None:

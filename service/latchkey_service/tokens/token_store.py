@@ -1,8 +1,9 @@
 """The SQL of tokens, secrets, peppers and deletions: one method per statement.
 
-`TokenStore` serves management calls from a pool. The columns are in `token_table.py`, and changes
-of existing tokens other than Delete in `lifecycle_store.py`. Does not own the SQL of verifiers
-(`coherence/verifier_table.py`) or the reading of audit entries (`audit/audit_table.py`).
+`TokenStore` serves management calls from a pool. The columns are in `token_table.py`, List in
+`list_store.py`, and changes of existing tokens other than Delete in `lifecycle_store.py`. Does not
+own the SQL of verifiers (`coherence/verifier_table.py`) or the reading of audit entries
+(`audit/audit_table.py`).
 """
 
 import json
@@ -15,6 +16,7 @@ from uuid import UUID
 from latchkey_coherence.verdict_cache import Position
 
 from latchkey_service.audit.audit_log import AuditContext
+from latchkey_service.audit.audit_table import DETAIL_COLUMNS, DETAIL_VALUES
 from latchkey_service.coherence.ack_rules import Acknowledgements
 from latchkey_service.coherence.snapshot import SNAPSHOT, Snapshot, mark_in, mark_out, snapshot_of
 from latchkey_service.coherence.verifier_state import EVERY_TOKEN
@@ -42,7 +44,7 @@ from latchkey_service.tokens.verdict import TokenRecord
 if TYPE_CHECKING:
     import asyncpg
 
-__all__ = ["PageStart", "Request", "TokenStore", "deletion_of"]
+__all__ = ["Request", "TokenStore", "deletion_of"]
 
 # The peppers, oldest first, each with whether live tokens and registered verifiers use it.
 _KNOWN_PEPPERS = """
@@ -60,14 +62,6 @@ _PEPPER_LOCK_SECONDS = 10
 
 _CREATED = "SELECT $6, account_id, id, $3, $7, $12 FROM token"
 _DELETED = "SELECT moment, $1, id, name, expire_time, $3 FROM stamped JOIN token USING (id)"
-
-
-@dataclass(frozen=True, slots=True)
-class PageStart:
-    """A position in an account's list: after the token with this creation time and id."""
-
-    create_time: datetime
-    id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,8 +178,9 @@ class TokenStore:
                      WHERE $21::uuid IS NULL OR EXISTS (SELECT FROM asked)
                     RETURNING id, account_id),
                 audited AS (
-                    INSERT INTO audit (account_id, token_id, caller, method, peer, request_id)
-                    SELECT account_id, id, $12, $13, $14, $15 FROM token),
+                    INSERT INTO audit (account_id, token_id, caller, method, peer, request_id,
+                                       {DETAIL_COLUMNS})
+                    SELECT account_id, id, $12, $13, $14, $15, {DETAIL_VALUES[30]} FROM token),
                 -- A database restored while this process runs may lack the process's pepper.
                 known AS (INSERT INTO pepper (id) VALUES ($11) ON CONFLICT DO NOTHING)
                 {self._outbox.insert_for(audit_context.method, _CREATED)}
@@ -220,6 +215,7 @@ class TokenStore:
                     None if request is None else request.reusable_before,
                     token_seal,
                     *rate_columns(record.rate_limit),
+                    audit_context.details,
                 )
         return status != "INSERT 0 0"
 
@@ -241,35 +237,6 @@ class TokenStore:
             )
         row = rows[0]
         return (None if row[3] is None else detailed_record_of(row)), snapshot_of(row)
-
-    @retry_on_conflict
-    async def list_tokens(
-        self, account_id: str, after: PageStart | None, limit: int
-    ) -> tuple[list[TokenRecord], Snapshot]:
-        """Return up to `limit` live tokens, newest first, and the snapshot of the read.
-
-        The tokens are those after the position `after` in the list, or the first ones.
-        """
-        # Two statements, because `$2 IS NULL OR ...` would keep the planner from starting the index
-        # scan at the position.
-        start = "AND (t.create_time, t.id) < ($3, $4)" if after else ""
-        arguments = [account_id, limit] + ([after.create_time, after.id] if after else [])
-        async with self._pool.session() as session:
-            rows = await session.fetch(
-                f"""
-                SELECT h.revision, h.mark, h.timeline, page.*
-                  FROM {SNAPSHOT}
-                  LEFT JOIN (
-                       SELECT {COLUMNS}, {DETAILS}
-                         FROM token t
-                        WHERE t.account_id = $1 AND t.delete_time IS NULL {start}
-                        ORDER BY t.create_time DESC, t.id DESC
-                        LIMIT $2) page ON true
-                 ORDER BY page.create_time DESC, page.id DESC
-                """,  # noqa: S608 - constants only
-                *arguments,
-            )
-        return [detailed_record_of(row) for row in rows if row[3] is not None], snapshot_of(rows[0])
 
     @retry_on_conflict
     async def delete_token(
@@ -311,8 +278,8 @@ class TokenStore:
                         SELECT revision, mark, id FROM stamped),
                     audited AS (
                         INSERT INTO audit (time, account_id, token_id, caller, method, peer,
-                                           request_id)
-                        SELECT moment, $1, id, $3, $4, $5, $6 FROM stamped)
+                                           request_id, {DETAIL_COLUMNS})
+                        SELECT moment, $1, id, $3, $4, $5, $6, {DETAIL_VALUES[7]} FROM stamped)
                     {self._outbox.insert_for(audit_context.method, _DELETED)}
                     INSERT INTO deletion AS d (token_id, revision, mark, commit_time)
                     SELECT id, revision, mark, moment FROM stamped
@@ -324,6 +291,7 @@ class TokenStore:
                     audit_context.method,
                     audit_context.peer,
                     audit_context.request_id,
+                    audit_context.details,
                 )
         return None if row is None else deletion_of(row)
 
@@ -410,8 +378,8 @@ class TokenStore:
                         SELECT revision, mark, $5 FROM stamped),
                     audited AS (
                         INSERT INTO audit (time, account_id, token_id, caller, method, peer,
-                                           request_id)
-                        SELECT moment, '', '', $1, $2, $3, $4 FROM stamped)
+                                           request_id, {DETAIL_COLUMNS})
+                        SELECT moment, '', '', $1, $2, $3, $4, {DETAIL_VALUES[6]} FROM stamped)
                     SELECT revision, mark, moment FROM stamped
                     """,  # noqa: S608 - constants only
                     audit_context.caller,
@@ -419,6 +387,7 @@ class TokenStore:
                     audit_context.peer,
                     audit_context.request_id,
                     EVERY_TOKEN,
+                    audit_context.details,
                 )
         if row is None:
             raise RuntimeError("the table `head` is empty")

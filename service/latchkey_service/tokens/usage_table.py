@@ -44,10 +44,10 @@ used AS MATERIALIZED (
            CASE WHEN u.hint = t.hint
                   OR EXISTS (SELECT FROM secret s WHERE s.token_id = t.id AND s.hint = u.hint)
                 THEN u.hint ELSE '' END AS hint,
-           u.caller,
+           u.caller, t.account_id,
            greatest(u.first_time, t.create_time) AS first_time,
            greatest(u.last_time, t.create_time) AS last_time,
-           u.count
+           u.count, t.delete_time IS NULL AS live
       FROM fresh,
            unnest($3::text[], $4::text[], $5::text[], $6::timestamptz[], $7::timestamptz[],
                   $8::bigint[]) AS u (token_id, hint, caller, first_time, last_time, count)
@@ -61,7 +61,16 @@ days AS (
      GROUP BY token_id, caller, day
      ORDER BY token_id, caller, day
         ON CONFLICT (token_id, caller, day) DO UPDATE
-       SET count = least(d.count::numeric + excluded.count, 9223372036854775807)::bigint)
+       SET count = least(d.count::numeric + excluded.count, 9223372036854775807)::bigint),
+-- For the order of List. Its index changes with each row, so a token's row changes once a minute.
+ordered AS (
+    INSERT INTO token_last_use AS o (token_id, account_id, last_used_time)
+    SELECT token_id, account_id, max(last_time) FROM used
+     WHERE live
+     GROUP BY token_id, account_id
+     ORDER BY token_id
+        ON CONFLICT (token_id) DO UPDATE SET last_used_time = excluded.last_used_time
+     WHERE o.last_used_time < excluded.last_used_time - interval '1 minute')
 INSERT INTO token_usage AS x (token_id, hint, caller, first_time, last_time)
 SELECT token_id, hint, caller, min(first_time), max(last_time)
   FROM used

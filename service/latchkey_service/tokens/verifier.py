@@ -52,6 +52,8 @@ class Answer(NamedTuple):
     record: CachedToken | None = None
     retry_seconds: float = 0.0
     """With RATE_LIMITED: when to try again."""
+    decided_at: float = 0.0
+    """Unix time, if the answer came from the cache without a look at a rate limit. 0: not known."""
 
 
 class Question(NamedTuple):
@@ -74,6 +76,7 @@ ABSENT_DIGEST = bytes(32)
 
 MALFORMED: Final = Answer(Verdict.MALFORMED)
 UNKNOWN: Final = Answer(Verdict.UNKNOWN)
+_new_tuple: Final = tuple.__new__
 
 
 class Verifier:
@@ -99,7 +102,7 @@ class Verifier:
         self._rates = rates
         self._keyring = keyring
         self._lookup = LeasedLookup(lookup, reads)
-        self._imported = imported
+        self.imported = imported
         self._verifier_state = verifier_state
         self._cache = verifier_state.cache
         self._entries = verifier_state.cache.entries
@@ -134,12 +137,12 @@ class Verifier:
             question = Question(presented, required_scope, client_address, required_permissions)
             return self._limited_from_cache(record, record.share, question, now)
         # No applied invalidation names it, or it would not be in the cache.
-        return Answer(
-            decide(record, required_scope, self._unix_time(), client_address, required_permissions),
-            record.token,
-            record.account_id,
-            self._cache.position,
-            record,
+        unix_time = self._unix_time()
+        verdict = decide(record, required_scope, unix_time, client_address, required_permissions)
+        position = self._cache.position
+        # `Answer(...)` takes as long as the decision; this, a third of that.
+        return _new_tuple(
+            Answer, (verdict, record.token, record.account_id, position, record, 0.0, unix_time)
         )
 
     async def verify(
@@ -157,7 +160,7 @@ class Verifier:
             return parsed
         deadline = self._deadline(seconds_left)
         if isinstance(parsed, Imported):
-            (found,) = await self._imported.find((parsed,), caller, deadline)
+            (found,) = await self.imported.find((parsed,), caller, deadline)
         else:
             (found,) = await self._lookup.find((parsed,), deadline)
         self.answered_by_read += 1
@@ -186,7 +189,7 @@ class Verifier:
             return [answer for answer in parsed if isinstance(answer, Answer)]
         deadline = self._deadline(seconds_left)
         founds = iter(await self._lookup.find(digests, deadline) if digests else ())
-        others = iter(await self._imported.find(imported, caller, deadline) if imported else ())
+        others = iter(await self.imported.find(imported, caller, deadline) if imported else ())
         self.answered_by_form += by_form
         self.answered_by_read += len(digests) + len(imported)
         now = self._unix_time()
@@ -287,7 +290,9 @@ class Verifier:
             if read.allowed_networks and not ended
             else None,
             permissions=frozenset(read.permissions) if read.permissions else None,
-            share=None if ended else self._rates.share_of(read.id, read.rate_limit),
+            share=None
+            if ended or read.rate_limit is None
+            else self._rates.share_of(read.id, read.rate_limit),
             retires_older=secret.digest if secret.older and not ended else None,
             # Random, from half of the time to all of it, so that tokens read together, for example
             # after a start, do not expire together.
@@ -309,10 +314,10 @@ class Verifier:
         try:
             digest = self._keyring.digest_of(presented)
         except Malformed:
-            imported = self._imported.parse(presented)
+            imported = self.imported.parse(presented)
             if imported is None:
                 return MALFORMED
-            if self._imported.is_absent(imported):
+            if self.imported.is_absent(imported):
                 return Answer(Verdict.UNKNOWN, position=self._cache.position)
             return imported
         return UNKNOWN if digest is None else digest

@@ -10,8 +10,7 @@ The queues are bounded like others (`admission.py`), and share their places fair
 The calls that only take rights away have a queue that comes first. With a policy, a call waits only
 if its metadata identify a caller. Others are refused before that, so anonymous calls take no place.
 
-Methods that this module does not know reach grpcio, behind the library. That server has a bound of
-its own.
+Streams of requests, and methods that nobody knows, reach grpcio behind the library.
 
 The server also discards calls that were cancelled before they started; the library would never free
 them. And it ends streams whose clients do not read; the library would block a thread for each.
@@ -43,8 +42,8 @@ from latchkey_service.access.methods import (
     Rule,
 )
 from latchkey_service.errors import LatchkeyError, StatusParts, TimeoutMalformed
+from latchkey_service.tokens.fair_queue import FairQueue
 from latchkey_service.tokens.queue_limit import QueueLimit
-from latchkey_service.transport.fair_queue import FairQueue
 
 __all__ = ["Reject", "Screen", "Server", "metadata_of"]
 
@@ -64,9 +63,6 @@ BURST: Final = 5_000
 # The bytes of the requests in a queue: a burst of the largest verifies, or a hundred of the largest
 # batches.
 QUEUED_BYTES_MAX: Final = 32 * 1024 * 1024
-# Calls of streams and of unknown methods that grpcio may hold before it starts them. It refuses
-# more. Each takes some 20 kB; it starts thousands in a second.
-FALLBACK_PENDING_MAX: Final = 500
 # How many calls may start before new ones are fetched, and how many are fetched at most.
 FETCH_AFTER: Final = 48
 FETCH_MAX: Final = 256
@@ -80,12 +76,6 @@ ROOM_SECONDS_MAX: Final = 0.25
 UNREAD_SECONDS: Final = 20.0
 # Cancellations that overtook their calls; more than are ever in flight.
 CANCELLED_MAX: Final = 2_000
-
-# Of the grpcio server behind the library.
-_FALLBACK_OPTIONS: Final = (
-    ("grpc.server.max_pending_requests", FALLBACK_PENDING_MAX),
-    ("grpc.server.max_pending_requests_hard_limit", 2 * FALLBACK_PENDING_MAX),
-)
 
 Event = Sequence[Any]
 
@@ -212,13 +202,6 @@ class Server(pygrpc_native.aio.Server):
             self._front = _DelayedClose(self._front)  # type: ignore[assignment]
         await super().stop(grace)
 
-    async def _start_fallback(self, streamed: Any, generic: Any) -> None:
-        own, self._options = self._options, [*self._options, *_FALLBACK_OPTIONS]
-        try:
-            await super()._start_fallback(streamed, generic)
-        finally:
-            self._options = own
-
     def _set_paths(self, paths: Sequence[str]) -> None:
         self._queue_of = [self._queue_for(path) for path in paths]
         self._rule_of = [METHODS.get(path, OPEN) for path in paths]
@@ -267,7 +250,7 @@ class Server(pygrpc_native.aio.Server):
             return
         caller, rule = "", self._rule_of[event[2]]
         # Without load, the handler refuses anonymous calls, because it also audits their accounts.
-        loaded = self._in_turn or len(queue.waiting)
+        loaded = self._in_turn or queue.waiting.caller_of
         if loaded and self._screen is not None and rule.role is not None:
             try:
                 caller = self._screen(event[5][0])
@@ -328,7 +311,7 @@ class Server(pygrpc_native.aio.Server):
         share: list[Event] = []
         now = self._monotonic()
         for queue in self._queues:
-            if len(queue.waiting):
+            if queue.waiting.caller_of:
                 share += queue.take(self._share_of(queue, now), now)
         self._in_turn = bool(share)
         if share:

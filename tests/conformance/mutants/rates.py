@@ -39,7 +39,7 @@ def counts_calls_from_their_arrival(patch: Patch) -> None:
 
     def mutated(self: ShareLog, answer: SharesReceived) -> None:
         if self._asked is not None:
-            self._asked = (self._asked[0], verifier.boottime())
+            self._asked = (self._asked[0], vars(verifier)["boottime"]())
         receive(self, answer)
 
     patch.setattr(ShareLog, "receive", mutated)
@@ -70,7 +70,7 @@ def believes_any_number(patch: Patch) -> None:
     receive = ShareLog.receive
 
     def mutated(self: ShareLog, answer: SharesReceived) -> None:
-        self._asked = (answer.number, verifier.boottime())
+        self._asked = (answer.number, vars(verifier)["boottime"]())
         receive(self, answer)
 
     patch.setattr(ShareLog, "receive", mutated)

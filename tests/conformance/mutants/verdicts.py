@@ -30,7 +30,7 @@ def keeps_unknown(patch: Patch) -> None:
         answer: Verification, scope: Scope | None, keep_until: float, *question: Any
     ) -> CacheEntry | None:
         if answer.verdict is Verdict.UNKNOWN:
-            return CacheEntry("", answer, answer, None, keep_until)
+            return CacheEntry("", answer, None, keep_until)
         return cache_entry(answer, scope, keep_until, *question)
 
     patch.setattr(verifier, "cache_entry", mutated)
@@ -43,7 +43,7 @@ def answers_every_scope_alike(patch: Patch) -> None:
     ) -> CacheEntry | None:
         entry = cache_entry(answer, scope, keep_until, *question)
         if entry is not None:
-            entry.write = entry.read
+            entry.ready_write = entry.ready_read
         return entry
 
     patch.setattr(verifier, "cache_entry", mutated)
@@ -78,7 +78,7 @@ def ignores_networks(patch: Patch) -> None:
         entry = cache_entry(answer, scope, keep_until, *question)
         if entry is not None:
             entry.networks = None
-            entry.read = entry.write = answer
+            entry.read = entry.ready_read = entry.ready_write = answer
         return entry
 
     patch.setattr(verifier, "cache_entry", mutated)
@@ -113,7 +113,7 @@ def trusts_its_own_rules(patch: Patch) -> None:
         answer: Verification, scope: Scope | None, keep_until: float, *question: Any
     ) -> CacheEntry | None:
         assert answer.token is not None
-        return CacheEntry(answer.token.id, answer, answer, None, keep_until)
+        return CacheEntry(answer.token.id, answer, None, keep_until)
 
     patch.setattr(verifier, "cache_entry", mutated)
 

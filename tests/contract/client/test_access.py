@@ -95,7 +95,8 @@ async def test_access_works_for_the_whole_library(guarded: Guarded, how: str) ->
         await eventually(denied, "the denial is in the audit log")
         first = await operator.audit_page(wanted, page_size=1)
         rest = await operator.audit_page(wanted, page_token=first.next_page_token)
-        entries = [*first.entries, *rest.entries]
+        # Without the operator's own reading.
+        entries = [e for e in (*first.entries, *rest.entries) if e.caller != "operator"]
         told = {(e.caller, e.method.rpartition("/")[2], e.outcome) for e in entries}
         assert told == {
             ("manager", "Create", Outcome.OK),

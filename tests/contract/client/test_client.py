@@ -140,6 +140,58 @@ async def test_list_page(client: latchkey.Client, fake: FakeLatchkey) -> None:
         await client.list_page("acme", page_size=2**40)
 
 
+async def test_list_with_a_filter(client: latchkey.Client, fake: FakeLatchkey) -> None:
+    """Filter, order and count are sent with each page, and the count is returned if requested."""
+    answers = [
+        pb.ListResponse(next_page_token="p2", filter_applied=True),
+        pb.ListResponse(
+            tokens=[fake.token("1")], filter_applied=True, total_size=7, total_size_capped=True
+        ),
+    ]
+    fake.on("List", *map(fake.says, answers))
+    wanted = latchkey.TokenFilter(search="x")
+    order = latchkey.TokenOrder.LAST_USE
+    found = [token.id async for token in client.list("acme", wanted, order=order, reverse=True)]
+    assert found == ["1"]
+    expected = pb.ListRequest(
+        account_id="acme",
+        filter=pb.TokenFilter(search="x"),
+        order=pb.TOKEN_ORDER_LAST_USE,
+        reverse=True,
+    )
+    first, second = (call.request for call in fake.calls)
+    assert first == expected
+    expected.page_token = "p2"
+    assert second == expected
+    fake.on("List", fake.says(answers[1]))
+    page = await client.list_page("acme", include_total_size=True)
+    assert (page.total_size, page.total_size_capped) == (7, True)
+    assert fake.calls[-1].request == pb.ListRequest(account_id="acme", include_total_size=True)
+    fake.on("List", fake.says(pb.ListResponse()))
+    assert (await client.list_page("acme")).total_size is None
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"wanted": latchkey.TokenFilter(can_write=False)},
+        {"order": latchkey.TokenOrder.EXPIRY},
+        {"reverse": True},
+        {"include_total_size": True},
+    ],
+)
+async def test_a_filter_is_never_ignored(
+    client: latchkey.Client, fake: FakeLatchkey, asked: dict[str, Any]
+) -> None:
+    """A server of an earlier release ignores filters. The client reports that instead of returning
+    tokens that were not asked for."""
+    fake.on("List", fake.says(pb.ListResponse(tokens=[fake.token()])))
+    assert (await client.list_page("acme")).tokens
+    with pytest.raises(latchkey.FailedPrecondition, match="cannot filter") as refused:
+        await client.list_page("acme", **asked)
+    assert refused.value.reason == "FILTER_NOT_APPLIED"
+
+
 async def test_delete_returns_the_receipt(client: latchkey.Client, fake: FakeLatchkey) -> None:
     """Every field of the receipt is converted."""
     receipt = pb.Receipt(

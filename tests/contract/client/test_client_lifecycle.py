@@ -11,7 +11,7 @@ import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import error_details_pb2
-from latchkey import Scope, Secret, SecretOutcome, TokenFilter, TokenState
+from latchkey import Scope, Secret, SecretOutcome, TokenFilter, TokenOrder, TokenState
 from latchkey_proto.v1 import token_service_pb2 as pb
 
 if TYPE_CHECKING:
@@ -263,6 +263,11 @@ async def test_delete_all_sends_its_filter(client: latchkey.Client, fake: FakeLa
             expires_before=TIME,
             unused_since=TIME,
             can_write=False,
+            ids=("t1", "t2"),
+            search="abcd",
+            never_used=True,
+            never_expires=False,
+            secret_created_before=TIME,
         ),
         no_wait=True,
     )
@@ -278,9 +283,16 @@ async def test_delete_all_sends_its_filter(client: latchkey.Client, fake: FakeLa
             expires_before=STAMP,
             unused_since=STAMP,
             can_write=False,
+            ids=["t1", "t2"],
+            search="abcd",
+            never_used=True,
+            never_expires=False,
+            secret_created_before=STAMP,
         ),
         no_wait=True,
     )
+    # No field of the contract is left out.
+    assert len(fake.calls[0].request.filter.ListFields()) == len(pb.TokenFilter.DESCRIPTOR.fields)
 
 
 async def test_delete_all_of_nothing_but_a_look(
@@ -299,13 +311,17 @@ async def test_delete_all_of_nothing_but_a_look(
         TokenFilter(expires_before=TIME.replace(tzinfo=None)),
         TokenFilter(name_contains="\ud800"),
         TokenFilter(scope=Scope.UNSPECIFIED),
+        # Every token would match.
+        TokenFilter(ids=()),
     ):
         with pytest.raises(latchkey.InvalidArgument):
             await client.delete_all("acme", wrong)
 
 
 def test_enums_cover_the_contract() -> None:
-    """The library has a member for every outcome and state of the contract."""
+    """The library has a member for every outcome, state and order of the contract."""
+    orders = {f"TOKEN_ORDER_{order.name}" for order in TokenOrder}
+    assert orders | {"TOKEN_ORDER_UNSPECIFIED"} == set(pb.TokenOrder.keys())
     outcomes = {f"SECRET_OUTCOME_{outcome.name}" for outcome in SecretOutcome}
     assert outcomes == set(pb.SecretOutcome.keys())
     states = {f"TOKEN_STATE_{state.name}" for state in TokenState}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import latchkey
 import pytest
-from latchkey import Scope, Secret, SecretOutcome, TokenFilter, Verdict, Verification
+from latchkey import Scope, Secret, SecretOutcome, TokenFilter, TokenOrder, Verdict, Verification
 from latchkey_proto.v1 import token_service_pb2 as pb
 
 from tests.contract.client.fake_watch import watching
@@ -192,6 +192,20 @@ async def test_lost_answers_leave_no_orphan(address: str) -> None:
         assert [secret.hint[-4:] for secret in working] == [
             made.secret.reveal()[-4:] for made in (rotation, created)
         ]
+
+
+async def test_list_by_filter(client: latchkey.Client) -> None:
+    """Filters, orders and counts of a real service reach the caller."""
+    first = await client.create("acme", "first", Scope.READ, ttl=timedelta(days=2))
+    second = await client.create("acme", "second", Scope.WRITE, ttl=timedelta(days=1))
+    await client.create("acme", "third", Scope.READ)
+    wanted = TokenFilter(never_expires=False)
+    found = client.list("acme", wanted, order=TokenOrder.EXPIRY, page_size=1)
+    assert [token.id async for token in found] == [second.token.id, first.token.id]
+    page = await client.list_page("acme", wanted, page_size=1, include_total_size=True)
+    assert (page.total_size, page.total_size_capped) == (2, False)
+    by_id = await client.list_page("acme", TokenFilter(ids=(second.token.id,)))
+    assert [token.id for token in by_id.tokens] == [second.token.id]
 
 
 async def test_delete_all_by_filter(client: latchkey.Client) -> None:

@@ -45,8 +45,14 @@ async def test_methods_block_and_return_values(fake: FakeLatchkey, secret: str) 
     fake.on("Get", fake.says(pb.GetResponse(token=fake.token("t9"))))
     fake.on(
         "List",
-        fake.says(pb.ListResponse(tokens=[fake.token("3"), fake.token("2")], next_page_token="p2")),
-        fake.says(pb.ListResponse(tokens=[fake.token("1")])),
+        fake.says(
+            pb.ListResponse(
+                tokens=[fake.token("3"), fake.token("2")],
+                next_page_token="p2",
+                filter_applied=True,
+            )
+        ),
+        fake.says(pb.ListResponse(tokens=[fake.token("1")], filter_applied=True)),
     )
 
     def work() -> list[str]:
@@ -56,11 +62,16 @@ async def test_methods_block_and_return_values(fake: FakeLatchkey, secret: str) 
             with ThreadPoolExecutor(4) as threads:
                 got = threads.map(lambda _: client.get("acme", "t9").id, range(16))
                 assert set(got) == {"t9"}
-            return [token.id for token in client.list("acme", page_size=2)]
+            wanted, order = latchkey.TokenFilter(search="x"), latchkey.TokenOrder.EXPIRY
+            listed = client.list("acme", wanted, order=order, reverse=True, page_size=2)
+            return [token.id for token in listed]
 
     assert await asyncio.to_thread(work) == ["3", "2", "1"]
     first, second = [call.request for call in fake.calls if call.rpc == "Create"]
     assert first == second
+    for call in fake.calls[-2:]:
+        assert (call.request.filter.search, call.request.reverse) == ("x", True)
+        assert call.request.order == pb.TOKEN_ORDER_EXPIRY
     assert running() == []
 
 

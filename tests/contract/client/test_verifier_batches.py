@@ -84,6 +84,41 @@ async def test_batches_have_a_size(verifier: latchkey.Verifier, fake: FakeLatchk
     assert sizes == [1, _batch.BATCH_MAX, _batch.BATCH_MAX]
 
 
+async def test_incomplete_answers_are_asked_for_again(
+    verifier: latchkey.Verifier, fake: FakeLatchkey
+) -> None:
+    """An answer of a batch that lacks details of its token is neither given to the application nor
+    cached: the verify gets the whole token from a Verify of its own."""
+    short, complete = secrets(2)
+
+    async def omit_one(request: pb.BatchVerifyRequest, _context: Any) -> pb.BatchVerifyResponse:
+        answers = [by_secret(one) for one in request.requests]
+        for one, answer in zip(request.requests, answers, strict=True):
+            answer.details_omitted = one.secret == short
+        return pb.BatchVerifyResponse(responses=answers)
+
+    fake.on("BatchVerify", omit_one)
+    answers = await asyncio.gather(verifier.verify(short), verifier.verify(complete))
+    assert all(answer.allowed and not answer.details_omitted for answer in answers)
+    assert [call.rpc for call in fake.calls] == ["BatchVerify", "Verify"]
+    assert fake.calls[1].request.secret == short
+
+
+async def test_details_can_be_omitted(client: latchkey.Client, fake: FakeLatchkey) -> None:
+    """`batch_verify` passes the wish on, and reports which tokens lack details."""
+
+    async def omit(request: pb.BatchVerifyRequest, _context: Any) -> pb.BatchVerifyResponse:
+        answers = [by_secret(one) for one in request.requests]
+        for answer in answers:
+            answer.details_omitted = request.omit_details
+        return pb.BatchVerifyResponse(responses=answers)
+
+    fake.on("BatchVerify", omit)
+    for wanted in (True, False):
+        (answer,) = await client.batch_verify([(secrets(1)[0], None)], omit_details=wanted)
+        assert answer.details_omitted is wanted
+
+
 async def test_no_miss_joins_a_call_that_was_sent(
     verifier: latchkey.Verifier, fake: FakeLatchkey
 ) -> None:

@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import ssl
-import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
@@ -398,7 +397,7 @@ async def openssl_version(port: int, option: str) -> str | None:
     return None if match is None else match[1].decode()
 
 
-async def test_the_readmes_first_caller(run: Run, folder: Path) -> None:
+async def test_the_readmes_first_caller(run: Run, folder: Path, latchkey: Path) -> None:
     """The README's commands create a caller and show the effect of the policy: that caller may
     call, and no other."""
     readme = (ROOT / "README.md").read_text("utf-8")
@@ -408,7 +407,7 @@ async def test_the_readmes_first_caller(run: Run, folder: Path) -> None:
         process = await asyncio.create_subprocess_exec(
             "bash",
             "-c",
-            command.replace(".venv/bin/latchkey", f"{sys.executable} -m latchkey_cli"),
+            command.replace(".venv/bin/latchkey", str(latchkey)),
             cwd=folder,
             env=os.environ | environment,
             stdout=asyncio.subprocess.PIPE,

@@ -1,7 +1,6 @@
 """`latchkey dev-ca`: certificates for trying TLS, with the printed instructions."""
 
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +8,13 @@ from latchkey import Access, Client
 from latchkey_service.access import dev_ca
 from latchkey_service.settings.settings import Settings
 
+from tests.helpers.fork_server import Forked
 from tests.helpers.servers import fresh_database, serving_as
 
 
-def test_it_writes_private_keys_and_replaces_nothing(tmp_path: Path) -> None:
+def test_it_writes_private_keys_and_replaces_nothing(tmp_path: Path, forked: Forked) -> None:
     """Keys are private, and a second run leaves every file as it was."""
-    command = [sys.executable, "-m", "latchkey_service", "dev-ca", f"--output={tmp_path}/ca"]
+    command = forked("latchkey_service", "dev-ca", f"--output={tmp_path}/ca")
     first = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     files = {path.name: path.read_bytes() for path in (tmp_path / "ca").iterdir()}
     assert set(files) == set(dev_ca.FILES)

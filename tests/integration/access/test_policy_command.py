@@ -3,14 +3,15 @@
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from latchkey_service.access import policy as policies
 from latchkey_service.access.credentials import digest_of
+
+from tests.helpers.fork_server import Forked
 
 USAGE = (
     "usage: latchkey policy new-caller NAME [--role ROLE ...] [--account ID ...] [--output FILE]"
@@ -24,21 +25,30 @@ def folder() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
-def policy_command(
-    *arguments: str, cwd: Path | None = None, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "latchkey_service", "policy", *arguments],
-        cwd=cwd,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-def test_a_new_callers_credential(folder: Path) -> None:
+@pytest.fixture
+def policy_command(forked: Forked) -> Run:
+    """Run `python -m latchkey_service policy`."""
+
+    def run(
+        *arguments: str, cwd: Path | None = None, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            forked("latchkey_service", "policy", *arguments),
+            cwd=cwd,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+
+    return run
+
+
+def test_a_new_callers_credential(folder: Path, policy_command: Run) -> None:
     """`policy new-caller` prints only a credential on standard output, and separately the policy
     entry for it, which is valid as printed. `policy check` reports mistakes."""
     made = policy_command("new-caller", "shop")
@@ -62,7 +72,7 @@ def test_a_new_callers_credential(folder: Path) -> None:
         assert not policies.parse(failed.stderr).callers
 
 
-def test_policy_check_uses_the_services_policy(folder: Path) -> None:
+def test_policy_check_uses_the_services_policy(folder: Path, policy_command: Run) -> None:
     """`policy check` without a file uses LATCHKEY_POLICY as the service does, also from `.env`. It
     reports a missing LATCHKEY_POLICY and other invalid settings."""
     (folder / "good.toml").write_text('[callers.shop]\ncertificates = ["shop.internal"]\n')
@@ -90,7 +100,9 @@ def test_policy_check_uses_the_services_policy(folder: Path) -> None:
         (("check", "a", "b"), "check takes one file"),
     ],
 )
-def test_wrong_arguments_of_a_policy_command(arguments: tuple[str, ...], mistake: str) -> None:
+def test_wrong_arguments_of_a_policy_command(
+    arguments: tuple[str, ...], mistake: str, policy_command: Run
+) -> None:
     """A wrong argument is reported with the expected form, under the command's own name."""
     done = policy_command(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
@@ -101,7 +113,7 @@ def test_wrong_arguments_of_a_policy_command(arguments: tuple[str, ...], mistake
     ]
 
 
-def test_new_callers_are_added_to_a_policy_file(folder: Path) -> None:
+def test_new_callers_are_added_to_a_policy_file(folder: Path, policy_command: Run) -> None:
     """With --output, the file gets the caller with its roles and accounts. A second caller joins
     the first. A mistake leaves the file as it was and creates no credential."""
     path = folder / "policy.toml"
@@ -136,7 +148,7 @@ def test_new_callers_are_added_to_a_policy_file(folder: Path) -> None:
     assert path.read_bytes() == before
 
 
-def test_check_reports_callers_that_no_call_can_be_from(folder: Path) -> None:
+def test_check_reports_callers_that_no_call_can_be_from(folder: Path, policy_command: Run) -> None:
     """A caller with neither credentials nor certificates is a mistake, and the file is not called
     valid."""
     path = folder / "policy.toml"

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.fork_server import Forked
 from tests.helpers.tool import Run, make_run
 
 
@@ -14,6 +15,6 @@ def transport() -> str:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run(tmp_path: Path, forked: Forked) -> Run:
     """Run the tool in an empty folder without a .env file."""
-    return make_run(tmp_path)
+    return make_run(tmp_path, forked)

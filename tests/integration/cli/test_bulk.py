@@ -1,4 +1,4 @@
-"""The commands `revoke` and `delete-all`: against a running server, and a scripted one."""
+"""The commands `revoke`, `delete-all` and `list`: against a running server, and a scripted one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
@@ -136,6 +137,39 @@ async def test_revoke_of_nothing_is_an_error(
     assert result.code == 2
     assert "no secret on standard input" in result.err
     assert scripted[1].batches == []
+
+
+async def test_list_by_filter(run: Run, address: str, create: Create) -> None:
+    """The command lists and counts the tokens that match every filter, in each order."""
+    soon, later = (Duration(seconds=days * 86_400) for days in (5, 20))
+    await create(name="deploy", labels={"team": "data"}, ttl=later)
+    await create(name="export", labels={"team": "data"}, ttl=soon)
+    await create(name="forever", scope=pb.SCOPE_WRITE)
+
+    async def names(*options: str) -> list[str]:
+        listed = await run("list", "--json", *options, target=address)
+        assert listed.code == 0, listed.err
+        return [token["name"] for token in listed.json]
+
+    assert await names("--order", "expiry") == ["export", "deploy", "forever"]
+    assert await names("--order", "expiry", "--reverse", "--limit", "2") == ["forever", "deploy"]
+    assert await names("--reverse", "--label", "team=data") == ["deploy", "export"]
+    assert await names("--expires-before", "10d", "--never-used", "yes") == ["export"]
+    assert await names("--never-expires", "yes", "--can-write", "yes") == ["forever"]
+    assert await names("--search", "PORT", "--state", "active", "--scope", "read") == ["export"]
+    assert await names("--secret-before", "1d") == []
+    nothing, counted, as_json, wrong = await asyncio.gather(
+        run("list", "--name-contains", "nobody", target=address),
+        run("list", "--label", "team=data", "--count", target=address),
+        run("list", "--count", "--json", target=address),
+        run("list", "--search", " ", target=address),
+    )
+    assert (nothing.code, nothing.out) == (0, "")
+    assert "has no such tokens" in nothing.err
+    assert (counted.code, counted.out, counted.err) == (0, "2\n", "")
+    assert as_json.json == {"count": 3, "capped": False}
+    assert wrong.code == 2
+    assert "give a text" in wrong.err
 
 
 async def test_delete_all_by_filter(run: Run, address: str, create: Create) -> None:

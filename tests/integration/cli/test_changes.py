@@ -77,6 +77,27 @@ async def test_create_and_update_restrict_a_token(
     assert renamed.json["token"]["expire_time"] > renamed.json["token"]["create_time"]
 
 
+async def test_rate_limits(run: Run, address: str, stub: TokenServiceAsyncStub) -> None:
+    """A limit can be given to a new token, is shown, and can be changed and removed."""
+    created = await run(
+        *("create", "ci", "--scope", "read", "--rate", "100/minute", "--burst", "1", "--json"),
+        target=address,
+    )
+    assert created.code == 0, created.err
+    token, secret = created.json["token"], created.json["secret"]
+    assert token["rate_limit"] == {"count": 100, "period": "60.000000s", "burst": 1}
+    tighter = await run("update", token["id"], "--rate", "1/hour", "--json", target=address)
+    assert tighter.json["receipt"]["effective_time"] is not None
+    assert await verdict(stub, secret) == "VALID"
+    refused = await run("verify", target=address, stdin=secret)
+    assert refused.code == 5
+    assert "RATE_LIMITED: the token is used too often; try again in" in refused.out
+    assert "1/hour" in refused.out
+    free = await run("update", token["id"], "--no-rate", target=address)
+    assert free.code == 0, free.err
+    assert "Rate limit" not in free.out
+
+
 async def test_a_change_that_is_not_possible(run: Run, address: str, create: Create) -> None:
     """A taken name exits with 4, an unknown token with 3, and invalid values with 2."""
     await create(name="taken")

@@ -312,8 +312,8 @@ async def test_completion_works(run: Run) -> None:
         assert variable in script.out
     words = await run(**{variable: "complete_bash", "COMP_WORDS": "latchkey ", "COMP_CWORD": "1"})
     commands = "create list get delete update disable enable rotate retire-secrets usage revoke"
-    commands += " delete-all verify status invalidate-all audit console receiver serve policy"
-    commands += " dev-ca proto config"
+    commands += " delete-all import verify status invalidate-all audit console receiver serve"
+    commands += " policy dev-ca migrate proto config"
     assert words.out.split() == commands.split()
     in_bash = """
         source /dev/stdin

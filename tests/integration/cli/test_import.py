@@ -44,12 +44,12 @@ async def test_import_dry_run_and_repetition(run: Run, accepting: str, tmp_path:
     refused row is named with its line and column, and does not stop the others."""
     good, twin, disabled = key(), key(), key()
     (tmp_path / "keys.csv").write_text(
-        "hash,name,scope,expires,enabled,label.plan\n"
-        f"{hex_of(good)},deploy,write,,true,pro\n"
-        "nonsense,broken,read,,,\n"
-        f"{hex_of(twin)},Deploy,read,,,\n"
-        f"{hex_of(disabled)},paused,read,2100-01-01T00:00:00Z,false,\n"
-        f"{hex_of(key())},old,read,2020-01-01T00:00:00Z,,\n"
+        "hash,name,scope,expires,enabled,label.plan,rate\n"
+        f"{hex_of(good)},deploy,write,,true,pro,100/minute\n"
+        "nonsense,broken,read,,,,\n"
+        f"{hex_of(twin)},Deploy,read,,,,\n"
+        f"{hex_of(disabled)},paused,read,2100-01-01T00:00:00Z,false,,\n"
+        f"{hex_of(key())},old,read,2020-01-01T00:00:00Z,,,\n"
     )
     dry = await run("import", "keys.csv", "--dry-run", target=accepting)
     assert dry.code == 2
@@ -67,7 +67,10 @@ async def test_import_dry_run_and_repetition(run: Run, accepting: str, tmp_path:
     assert done.json["refused_rows"][0]["line"] == 3
     assert done.err == ""
     listed = await run("list", "--json", target=accepting)
-    assert {token["name"] for token in listed.json} == {"deploy", "Deploy 2", "paused"}
+    tokens = {token["name"]: token for token in listed.json}
+    assert tokens.keys() == {"deploy", "Deploy 2", "paused"}
+    assert tokens["deploy"]["rate_limit"]["count"] == 100
+    assert tokens["paused"]["rate_limit"] is None
     assert await verdicts(accepting, good, twin, disabled) == ["VALID", "VALID", "DISABLED"]
 
     again = await run("import", "keys.csv", target=accepting)

@@ -4,7 +4,6 @@ import asyncio
 import os
 import pty
 import re
-import sys
 import termios
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -13,14 +12,9 @@ from typing import Any
 import pytest
 from latchkey_proto.v1 import token_service_pb2 as pb
 
+from tests.helpers.fork_server import Forked
+
 TIMEOUT_SECONDS = 20
-# Makes the pseudo-terminal the controlling terminal, which getpass opens and which sends Ctrl-C.
-START = """
-import fcntl, sys, termios
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-from latchkey_cli.main import main
-sys.exit(main())
-"""
 
 
 class Terminal:
@@ -77,8 +71,9 @@ Create = Callable[..., Awaitable[pb.CreateResponse]]
 
 
 @pytest.fixture
-async def start(address: str, tmp_path: Path) -> AsyncIterator[Open]:
-    """Start the tool on a terminal."""
+async def start(address: str, tmp_path: Path, forked: Forked) -> AsyncIterator[Open]:
+    """Start the tool on a terminal, which is its controlling terminal: getpass opens it, and it
+    sends Ctrl-C."""
     terminals: list[Terminal] = []
 
     async def start(*arguments: str, **environment: str) -> Terminal:
@@ -86,11 +81,10 @@ async def start(address: str, tmp_path: Path) -> AsyncIterator[Open]:
         termios.tcsetwinsize(slave, (24, 80))
         try:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-c", START, *arguments),
+                *forked("latchkey_cli", *arguments, terminal=True),
                 stdin=slave,
                 stdout=slave,
                 stderr=slave,
-                start_new_session=True,
                 cwd=tmp_path,
                 env={
                     "PATH": os.defpath,
@@ -273,3 +267,15 @@ async def test_revoke_prompts_for_a_hidden_secret(start: Open, stub: Any, create
     assert secret not in terminal.screen
     answer = await stub.Verify(pb.VerifyRequest(secret=secret))
     assert answer.verdict == pb.VERDICT_EXPIRED
+
+
+async def test_import_shows_its_progress(start: Open, tmp_path: Path) -> None:
+    """On a terminal, the import of a long file shows how far it is, and removes that at the end."""
+    rows = (f"{number:064x},n{number},read\n" for number in range(1, 1_002))
+    (tmp_path / "keys.csv").write_text("hash,name,scope\n" + "".join(rows))
+    terminal = await start("import", "keys.csv")
+    await terminal.until("1,002 lines read, 1,000 tokens there")
+    assert await terminal.end() == 0
+    last = terminal.screen.rpartition("\x1b[K")[2]
+    assert last.startswith("imported: 1,001")
+    assert "lines read" not in last

@@ -95,10 +95,12 @@ async def test_sum_stays_within_the_bound_while_verifiers_come_and_go(
     use most of the limit."""
     created = await token_with(addresses[0], FAST)
     accepted: list[float] = []
+    asked = itertools.count()
     began = time.monotonic()
 
     async def load(verifier: latchkey.Verifier, until: float) -> None:
         while time.monotonic() < until:
+            next(asked)
             answer = verifier.verify_nowait(created.secret)
             if answer is None:
                 answer = await verifier.verify(created.secret)
@@ -130,9 +132,10 @@ async def test_sum_stays_within_the_bound_while_verifiers_come_and_go(
         level = min(size, level + (moment - last) * rate * 1.001) - 1
         last = moment
         assert level >= 0, "more verifies were accepted in a window than the bound permits"
-    used = len(accepted) / (FAST.burst + rate * (accepted[-1] - began))
     assert local, "no verify was answered from a share"
-    assert used > 0.5, used
+    # On a busy machine the clients may ask for less than the limit permits.
+    possible = min(next(asked), FAST.burst + rate * (accepted[-1] - began))
+    assert len(accepted) > possible / 2
 
 
 async def test_one_client_uses_the_whole_limit(addresses: list[str]) -> None:

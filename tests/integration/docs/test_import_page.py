@@ -19,6 +19,7 @@ import asyncpg
 import pytest
 from latchkey_cli.import_file import COLUMNS
 
+from tests.helpers.fork_server import Forked
 from tests.helpers.repository import ROOT
 from tests.helpers.servers import make_settings, serving
 from tests.helpers.tool import make_run
@@ -106,7 +107,9 @@ async def test_the_commands_work_as_printed(accepting: str, tmp_path: Path) -> N
     assert "\nVALID:" in output
 
 
-async def test_export_from_better_auth(accepting: str, database_url: str, tmp_path: Path) -> None:
+async def test_export_from_better_auth(
+    accepting: str, database_url: str, tmp_path: Path, forked: Forked
+) -> None:
     """The statement writes a file that is imported without a refused row, and the keys work."""
     live, paused = (secrets.token_urlsafe(48) for _ in range(2))
 
@@ -120,7 +123,7 @@ async def test_export_from_better_auth(accepting: str, database_url: str, tmp_pa
         ("k2", "default", None, None, "user|1", None, stored(paused), False, ends, created),
     ]
     text = await exported(database_url, BETTER_AUTH, rows, block("better-auth"))
-    run = make_run(tmp_path)
+    run = make_run(tmp_path, forked)
     done = await run("import", "-", target=accepting, stdin=text)
     assert (done.code, done.out.splitlines()[0]) == (0, "imported: 2"), done.err
     shown = (await run("list", "--json", target=accepting, LATCHKEY_ACCOUNT="user|1")).json
@@ -132,7 +135,7 @@ async def test_export_from_better_auth(accepting: str, database_url: str, tmp_pa
 
 
 async def test_export_from_a_table_of_ones_own(
-    accepting: str, database_url: str, tmp_path: Path
+    accepting: str, database_url: str, tmp_path: Path, forked: Forked
 ) -> None:
     """The same for the last statement of the page. A revoked key stays out."""
     key = "acme_live_" + secrets.token_urlsafe(24)
@@ -143,7 +146,7 @@ async def test_export_from_a_table_of_ones_own(
         (hashlib.sha256(b"x").hexdigest(), "acme", "old", True, None, created, "xxxx", created),
     ]
     text = await exported(database_url, OWN, rows, block("own table"))
-    run = make_run(tmp_path)
+    run = make_run(tmp_path, forked)
     done = await run("import", "-", target=accepting, stdin=text)
     assert (done.code, done.out.splitlines()[0]) == (0, "imported: 1"), done.err
     found = await run("verify", "--scope", "write", "--json", target=accepting, stdin=key)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,10 +23,11 @@ def transport() -> str:
     return "native"
 
 
-async def test_the_commands_work_as_printed(address: str, tmp_path: Path) -> None:
+async def test_the_commands_work_as_printed(address: str, tmp_path: Path, latchkey: Path) -> None:
     """A reader who pastes all commands sees what the page says: the verdicts in this order, two
     secrets while both work, and no token left at the end."""
-    script = "\n".join(BLOCK.findall(PAGE)).replace(".venv/bin/", f"{Path(sys.executable).parent}/")
+    script = "\n".join(BLOCK.findall(PAGE)).replace(".venv/bin/latchkey", str(latchkey))
+    assert ".venv" not in script
     process = await asyncio.create_subprocess_exec(
         *("bash", "-euo", "pipefail", "-c", script),
         stdin=asyncio.subprocess.DEVNULL,
@@ -51,7 +51,8 @@ async def test_the_commands_work_as_printed(address: str, tmp_path: Path) -> Non
     output = out.decode()
     assert process.returncode == 0, output + err.decode()
     verdicts = re.findall(
-        r"^(VALID|DISABLED|EXPIRED|ADDRESS_NOT_ALLOWED|INSUFFICIENT_PERMISSIONS)(?=:)"
+        r"^(VALID|DISABLED|EXPIRED|ADDRESS_NOT_ALLOWED|INSUFFICIENT_PERMISSIONS|RATE_LIMITED)"
+        r"(?=:)"
         r"|^(exit code \d+)$",
         output,
         re.MULTILINE,
@@ -62,6 +63,7 @@ async def test_the_commands_work_as_printed(address: str, tmp_path: Path) -> Non
         *("VALID", "VALID"),
         *("EXPIRED", "exit code 5", "VALID"),
         *("VALID", "INSUFFICIENT_PERMISSIONS", "exit code 5"),
+        *("VALID", "VALID", "RATE_LIMITED", "exit code 5"),
         *("DISABLED", "exit code 5"),
     ]
     assert "line 1: ended\n" in output

@@ -22,14 +22,15 @@ PAGE = (ROOT / "docs/architecture.md").read_text("utf-8")
 # trip gets shorter; raise them only with a reason.
 # A cold Verify checks the row's seal, decides with the client library's code, and counts the use.
 # A Delete validates its request with the code that all changes share, and may write an event for
-# the webhook. A histogram counts how long each call takes.
+# the webhook. A histogram counts how long each call takes. Its audit entry has the person and
+# the address behind the caller. Before it starts, it takes its turn in a fair queue.
 CEILINGS = {
     "warm Verify": (5, 0),
     "warm Verify with a policy": (7, 0),
     "cold Verify": (13, 4),
     "cold Verify with a policy": (15, 4),
-    "Delete": (18, 9),
-    "Delete with a policy": (20, 9),
+    "Delete": (19, 10),
+    "Delete with a policy": (21, 10),
 }
 
 

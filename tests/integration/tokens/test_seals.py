@@ -58,6 +58,9 @@ TAMPERING = {
     "another account": "UPDATE token SET account_id = 'other' WHERE id = $1",
     "more networks": "UPDATE token SET allowed_networks = '{}' WHERE id = $1",
     "more permissions": "UPDATE token SET permissions = '{orders:*}' WHERE id = $1",
+    "a higher rate": "UPDATE token SET rate_count = 1000000 WHERE id = $1",
+    "no rate limit": "UPDATE token SET rate_count = NULL, rate_period_seconds = NULL,"
+    " rate_burst = NULL WHERE id = $1",
     "a longer grace": "UPDATE secret SET expire_time = '2099-01-01' WHERE token_id = $1",
     "no seal": "UPDATE secret SET seal = NULL WHERE token_id = $1",
     "a short seal": "UPDATE secret SET seal = substr(seal, 1, 31) WHERE token_id = $1",
@@ -77,6 +80,7 @@ async def test_a_changed_row_is_unknown(settings: Settings, database_url: str) -
                 ttl={"seconds": 3600},
                 allowed_networks=["10.0.0.0/8"],
                 permissions=["orders:read"],
+                rate_limit=pb.RateLimit(count=100, period=duration_pb2.Duration(seconds=1)),
             )
             here: dict[str, Any] = {"client_address": "10.0.0.1"}
             assert await verdict(stub, created.secret, **here) == "VALID"
@@ -246,6 +250,24 @@ async def test_an_earlier_release_in_the_fleet(settings: Settings, database_url:
                 grpc.StatusCode.FAILED_PRECONDITION,
                 "FLEET_UPGRADING",
             )
+        limited = pb.RateLimit(count=1, period=duration_pb2.Duration(seconds=1))
+        async with session(database_url) as connection:
+            # It knows all rules but rate limits.
+            await connection.execute("UPDATE verifier SET rules = 2 WHERE id = 'old'")
+        for call in (
+            create(stub, "limited", rate_limit=limited),
+            stub.Update(
+                pb.UpdateRequest(
+                    **named,
+                    token=pb.Token(rate_limit=limited),
+                    update_mask=field_mask_pb2.FieldMask(paths=["rate_limit"]),
+                ),
+                timeout=9,
+            ),
+        ):
+            assert (await refusal(call)).reason == "FLEET_UPGRADING"
+        async with session(database_url) as connection:
+            await connection.execute("UPDATE verifier SET rules = 0 WHERE id = 'old'")
         narrower = pb.UpdateRequest(
             **named,
             token=pb.Token(name="renamed"),

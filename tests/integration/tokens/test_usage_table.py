@@ -13,6 +13,7 @@ from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.postgres.connections import Connector, Pool
 from latchkey_service.secret_format import Digest
 from latchkey_service.tokens import usage_writer
+from latchkey_service.tokens.upkeep_store import UpkeepStore
 from latchkey_service.tokens.usage import DAYS_MAX, Use
 from latchkey_service.tokens.usage_table import UsageTable
 from latchkey_service.tokens.verdict import Scope, TokenRecord
@@ -156,7 +157,9 @@ async def test_uses_go_with_the_tombstone(
     await table.record("a", 1, [used(1.0), used(1.0, token_id="t2")])
     await tokens.delete_token("acme", "t1", audit_context("Delete"))
     later = datetime.now(UTC) + timedelta(days=1)
-    assert await tokens.purge_tombstones(later, 10) == 1
+    pool = await Pool.open(Connector(database_url))
+    assert await UpkeepStore(pool).purge_tombstones(later, 10) == 1
+    await pool.close()
     async with session(database_url) as connection:
         for name in ("token_usage", "token_usage_day"):
             rows = await connection.fetch(f"SELECT token_id FROM {name}")  # noqa: S608 - constants
@@ -236,6 +239,7 @@ async def test_a_delete_never_waits_for_uses(
         async with other.transaction():
             await other.execute("SELECT FROM token_usage FOR UPDATE")
             await other.execute("SELECT FROM token_usage_day FOR UPDATE")
+            await other.execute("SELECT FROM token_last_use FOR UPDATE")
             await verify()
             await eventually(blocked, "the writer to wait for the locks")
             await verify()

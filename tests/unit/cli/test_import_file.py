@@ -62,10 +62,10 @@ def test_all_columns_of_csv() -> None:
     """Each column is read. Empty cells count as absent, quoted cells may have line breaks, and a
     byte order mark or white space in the header does not matter."""
     row = good(
-        "hash, account,name,scope,expires,created,hint,description,networks,permissions,enabled,"
-        "label.team,label.empty\r\n"
+        "hash, account,name,scope,expires,created,hint,description,networks,permissions,rate,"
+        "enabled,label.team,label.empty\r\n"
         f'{HEX},acme,ci,READ,2030-01-31 18:00:00+00,2026-01-31T18:00:00Z,sk_…abcd,"a\nb",'
-        '"192.0.2.0/24, 2001:db8::/32",orders:read orders:write,f,data,\r\n'
+        '"192.0.2.0/24, 2001:db8::/32",orders:read orders:write,100/minute,f,data,\r\n'
     )
     assert row == FileRow(
         2,
@@ -79,6 +79,7 @@ def test_all_columns_of_csv() -> None:
         "a\nb",
         ("192.0.2.0/24", "2001:db8::/32"),
         ("orders:read", "orders:write"),
+        "100/minute",
         enabled=False,
         labels={"team": "data"},
     )

@@ -41,4 +41,4 @@ def test_options_are_moved_to_their_place(given: str, expected: str) -> None:
 )
 def test_long_options_with_one_dash_are_recognised(given: str, meant: str | None) -> None:
     """`-account` would be taken for `-a ccount`."""
-    assert long_option_with_one_dash(given.split(), {"--account", "--json"}) == meant
+    assert long_option_with_one_dash(given.split(), lambda: {"--account", "--json"}) == meant

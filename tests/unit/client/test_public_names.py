@@ -59,6 +59,7 @@ def test_public_names_are_pinned() -> None:
         "Status",
         "Token",
         "TokenFilter",
+        "TokenOrder",
         "TokenSecret",
         "TokenState",
         "Unauthenticated",
@@ -71,6 +72,7 @@ def test_public_names_are_pinned() -> None:
         "VerifierStats",
         "VerifierStatus",
         "__version__",
+        "current_person",
     ]
     assert latchkey.__all__ == sorted(latchkey.__all__)
     assert all(hasattr(latchkey, name) for name in latchkey.__all__)

@@ -84,7 +84,7 @@ class AgainstAPlainList(RuleBasedStateMachine):
 
 
 AgainstAPlainList.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None
+    max_examples=60, stateful_step_count=40, deadline=None
 )
 test_floor = AgainstAPlainList.TestCase
 

@@ -110,7 +110,7 @@ class AnyReadMayArriveAnyTime(RuleBasedStateMachine):
 
 
 AnyReadMayArriveAnyTime.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None
+    max_examples=60, stateful_step_count=40, deadline=None
 )
 test_fill_rule = AnyReadMayArriveAnyTime.TestCase
 

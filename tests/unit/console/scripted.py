@@ -16,6 +16,7 @@ from latchkey_console.app import make_app
 
 ORIGIN = "http://127.0.0.1:50080"
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
+EVERY = latchkey.TokenFilter()
 RECEIPT = latchkey.Receipt(
     commit_time=NOW,
     effective_time=NOW + timedelta(milliseconds=20),
@@ -61,11 +62,19 @@ class Scripted:
     lists: list[asyncio.Event] = field(default_factory=list)
     limits: latchkey.Limits = field(default_factory=latchkey.Limits)
 
-    async def list_page(self, account_id: str, **_: Any) -> latchkey.Page:
-        self._call("list_page")
+    async def list_page(
+        self, account_id: str, wanted: latchkey.TokenFilter = EVERY, **_: Any
+    ) -> latchkey.Page:
+        self._call("list_page", wanted=wanted)
         if self.lists:
             await self.lists.pop(0).wait()
-        return latchkey.Page(tokens=(self.token,), next_page_token="")
+        # The token has no finding.
+        found = (self.token,) if wanted in (EVERY, latchkey.TokenFilter(ids=("tok_1",))) else ()
+        return latchkey.Page(tokens=found, next_page_token="", total_size=len(found))
+
+    async def delete_all(self, account_id: str, wanted: latchkey.TokenFilter) -> latchkey.Deletions:
+        self._call("delete_all", wanted=wanted)
+        return latchkey.Deletions(count=1, receipt=RECEIPT)
 
     async def get(self, account_id: str, token_id: str) -> latchkey.Token:
         self._call("get")

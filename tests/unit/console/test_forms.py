@@ -157,6 +157,11 @@ def test_body() -> None:
         "scope": "read",
         "date": "",
     }
+    ids = b"ids=a&ids=b+c&name=x&ids=d"
+    assert parse_body(ids, "ids") == {"ids": "a b c d", "name": "x"}
+    assert parse_body(b"", "ids") == {"ids": ""}
+    with pytest.raises(ValueError, match="duplicate"):
+        parse_body(ids + b"&name=y", "ids")
     for body in (b"a=1&a=2", b"a=%ff", b"\xff=1", b"&".join(b"a%d=1" % n for n in range(40))):
         with pytest.raises(ValueError, match=r".+"):
             parse_body(body)

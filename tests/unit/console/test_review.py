@@ -5,16 +5,7 @@ from typing import Any
 
 import pytest
 from latchkey import Scope, Token, TokenSecret
-from latchkey_console.review import (
-    NEVER_USED,
-    OLD,
-    SOON,
-    UNUSED,
-    Finding,
-    Kind,
-    findings_of,
-    review,
-)
+from latchkey_console.review import NEVER_USED, OLD, SOON, UNUSED, Kind, findings_of
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 SECOND = timedelta(seconds=1)
@@ -71,29 +62,6 @@ def test_never_used_only_where_use_is_recorded() -> None:
     assert findings_of(week_old, NOW, use_recorded=True) == [Kind.NEVER_USED]
     assert findings_of(week_old, NOW, use_recorded=False) == []
     assert findings_of(token(create_time=NOW - NEVER_USED), NOW, use_recorded=True) == []
-
-
-def test_review_counts_only_findings() -> None:
-    """Counts cover all tokens, most urgent first. A token may count for several kinds."""
-    tokens = [
-        both := token(id="tok_2", expire_time=None, scope=Scope.WRITE),
-        older := token(expire_time=None, create_time=NOW - timedelta(days=2)),
-        expired := token(expire_time=NOW),
-        token(),
-    ]
-    assert review(tokens, NOW, use_recorded=False) == [
-        Finding(Kind.EXPIRED, 1, expired),
-        Finding(Kind.NEVER_EXPIRES, 2, older),
-        Finding(Kind.WRITE, 1, both),
-    ]
-
-
-def test_the_first_of_a_finding_is_the_most_urgent() -> None:
-    """A card's link leads to the token that expires first, then to the oldest secret."""
-    late = token(expire_time=NOW + timedelta(days=9))
-    early = token(id="tok_2", expire_time=NOW + timedelta(days=2))
-    (soon,) = review([late, early], NOW, use_recorded=False)
-    assert (soon.kind, soon.first) == (Kind.EXPIRES_SOON, early)
 
 
 def test_every_kind_has_a_title_and_a_reason() -> None:

@@ -261,3 +261,10 @@ def test_changelog() -> None:
     for section in (first, *sections):
         kinds = re.findall(r"^### (.+)$", section, re.MULTILINE)
         assert len(kinds) == len(set(kinds)), kinds
+
+
+def test_the_threat_model_names_existing_tests() -> None:
+    """Every test that SECURITY.md names exists."""
+    named = re.findall(r"`(tests/[^`]*)`", (ROOT / "SECURITY.md").read_text("utf-8"))
+    assert len(named) > 10
+    assert [path for path in named if not (ROOT / path).exists()] == []

@@ -9,7 +9,7 @@ from typing import get_args
 
 import grpc
 import pytest
-from latchkey import _status
+from latchkey import _filters, _status
 from latchkey.guards import _grpc as guard
 from latchkey_service import errors
 from latchkey_service.access.methods import METHODS
@@ -83,6 +83,7 @@ def test_reasons_of_the_library() -> None:
     """The same holds for the client library and its guard."""
     given = {(code.name, reason) for code, _, reason in guard._REFUSALS.values()}
     given |= {(grpc.StatusCode.UNAVAILABLE.name, reason) for _, reason, _ in _status._NO_CONNECTION}
+    given.add((grpc.StatusCode.FAILED_PRECONDITION.name, _filters.NOT_APPLIED))
     rows = table(LIBRARY)
     assert len(rows) == len(set(rows))
     assert set(rows) == given

@@ -53,8 +53,9 @@ def test_workers_do_not_retry_in_step() -> None:
 def test_closed_permits_as_many_attempts_as_connections() -> None:
     """While closed, the breaker permits as many attempts as there are connections, and another for
     each that ends."""
-    # Verifies, the lease, the wait of Deletes and checks of other hosts have one connection each.
-    assert ATTEMPTS_MAX == POOL_SIZE_MAX + 4
+    # Verifies, rate limits of tokens, the lease, the wait of Deletes and checks of other hosts have
+    # one connection each.
+    assert ATTEMPTS_MAX == POOL_SIZE_MAX + 5
     world = World()
     assert world.begins() == [ORDINARY] * ATTEMPTS_MAX
     world.breaker.succeed(ORDINARY)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import structlog
 from latchkey_service.access.policy import ANONYMOUS
-from latchkey_service.audit.audit_log import SAMPLE_MAX, AuditContext, AuditLog
+from latchkey_service.audit.audit_log import AuditContext, AuditLog
+from latchkey_service.audit.sampling import FIRST_MAX
 from latchkey_service.errors import (
     FieldViolation,
     InvalidArgument,
@@ -80,7 +81,7 @@ def test_expected_errors_do_not_fill_the_log(
     """Of a thousand calls that fail alike, only a few are logged."""
     for _ in range(1_000):
         reporter.failed(WATCH, Context(), 0.0, error)
-    assert len(lines) == SAMPLE_MAX
+    assert len(lines) == FIRST_MAX
 
 
 def test_committed_change_keeps_its_entry(lines: Lines) -> None:
@@ -128,9 +129,9 @@ def test_committed_change_keeps_its_entry(lines: Lines) -> None:
 
 def test_all_internal_errors_are_logged(lines: Lines, reporter: CallReporter) -> None:
     """Unforeseen exceptions are logged without sampling."""
-    for _ in range(2 * SAMPLE_MAX):
+    for _ in range(2 * FIRST_MAX):
         reporter.failed(WATCH, Context(), 0.0, RuntimeError())
-    assert len(lines) == 2 * SAMPLE_MAX
+    assert len(lines) == 2 * FIRST_MAX
 
 
 @pytest.mark.parametrize(

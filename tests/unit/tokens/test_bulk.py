@@ -7,8 +7,8 @@ from typing import Any
 from latchkey_coherence.verdict_cache import Position
 from latchkey_service.coherence.ack_rules import NO_ACKNOWLEDGEMENTS
 from latchkey_service.tokens.bulk import Bulk
-from latchkey_service.tokens.bulk_store import Filter
 from latchkey_service.tokens.confirmation import Call
+from latchkey_service.tokens.filters import Filter
 from latchkey_service.tokens.lifecycle_store import Changed
 from latchkey_service.tokens.management import CONFIRMING_MAX
 from latchkey_service.tokens.receipt_table import Deletion

@@ -5,8 +5,10 @@ import math
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from latchkey_coherence.rate import RateLimit
 from latchkey_coherence.verdict import Networks, Verdict, decide
 from latchkey_service.tokens.changes import (
     NewValues,
@@ -97,12 +99,36 @@ def test_each_kind_of_restriction_narrows(fields):
         {"permissions": ()},
         {"allowed_networks": ("10.1.0.0/16",)},
         {"allowed_networks": ("::/0",)},
+        {"rate_limit": RateLimit(100, 1, 20)},
     ):
         assert narrows(wide, wide._replace(**narrower)), narrower
     assert narrows(wide._replace(allowed_networks=()), wide)
     assert not narrows(wide, wide._replace(allowed_networks=()))
     assert not narrows(wide, wide._replace(permissions=("orders:*", "users:read")))
     assert not narrows(wide, wide._replace(allowed_networks=("0.0.0.0/0",)))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (None, (1_000_000, 1, 1_000_000), True),
+        ((1, 3_600, 1), None, False),
+        ((60, 60, 5), (1, 1, 5), False),
+        ((60, 60, 5), (60, 60, 6), False),
+        ((60, 60, 5), (61, 60, 5), False),
+        ((60, 60, 5), (59, 60, 500), True),
+        ((60, 60, 5), (600, 60, 4), True),
+        ((1, 1, 5), (3_599, 3_600, 5), True),
+    ],
+)
+def test_a_lower_rate_or_burst_narrows(old, new, expected):
+    """A limit narrows if its rate is lower or its burst smaller, whatever its period is."""
+    before, after = (
+        token(rate_limit=None if limit is None else RateLimit(*limit)) for limit in (old, new)
+    )
+    assert narrows(before, after) is expected
+    assert not decides_alike(before, after)
+    assert decides_alike(before, before)
 
 
 FIELDS: dict[str, Any] = {
@@ -113,6 +139,7 @@ FIELDS: dict[str, Any] = {
     "description": "text",
     "allowed_networks": ["10.0.0.1"],
     "permissions": ["orders:read"],
+    "rate_limit": (100, timedelta(minutes=1), 0),
 }
 
 
@@ -122,7 +149,11 @@ def test_update_sets_exactly_the_listed_fields(paths):
     new = NewValues(sorted(paths), **FIELDS)
     assert values_violations(new, NOW) == []
     after = updated(token(), new)
-    expected = FIELDS | {"allowed_networks": ("10.0.0.1/32",), "permissions": ("orders:read",)}
+    expected = FIELDS | {
+        "allowed_networks": ("10.0.0.1/32",),
+        "permissions": ("orders:read",),
+        "rate_limit": RateLimit(100, 60, 100),
+    }
     for field in FIELDS:
         wanted = expected[field] if field in paths else getattr(token(), field)
         assert getattr(after, field) == wanted, field

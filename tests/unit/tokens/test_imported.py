@@ -6,14 +6,15 @@ from collections.abc import Sequence
 import pytest
 from latchkey_service.coherence.snapshot import Snapshot
 from latchkey_service.errors import Overloaded
-from latchkey_service.tokens.batched_lookup import Found
+from latchkey_service.tokens.batched_lookup import Found, LeasedLookup
 from latchkey_service.tokens.imported import ABSENT_MAX, ABSENT_SECONDS, PENDING_MAX
 from latchkey_service.tokens.verdict import Scope, Verdict
 from latchkey_service.tokens.verifier import Question
 
 from tests.helpers.positions import at
 from tests.unit.coherence.scene import PRIMARY
-from tests.unit.tokens.test_verifier_cache import KEYRING, Bench
+from tests.unit.tokens.test_verifier_cache import KEYRING, Bench, Database
+from tests.unit.tokens.test_verifier_cache import SECRET as OURS
 
 SECRET = "sk_" + "x" * 40
 
@@ -45,6 +46,15 @@ async def test_repeated_absent_secret_costs_one_read() -> None:
     bench.scene.renew()
     assert await bench.ask() is Verdict.UNKNOWN
     assert bench.database.reads == 2
+    assert bench.imported.results == {"absent": 2, "remembered": 3}
+
+
+async def test_nothing_is_remembered_with_the_cache_off() -> None:
+    """With LATCHKEY_CACHE=off, each verify of an absent secret reads the database."""
+    bench = Imports()
+    bench.cache.entries_max = 0
+    assert [await bench.ask() for _ in range(3)] == [Verdict.UNKNOWN] * 3
+    assert bench.database.reads == 3
 
 
 async def test_import_ends_what_was_remembered() -> None:
@@ -119,11 +129,35 @@ async def test_caller_cannot_fill_the_queue() -> None:
     await asyncio.sleep(0)
     with pytest.raises(Overloaded):
         await bench.ask("sk_" + "y" * 40, "flooding")
+    assert bench.imported.results["rejected"] == 1
     other = asyncio.create_task(bench.ask("sk_" + "z" * 40, "other"))
     await asyncio.sleep(0)
     answered.set()
     assert set(await asyncio.gather(*flood, other)) == {Verdict.UNKNOWN}
     assert await bench.ask("sk_" + "y" * 40, "flooding") is Verdict.UNKNOWN
+
+
+async def test_stuck_look_ups_of_imported_secrets_delay_no_others() -> None:
+    """Imported secrets have a queue of their own: while it is stuck, other secrets are answered,
+    cold ones too, alone and with others in the same turn of the event loop."""
+    bench = Imports()
+    lane, answered = Database(), asyncio.Event()
+    bench.imported._lookup = LeasedLookup(lane, bench.reads)  # type: ignore[arg-type]  # a stand-in
+    find_all = lane.find_all
+
+    async def stuck(digests: Sequence[bytes], deadline: float) -> list[Found]:
+        await answered.wait()
+        return await find_all(digests, deadline)
+
+    lane.find_all = stuck  # type: ignore[method-assign]  # Postgres is slow there
+    lane.record = None
+    waiting = asyncio.create_task(bench.ask())
+    await asyncio.sleep(0)
+    bench.present = True
+    assert await bench.ask(OURS) is Verdict.VALID
+    assert not waiting.done()
+    answered.set()
+    assert await waiting is Verdict.UNKNOWN
 
 
 def test_accepted_secrets() -> None:

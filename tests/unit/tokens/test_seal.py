@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from latchkey_coherence.rate import RateLimit
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.secret_format import Keyring, Pepper
 from latchkey_service.tokens.seal import Sealer, SealGuard, TokenSeal
@@ -18,6 +19,7 @@ TOKEN = TokenRecord(
     *("tok_1", "acme", "ci", Scope.READ, NOW, NOW + timedelta(1), "lk_…abcd"),
     allowed_networks=("10.0.0.0/8", "::/0"),
     permissions=("a:b", "c:d"),
+    rate_limit=RateLimit(100, 60, 20),
 )
 SECRET = SecretRecord(b"d" * 32, NEW.id, NOW, None, False, None)
 SEALER = Sealer(KEYRING.peppers)
@@ -32,6 +34,10 @@ CHANGES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"allowed_networks": ("10.0.0.0/8",)}, {}),
     ({"permissions": ("a:b",)}, {}),
     ({"permissions": ("a:b", "c:*")}, {}),
+    ({"rate_limit": None}, {}),
+    ({"rate_limit": RateLimit(101, 60, 20)}, {}),
+    ({"rate_limit": RateLimit(100, 1, 20)}, {}),
+    ({"rate_limit": RateLimit(100, 60, 21)}, {}),
     # The same texts in other fields, or split in other places.
     ({"allowed_networks": (), "permissions": ("10.0.0.0/8", "::/0", "a:b", "c:d")}, {}),
     ({"permissions": ('a:b", "c:d',)}, {}),
@@ -54,6 +60,15 @@ def test_each_deciding_field_is_sealed(changes):
     stored = sealed(SECRET)
     assert SEALER.is_genuine(TOKEN, stored)
     assert not SEALER.is_genuine(TOKEN._replace(**of_token), stored._replace(**of_secret))
+
+
+def test_seal_of_a_token_without_a_limit_is_that_of_earlier_releases():
+    """Rows that were sealed before rate limits existed stay genuine."""
+    token = TOKEN._replace(rate_limit=None)
+    earlier = "8adf1a58"
+    seal = SEALER.seal(token, SECRET)
+    assert seal is not None
+    assert seal.hex().startswith(earlier)
 
 
 def test_other_fields_are_free():

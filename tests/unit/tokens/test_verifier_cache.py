@@ -104,7 +104,7 @@ class Bench:
         def disconnect() -> None:
             self.database.disconnected += 1
 
-        reads = LeasedReads(
+        self.reads = reads = LeasedReads(
             self.renewer,  # type: ignore[arg-type]  # all that reads use of it
             self.state,
             lambda: self.scene.now,

@@ -104,6 +104,7 @@
     else if (notice) focusNear();
     else if (focus) (one(focus, main) || main).focus();
     else if (held) (one(held, main) || main).focus({ preventScroll: true });
+    document.dispatchEvent(new Event("latchkey:list"));
     say((notice ?? byId("count"))?.textContent ?? "");
   }
 
@@ -130,13 +131,12 @@
 
   async function more(link) {
     const rows = byId("rows");
-    const count = byId("count");
+    // A search that has found nothing so far goes on with the next part of the list.
+    if (!rows) return load(link.href, { push: true, focus: "#more" });
     if (link.getAttribute("aria-busy")) return;
     link.setAttribute("aria-busy", "true");
-    const url = new URL(link.dataset.rows, location.href);
-    url.searchParams.set("after", rows.lastElementChild.id);
     try {
-      const answer = await fetch(url, { headers: PART, signal: AbortSignal.timeout(WAIT_MS) });
+      const answer = await fetch(link.dataset.rows, { headers: PART, signal: AbortSignal.timeout(WAIT_MS) });
       const text = await answer.text();
       if (!answer.ok) {
         const message = one("#message", parsed(text));
@@ -144,23 +144,25 @@
       }
       byId("more-failed")?.remove();
       link.textContent = "Show more";
+      const next = answer.headers.get("X-Latchkey-Next");
       const came = all("tr", parsed(`<table><tbody>${text}</tbody></table>`));
       const added = came.filter((row) => !byId(row.id));
       added.forEach(times);
       rows.append(...added);
       const shown = rows.childElementCount;
-      const matching = Number(count.dataset.matching);
       const place = new URL(location.href);
       place.searchParams.set("show", String(shown));
       history.replaceState(null, "", place);
-      count.textContent = count.textContent.replace(/^[\d,]+/, shown.toLocaleString("en"));
-      if (shown >= matching || !added.length) link.remove();
-      const next = added[0]?.firstElementChild;
-      if (next) {
-        next.tabIndex = -1;
-        next.focus({ preventScroll: true });
-      }
-      say(count.textContent);
+      byId("shown").textContent = shown.toLocaleString("en");
+      if (next) link.dataset.rows = next;
+      else link.remove();
+      const first = added[0]?.firstElementChild;
+      if (first) {
+        first.tabIndex = -1;
+        first.focus({ preventScroll: true });
+      } else if (!next) (byId("generate") ?? byId("main")).focus({ preventScroll: true });
+      document.dispatchEvent(new Event("latchkey:list"));
+      say(byId("count").textContent);
     } catch {
       failed(link);
     } finally {
@@ -311,7 +313,8 @@
     }
     try {
       const body = new URLSearchParams(new FormData(form, submitter));
-      const page = await ask(form.action, { method: "POST", body });
+      const action = submitter?.getAttribute("formaction") ?? form.getAttribute("action");
+      const page = await ask(action, { method: "POST", body });
       const notice = one("#notice", page);
       place(page);
       if (notice && location.pathname !== "/") history.replaceState(null, "", "/");
@@ -414,14 +417,26 @@
       event.preventDefault();
       return void send(form, submitter);
     }
+    // Not form.id: its buttons are named "id".
+    if (submitter?.formMethod === "post" && form.matches("#list")) {
+      event.preventDefault();
+      remember(submitter);
+      return void send(form, submitter);
+    }
     if (form.method === "get" && submitter?.name === "id") {
       event.preventDefault();
       remember(submitter);
       const query = new URLSearchParams(new FormData(form, submitter));
+      query.delete("ids");
       load(`${submitter.getAttribute("formaction") ?? form.getAttribute("action")}?${query}`);
     }
   });
 
+  // Some browsers send only "change" for lists, and for fields it comes when they lose the focus.
+  document.addEventListener("change", (event) => {
+    const form = event.target.matches("select") && event.target.closest("#filter");
+    if (form) filter(form, 0);
+  });
   for (const kind of ["input", "compositionend"]) {
     document.addEventListener(kind, (event) => {
       const form = event.target.closest?.("#filter");

@@ -1,7 +1,7 @@
 """A queue of calls that gives each caller an equal share. Event loop only.
 
 Owns the order of waiting calls, and which of them makes room for another. It does not own when they
-start (`native.py`), or how long the queue may be (`queue_limit.py`).
+start (`native.py`, `admission.py`), or how long the queue may be (`queue_limit.py`).
 """
 
 from collections import OrderedDict
@@ -22,15 +22,21 @@ class FairQueue(Generic[Call]):
     def __init__(self, bytes_max: int) -> None:
         self._bytes_max: Final = bytes_max
         self._bytes = 0
-        self._caller_of: dict[int, str] = {}
+        self.caller_of: dict[int, str] = {}
+        """The caller of each call, by id. Usually empty, which costs less to see than `len`."""
         # In the order of their next turns.
         self._callers: OrderedDict[str, OrderedDict[int, tuple[Call, int]]] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._caller_of)
+        return len(self.caller_of)
 
     def __contains__(self, call_id: int) -> bool:
-        return call_id in self._caller_of
+        return call_id in self.caller_of
+
+    def ahead_of(self, caller: str) -> int:
+        """Return how many calls start before the next one of `caller`, at most."""
+        its = len(self._callers.get(caller, ()))
+        return sum(min(len(calls), its + 1) for calls in self._callers.values())
 
     def fits(self, size_bytes: int) -> bool:
         """Return whether there is room for the bytes of another request."""
@@ -38,7 +44,7 @@ class FairQueue(Generic[Call]):
 
     def add(self, call_id: int, caller: str, call: Call, size_bytes: int) -> None:
         """Append a call."""
-        self._caller_of[call_id] = caller
+        self.caller_of[call_id] = caller
         self._bytes += size_bytes
         its = self._callers.get(caller)
         if its is None:
@@ -58,7 +64,7 @@ class FairQueue(Generic[Call]):
 
     def remove(self, call_id: int) -> bool:
         """Remove a call. Return whether it was here."""
-        caller = self._caller_of.get(call_id)
+        caller = self.caller_of.get(call_id)
         if caller is None:
             return False
         _, size_bytes = self._callers[caller].pop(call_id)
@@ -89,5 +95,5 @@ class FairQueue(Generic[Call]):
         return [self.take() for _ in range(len(self))]
 
     def _removed(self, call_id: int, size_bytes: int) -> None:
-        del self._caller_of[call_id]
+        del self.caller_of[call_id]
         self._bytes -= size_bytes

@@ -1,6 +1,6 @@
 """The order in which calls of several callers start, and who makes room in a full queue."""
 
-from latchkey_service.transport.fair_queue import FairQueue
+from latchkey_service.tokens.fair_queue import FairQueue
 
 
 def queue(*calls: tuple[str, int]) -> FairQueue[int]:

@@ -1,0 +1,180 @@
+"""Faults of the service's management of tokens, which `test_token_life.py` must find.
+
+Each function plants one fault, as mild as it can be: one kind of change, in one situation.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from latchkey_coherence import verdict as rules
+from latchkey_coherence.verdict import Verdict
+from latchkey_service.errors import FailedPrecondition
+from latchkey_service.tokens import changes, lifecycle, verifier
+from latchkey_service.tokens.bulk import Bulk, Outcome
+from latchkey_service.tokens.filter_table import condition_of
+from latchkey_service.tokens.lifecycle import Lifecycle
+from latchkey_service.tokens.token_changer import TokenChanger
+
+__all__ = ["MUTANTS"]
+
+Patch = pytest.MonkeyPatch
+
+
+def older_secrets_live_on(patch: Patch) -> None:
+    """Rotate without a grace leaves the older secrets for an hour."""
+    rotate = Lifecycle.rotate
+
+    async def later(self: Any, rotation: Any, call: Any) -> Any:
+        return await rotate(self, replace(rotation, grace=timedelta(hours=1)), call)
+
+    patch.setattr(Lifecycle, "rotate", later)
+
+
+def one_older_secret_stays(patch: Patch) -> None:
+    """RetireSecrets leaves the second newest secret."""
+    retiring = TokenChanger._retiring
+
+    def fewer(self: Any, state: Any, ordinal: int) -> Any:
+        return retiring(self, state, ordinal - 1)
+
+    patch.setattr(TokenChanger, "_retiring", fewer)
+
+
+def newest_that_works_stays(patch: Patch) -> None:
+    """RetireSecrets leaves the newest secret that has not ended, although the newest has."""
+    retiring = TokenChanger._retiring
+
+    def of_working(self: Any, state: Any, _ordinal: int) -> Any:
+        return retiring(self, state, state.secrets[0].ordinal if state.secrets else 0)
+
+    patch.setattr(TokenChanger, "_retiring", of_working)
+
+
+def revoked_twice(patch: Patch) -> None:
+    """RevokeSecret says that it has ended a secret that had ended before."""
+    revoke = Bulk.revoke_secrets
+
+    async def claims(self: Any, secrets: Any, call: Any) -> Any:
+        outcomes, receipt = await revoke(self, secrets, call)
+        return [Outcome.ENDED if o is Outcome.ENDED_BEFORE else o for o in outcomes], receipt
+
+    patch.setattr(Bulk, "revoke_secrets", claims)
+
+
+def lost_secret_works(patch: Patch) -> None:
+    """A retry with a request id does not end the secret that nobody received."""
+    replace_secret, minting = Lifecycle._replace_secret, TokenChanger._minting
+    retrying = [False]
+
+    async def retry(self: Any, *arguments: Any) -> Any:
+        retrying[0] = True
+        try:
+            return await replace_secret(self, *arguments)
+        finally:
+            retrying[0] = False
+
+    def keeping(
+        self: Any, state: Any, kept: Any, retired: Any, request: Any, **options: Any
+    ) -> Any:
+        if retrying[0]:
+            kept, retired = [secret.record for secret in state.secrets], []
+        return minting(self, state, kept, retired, request, **options)
+
+    patch.setattr(Lifecycle, "_replace_secret", retry)
+    patch.setattr(TokenChanger, "_minting", keeping)
+
+
+def _updates(patch: Patch, change: Callable[[Any, Any], Any]) -> None:
+    """Replace what Update makes of a token: `change` gets the old and the right new state."""
+    updated = changes.updated
+
+    def other(old: Any, new: Any) -> Any:
+        return change(old, updated(old, new))
+
+    patch.setattr(lifecycle, "updated", other)
+
+
+def networks_are_never_cleared(patch: Patch) -> None:
+    """Update with an empty list of networks leaves them."""
+    _updates(
+        patch,
+        lambda old, new: new._replace(
+            allowed_networks=new.allowed_networks or old.allowed_networks
+        ),
+    )
+
+
+def scope_clears_permissions(patch: Patch) -> None:
+    """Update to a narrower scope takes the permissions away."""
+    _updates(
+        patch,
+        lambda old, new: new._replace(permissions=()) if new.scope < old.scope else new,
+    )
+
+
+def networks_do_not_narrow(patch: Patch) -> None:
+    """Update of the networks does not wait for verifiers."""
+    narrows = changes.narrows
+
+    def otherwise(old: Any, new: Any) -> bool:
+        return narrows(old._replace(allowed_networks=()), new._replace(allowed_networks=()))
+
+    patch.setattr(lifecycle, "narrows", otherwise)
+
+
+def disabled_tokens_are_spared(patch: Patch) -> None:
+    """DeleteAll does not delete disabled tokens."""
+
+    def spared(*arguments: Any) -> str:
+        return f"{condition_of(*arguments)} AND t.disable_time IS NULL"
+
+    patch.setattr("latchkey_service.tokens.bulk_store.condition_of", spared)
+
+
+def expiry_before_disabling(patch: Patch) -> None:
+    """An ended secret of a disabled token is EXPIRED, not DISABLED."""
+    decide = rules.decide
+
+    def otherwise(record: Any, scope: int, now: float, *more: Any) -> Verdict:
+        verdict = decide(record, scope, now, *more)
+        if verdict is Verdict.DISABLED and record.expires <= now:
+            return Verdict.EXPIRED
+        return verdict
+
+    patch.setattr(verifier, "decide", otherwise)
+
+
+def a_sixth_secret(patch: Patch) -> None:
+    """A token may have six secrets that work."""
+    patch.setattr(lifecycle, "SECRETS_MAX", 6)
+
+
+def disabled_tokens_are_not_rotated(patch: Patch) -> None:
+    """Rotate refuses a disabled token."""
+    minting = TokenChanger._minting
+
+    def refusing(self: Any, state: Any, *arguments: Any, **options: Any) -> Any:
+        if state.record.disable_time is not None:
+            raise FailedPrecondition("disabled")
+        return minting(self, state, *arguments, **options)
+
+    patch.setattr(TokenChanger, "_minting", refusing)
+
+
+MUTANTS = (
+    older_secrets_live_on,
+    one_older_secret_stays,
+    newest_that_works_stays,
+    revoked_twice,
+    lost_secret_works,
+    networks_are_never_cleared,
+    scope_clears_permissions,
+    networks_do_not_narrow,
+    disabled_tokens_are_spared,
+    expiry_before_disabling,
+    a_sixth_secret,
+    disabled_tokens_are_not_rotated,
+)

@@ -1,0 +1,198 @@
+"""Runs Python modules in processes that it forks from itself, after it has imported them once.
+
+Python needs a quarter of a second of processor time to import the command line tool, and hundreds
+of tests run it. A fork takes a few milliseconds. Each run is still a process with its own streams,
+folder, variables and exit code. Tests of what happens before the imports end, or of signals to the
+process, start Python itself.
+
+`python -m tests.helpers.fork_server SOCKET MODULE...` imports the modules and serves until its
+standard input ends; `fork_client.py` is its client.
+"""
+
+import ast
+import atexit
+import contextlib
+import fcntl
+import gc
+import importlib
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tests.helpers.repository import ROOT
+
+__all__ = ["Forked", "fork_server"]
+
+# Imports everything, on a busy machine.
+START_SECONDS_MAX = 60.0
+# The variable that names the file for coverage.
+DATA_FILE = "FORK_SERVER_DATA_FILE"
+CLIENT = Path(__file__).with_name("fork_client.py")
+
+Forked = Callable[..., tuple[str, ...]]
+
+
+@contextlib.contextmanager
+def fork_server(folder: Path, *modules: str, data: str | None = None) -> Iterator[Forked]:
+    """Run a server, and yield a function that returns the command of a run of a module.
+
+    With `data`, coverage of each run is measured, in a file of that name with a suffix.
+    """
+    path = folder / "fork-server"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.helpers.fork_server", str(path), *modules],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+        # Python chooses its encodings at its start.
+        env={**os.environ, "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8", DATA_FILE: data or ""},
+        # Ctrl-C reaches pytest, which ends the server.
+        start_new_session=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+
+    def command(module: str, *arguments: str, terminal: bool = False) -> tuple[str, ...]:
+        options = ["--terminal"] if terminal else []
+        return (sys.executable, "-I", "-S", str(CLIENT), str(path), *options, module, *arguments)
+
+    try:
+        ready, _, _ = select.select([process.stdout], [], [], START_SECONDS_MAX)
+        assert ready, "the fork server did not start in time"
+        assert process.stdout.readline() == b"ready\n", "the fork server did not start"
+        yield command
+    finally:
+        process.stdin.close()
+        process.stdout.close()
+        process.wait()
+        path.unlink(missing_ok=True)
+
+
+class Run(NamedTuple):
+    """What a client asks for."""
+
+    arguments: list[str]
+    folder: str
+    variables: dict[str, str]
+    streams: list[int]
+
+
+def serve(path: str) -> Run:
+    """Fork a process for each run. Returns only in that process."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        print("ready", flush=True)  # noqa: T201 - read by `fork_server`
+        while True:
+            sources: list[Any] = [listener, 0]
+            readable, _, _ = select.select(sources, [], [])
+            if 0 in readable:
+                os._exit(0)
+            # Collect the children that have ended since.
+            with contextlib.suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG) != (0, 0):
+                    pass
+            connection, _ = listener.accept()
+            with connection:
+                if os.fork() == 0:
+                    listener.close()
+                    return attend(connection)
+
+
+def attend(connection: socket.socket) -> Run:
+    """Fork the process that runs the module, and return in it. This process waits for its end, and
+    kills it if the client ends first."""
+    run = receive(connection)
+    alive, held = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        connection.close()
+        os.close(alive)
+        return run
+    # The last process that holds the other end is the module's.
+    os.close(held)
+    for stream in run.streams:
+        os.close(stream)
+    sources: list[Any] = [connection, alive]
+    readable, _, _ = select.select(sources, [], [])
+    if connection in readable:
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    with contextlib.suppress(BrokenPipeError):
+        connection.sendall(str(os.waitstatus_to_exitcode(status)).encode())
+    os._exit(0)
+
+
+def receive(connection: socket.socket) -> Run:
+    data, streams, _, _ = socket.recv_fds(connection, 1 << 16, 3)
+    while len(data) < 4 or len(data) < 4 + int.from_bytes(data[:4], "big"):
+        more = connection.recv(1 << 16)
+        if not more:
+            os._exit(1)
+        data += more
+    arguments, folder, variables = ast.literal_eval(data[4:].decode())
+    return Run(arguments, folder, variables, streams)
+
+
+def become(run: Run) -> list[str]:
+    """Give this process what Python would have given it at its start; return its arguments."""
+    terminal, *arguments = run.arguments
+    if terminal == "--terminal":
+        os.setsid()
+        fcntl.ioctl(run.streams[0], termios.TIOCSCTTY, 0)
+    else:
+        arguments = run.arguments
+    for number, stream in enumerate(run.streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    os.chdir(run.folder)
+    os.environ.clear()
+    os.environ.update(run.variables)
+    time.tzset()
+    sys.path[0] = run.folder
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # As Python opens them in a locale of UTF-8.
+    sys.stdin = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+    sys.stderr.reconfigure(line_buffering=True)
+    return arguments
+
+
+def measure(data: str) -> Any:
+    """Begin to measure the coverage of this process and of those that it forks."""
+    import coverage
+
+    measurement = coverage.Coverage(
+        data, data_suffix=True, config_file=str(ROOT / "pyproject.toml")
+    )
+    measurement.start()
+    return measurement
+
+
+def save(measurement: Any) -> None:
+    measurement.stop()
+    measurement.save()
+
+
+if __name__ == "__main__":
+    for module in sys.argv[2:]:
+        importlib.import_module(module)
+    measurement = measure(data) if (data := os.environ[DATA_FILE]) else None
+    gc.collect()
+    # Shared pages stay shared.
+    gc.freeze()
+    module, *rest = become(serve(sys.argv[1]))
+    sys.argv = [module, *rest]
+    if measurement is not None:
+        atexit.register(save, measurement)
+    runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -1,0 +1,161 @@
+"""How callers share the slots of a role, and what goes before everything else."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from google.protobuf import duration_pb2
+from google.protobuf.field_mask_pb2 import FieldMask
+from latchkey_proto.v1 import token_service_pb2 as pb
+from latchkey_service.access.methods import ROTATE, UPDATE
+from latchkey_service.access.policy import parse
+from latchkey_service.access.rates import RateLimits
+from latchkey_service.errors import LatchkeyError, RateLimited
+from latchkey_service.rpc.admission import BURST, ConcurrencyLimiter
+from latchkey_service.rpc.removals import may_narrow
+
+from tests.helpers.callers import policy_text
+
+SECONDS = 10.0
+
+
+class Scene:
+    """A limiter with two slots, and its calls: they hold their slots until the test ends them."""
+
+    def __init__(self) -> None:
+        self.limiter = ConcurrencyLimiter(2, 1_000, lambda: 1_000.0)
+        self.started: list[str] = []
+        self.rejected: list[str] = []
+        self._ends: list[asyncio.Event] = []
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def call(self, name: str, caller: str, *, removal: bool = False) -> None:
+        self._tasks.append(asyncio.create_task(self._run(name, caller, removal=removal)))
+        await settle()
+
+    async def _run(self, name: str, caller: str, *, removal: bool) -> None:
+        try:
+            self.limiter.check(caller, removal=removal)
+            async with self.limiter.slot(SECONDS, caller, removal=removal):
+                self.started.append(name)
+                end = asyncio.Event()
+                self._ends.append(end)
+                await end.wait()
+        except LatchkeyError:
+            self.rejected.append(name)
+
+    async def end_one(self) -> None:
+        self._ends.pop(0).set()
+        await settle()
+
+    async def finish(self) -> None:
+        while self._ends:
+            await self.end_one()
+        await asyncio.gather(*self._tasks)
+        assert self.limiter.used == self.limiter.queued == 0
+
+
+async def settle() -> None:
+    """Let every task run until it waits."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def test_callers_take_turns() -> None:
+    """A caller's first call starts after at most one more of a flood."""
+    scene = Scene()
+    for number in range(10):
+        await scene.call(f"flood {number}", "flood")
+    await scene.call("other", "other")
+    await scene.end_one()
+    await scene.end_one()
+    assert "other" in scene.started
+    await scene.finish()
+    assert scene.rejected == []
+    assert len(scene.started) == 11
+
+
+async def test_a_full_queue_makes_room_for_others() -> None:
+    """When a caller's calls fill the queue, another caller's are accepted, up to an equal share.
+    The newest of the first are rejected."""
+    scene = Scene()
+    for number in range(2 + 2 * BURST):
+        await scene.call(f"flood {number}", "flood")
+    assert scene.rejected == []
+    for number in range(23):
+        await scene.call(f"other {number}", "other")
+    assert scene.rejected == [f"flood {1 + 2 * BURST - number}" for number in range(23)]
+    await scene.call("one more", "flood")
+    assert scene.rejected[-1] == "one more"
+    await scene.finish()
+    assert len([name for name in scene.started if name.startswith("other")]) == 23
+
+
+async def test_removals_go_first() -> None:
+    """A removal is accepted though the queue is full, and starts before all that wait, even those
+    of the same caller."""
+    scene = Scene()
+    for number in range(2 + 2 * BURST):
+        await scene.call(f"create {number}", "one")
+    await scene.call("delete", "one", removal=True)
+    assert scene.rejected == []
+    await scene.end_one()
+    assert scene.started[-1] == "delete"
+    await scene.finish()
+
+
+async def test_removals_are_bounded() -> None:
+    """Removals have a bound too."""
+    scene = Scene()
+    for number in range(2 + 2 * BURST + 1):
+        await scene.call(f"delete {number}", "one", removal=True)
+    assert scene.rejected == [f"delete {2 + 2 * BURST}"]
+    await scene.finish()
+
+
+@pytest.mark.parametrize(
+    ("path", "request_", "expected"),
+    [
+        (ROTATE, pb.RotateRequest(), True),
+        (ROTATE, pb.RotateRequest(grace=duration_pb2.Duration()), True),
+        (ROTATE, pb.RotateRequest(grace=duration_pb2.Duration(nanos=1)), False),
+        (ROTATE, pb.RotateRequest(grace=duration_pb2.Duration(seconds=60)), False),
+        (ROTATE, pb.RotateRequest(retire_on_first_use=True), False),
+        (UPDATE, pb.UpdateRequest(update_mask=FieldMask(paths=["name", "labels"])), False),
+        (UPDATE, pb.UpdateRequest(update_mask=FieldMask(paths=["name", "scope"])), True),
+        (UPDATE, pb.UpdateRequest(update_mask=FieldMask(paths=["expire_time"])), True),
+        (UPDATE, pb.UpdateRequest(update_mask=FieldMask(paths=["permissions"])), True),
+        (UPDATE, pb.UpdateRequest(), False),
+    ],
+)
+def test_what_may_narrow(path: str, request_: Any, expected: bool) -> None:
+    """A Rotate that ends the older secrets now, and an Update of a field that decides verdicts, go
+    with the removals."""
+    assert may_narrow(path, request_) == expected
+
+
+def test_callers_of_some_accounts_have_default_rates() -> None:
+    """A caller that the policy limits to accounts has a rate for each role except the verifier's.
+    The policy can change it. Other callers have none."""
+    policy = parse(
+        policy_text() + "\n[callers.own]\nroles = ['manager']\naccounts = ['a']\n"
+        f"credentials = ['sha256:{'0' * 64}']\nrates = {{ manager = 7 }}\n"
+    )
+    callers = {caller.name: caller for caller in policy.credentials.values()}
+    assert callers["manager"].rates is None
+    limited = callers["acmes-manager"].rates
+    assert limited is not None
+    assert limited.per_second == {"manager": 100, "operator": 20, "revoker": 100}
+    own = callers["own"].rates
+    assert own is not None
+    assert own.per_second["manager"] == 7
+
+
+def test_removals_are_charged_apart() -> None:
+    """A caller that has used up its rate can still delete, at the same rate."""
+    limits = RateLimits({"manager": 100})
+    for removal in (False, True):
+        for _ in range(100):
+            limits.spend("manager", 1, 5.0, removal=removal)
+        with pytest.raises(RateLimited):
+            limits.spend("manager", 1, 5.0, removal=removal)
