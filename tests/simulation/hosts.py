@@ -320,7 +320,7 @@ class HostWorld(World):
 
     def _replace(self, number: int) -> None:
         kind = type(self.servers[number])
-        self.servers[number] = new = kind(self, next(self.names))  # type: ignore[arg-type]
+        self.servers[number] = new = kind(self, next(self.names))
         if isinstance(new, Lead):
             self.lead = new
         elif isinstance(new, Sibling):
