@@ -38,6 +38,8 @@ __all__ = ["HostRows"]
 SILENT_LEASES = 1 / 6
 # In leases: between attempts to move back to the lead.
 RETURN_LEASES = 1 / 2
+# In leases: how long to wait for a renewal that acknowledges nothing new.
+BUSY_LEASES = 4
 # At the start, how long to look for the lead, and between two looks.
 START_SECONDS = 2.0
 START_PAUSE_SECONDS = 0.02
@@ -80,6 +82,9 @@ class HostRows:
         self._left: LeadConnection | None = None
         self._row: RowId | None = None
         self._return_at = -math.inf
+        self._busy_seconds = lease_seconds * BUSY_LEASES
+        # What the row in Postgres acknowledged before.
+        self._acknowledged = 0
         # All processes of a host start at the same time, so the lead may not listen yet.
         self._start_until = clock() + START_SECONDS
         self.in_doubt = False
@@ -175,8 +180,12 @@ class HostRows:
             left, self._left = self._left, None
             left.release()
             left.drop()
-        now = self._clock()
+        now, before = self._clock(), self._acknowledged
+        self._acknowledged = state.acknowledged
         if now < self._return_at:
+            return
+        if state.acknowledged != before and now < self._return_at + self._busy_seconds:
+            # A Delete may be about to read this row. Its receipt would count a process less.
             return
         self._return_at = now + self._return_seconds
         if state.acknowledged == state.cache.position.revision:

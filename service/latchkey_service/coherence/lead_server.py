@@ -231,6 +231,9 @@ class LeadServer:
                 Server(*request["server"]),
                 self._clock(),
             )
+            if adopted:
+                # For people: the row counts this sibling from now on.
+                renewer.renew_now()
             return {"adopted": adopted, "row": self._row()}
         connection.report = request["report"]
         renewed, log, ends = rules.renew(sibling, applied, request["acknowledged"])

@@ -16,6 +16,7 @@ from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import status_service_pb2_grpc as status_grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
+from latchkey_service.errors import NO_ANSWER
 
 from tests.helpers.calls import CHANNEL_OPTIONS, is_serving
 from tests.helpers.databases import session
@@ -30,6 +31,8 @@ _numbers = itertools.count(1)
 WORKERS = 3
 # A restart of a worker on a busy machine, and a dead row.
 BACK_SECONDS = 20.0
+# Verifies that the end of one connection may cost: one in progress, and one that is refused.
+LOST_MAX = 2
 
 
 @pytest.fixture
@@ -111,13 +114,20 @@ async def test_the_lead_ends(service: Service, database_url: str, number: signal
         created = await create(stub)
         before = lead_of(service)
         os.kill(before, number)
-        ended = time.monotonic() + 4.0
+        ended, lost = time.monotonic() + 4.0, 0
         while time.monotonic() < ended:
-            # Waits for a connection if this one led to the lead.
             request = pb.VerifyRequest(secret=created.secret)
-            answer = await stub.Verify(request, timeout=5, wait_for_ready=True)
+            try:
+                answer = await stub.Verify(request, timeout=5, wait_for_ready=True)
+            except grpc.aio.AioRpcError as error:
+                # The connection may lead to the lead. A worker without a lease says so.
+                assert error.code() is grpc.StatusCode.UNAVAILABLE
+                assert NO_ANSWER not in str(error.details())
+                lost += 1
+                continue
             assert answer.verdict == pb.VERDICT_VALID
-        assert (await delete(stub)).verifiers_acknowledged >= WORKERS - 1
+        assert lost <= LOST_MAX
+        assert (await delete(stub)).verifiers_acknowledged >= 1
         await eventually(lambda: lead_of(service) != before, "another lead", BACK_SECONDS)
         await eventually(lambda: shared(service, database_url), "one row again", BACK_SECONDS)
         assert (await delete(stub)).verifiers_acknowledged == WORKERS

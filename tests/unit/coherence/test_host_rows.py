@@ -39,6 +39,8 @@ class Renewer:
     def in_doubt(self) -> bool:
         return False
 
+    def renew_now(self) -> None: ...
+
     def wake_to_acknowledge(self) -> None:
         self.woken += 1
 
@@ -337,6 +339,8 @@ async def test_a_sibling_that_is_behind_does_not_return(host: Host) -> None:
     await host.renew()
     assert not host.rows.shared, "applied, and not yet acknowledged"
     host.lead.now += LEASE_SECONDS / 2
+    await host.renew()
+    assert not host.rows.shared, "a Delete may still read the row"
     await host.renew()
     assert host.rows.shared
 
