@@ -118,10 +118,14 @@ MUTANTS: dict[str, list[tuple[Any, str, Any]]] = {
 }
 
 
+# A seed that gave a stale answer when this was written, tried first to save time.
+HINTS = dict(zip(MUTANTS, (82, 279, 98, 440, 1_226, 359, 3, 0), strict=True))
+
+
 @pytest.mark.parametrize("name", MUTANTS)
 def test_each_rule_is_needed(name: str) -> None:
     """Without the rule, the simulation finds a stale answer."""
     with contextlib.ExitStack() as broken:
         for where, attribute, instead in MUTANTS[name]:
             broken.enter_context(mock.patch.object(where, attribute, instead, create=True))
-        assert any(run(seed).stale for seed in range(SEEDS_FOR_A_MUTANT)), name
+        assert any(run(seed).stale for seed in (HINTS[name], *range(SEEDS_FOR_A_MUTANT))), name

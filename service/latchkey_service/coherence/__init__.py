@@ -18,7 +18,7 @@ Around them:
 - `reads` decides which reads of the database to accept.
 - `primary` follows the primary server.
 - `verifier_table` has the SQL, `rows` the row of a process in Postgres.
-- `host_rows` is the row of a sibling, at the lead of its host, over `lead_client` and `lead_server`.
+- `host_rows` is the row of a sibling, at the lead of its host: `lead_client`, `lead_server`.
 
 "Rule N" means rule N of docs/protocol.md, here and in the rest of the service.
 

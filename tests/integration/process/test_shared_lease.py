@@ -38,7 +38,8 @@ LOST_MAX = 2
 @pytest.fixture
 def service(database_url: str) -> Iterator[Service]:
     with tempfile.TemporaryDirectory(prefix="latchkey-test-", dir=SCRATCH) as folder:
-        os.chmod(folder, 0o755)
+        # Postgres' own account enters it.
+        Path(folder).chmod(0o755)
         service = Service(
             Path(folder) / "service",
             database_url=database_url,
@@ -120,9 +121,9 @@ async def test_the_lead_ends(service: Service, database_url: str, number: signal
             try:
                 answer = await stub.Verify(request, timeout=5, wait_for_ready=True)
             except grpc.aio.AioRpcError as error:
-                # The connection may lead to the lead. A worker without a lease says so.
-                assert error.code() is grpc.StatusCode.UNAVAILABLE
-                assert NO_ANSWER not in str(error.details())
+                # The connection may lead to the lead. A worker without a lease has no excuse.
+                if NO_ANSWER in str(error.details()):
+                    raise
                 lost += 1
                 continue
             assert answer.verdict == pb.VERDICT_VALID
