@@ -309,8 +309,7 @@ async def test_a_sibling_returns_to_the_lead(host: Host) -> None:
     host.lead.now += LEASE_SECONDS
     host.lead.renew()
     assert await host.renew()
-    removed, recorded = host.postgres.calls[-1]  # type: ignore[misc]
-    assert (removed, recorded) == ("remove", host.state.lease_ends)
+    assert host.postgres.calls[-1] == ("remove", host.state.lease_ends)
     assert host.rows.row == ("ver_lead", 1)
     assert host.state.epoch == epoch
     assert host.news[-1] == "left Postgres"
