@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 
-.PHONY: help run console demo test check bench history fuzz soak sbom proto lock clean format
+.PHONY: help run console demo test check bench history fuzz soak sbom proto lock clean format docs
 
 help:  ## Show these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -47,6 +47,9 @@ soak: $(VENV)/.dev  ## Use the service in every way; fail if memory, descriptors
 
 proto: $(VENV)/.dev  ## Generate the stubs from the .proto files
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PY) proto/generate.py
+
+docs: $(VENV)/.dev  ## Build the documentation site into build/site
+	@exec $(PY) -m tests.site
 
 format: $(VENV)/.dev  ## Format the code and apply safe fixes
 	@$(BIN)/ruff check --fix-only -q .

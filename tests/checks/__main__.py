@@ -11,6 +11,7 @@ from functools import partial
 
 from tests.checks import audit, contract, locks, schemas
 from tests.checks.steps import ROOT, Outcome, command, run
+from tests.site import build as site
 
 PACKAGES = (
     "hatch_build.py",
@@ -35,6 +36,7 @@ STEPS = [
     ("stubs", partial(command, sys.executable, "proto/generate.py", "--check")),
     ("locks", partial(locks.check, ROOT)),
     ("schemas", partial(schemas.check, ROOT)),
+    ("site", partial(site.build, ROOT)),
     ("pip-audit", partial(audit.check, ROOT)),
 ]
 

@@ -285,6 +285,7 @@ def test_large_accounts_are_searched_in_steps(browser: Browser, world: World, sc
         assert browser.text("[data-review=never-expires] b") == "10,000+"
         browser.open("/?q=needle")
         assert "No tokens match so far" in browser.text(".none")
+        assert browser.text("#count") == "None so far, of 10,000+ tokens"
         assert browser.text("#more") == "Continue searching"
         if script:
             browser.screen("search-continues")

@@ -53,7 +53,7 @@ async def refused(channel: grpc.aio.Channel, path: str, data: bytes) -> str:
 
 
 async def test_each_method_has_a_limit(channel: grpc.aio.Channel) -> None:
-    """A request of one byte more than the limit is refused with the size and the limit, and one
+    """A request of one byte more than the limit is refused with the limit, and one
     within the limit is parsed. Every method and every message of a stream has such a limit."""
     for path, rule in METHODS.items():
         assert await refused(channel, path, GARBAGE * rule.bytes_max) == "REQUEST_NOT_PARSED"

@@ -81,6 +81,7 @@ app.command("serve", cls=Command)(service.serve)
 app.command("policy", cls=Command)(service.policy)
 app.command("dev-ca", cls=Command)(service.dev_ca)
 app.command("migrate", cls=Command)(service.migrate)
+app.command("doctor", cls=Command)(service.doctor)
 app.command("proto", cls=Command)(proto.proto)
 app.command("config", cls=Command)(service.config)
 
@@ -97,6 +98,8 @@ def _print_version(wanted: bool) -> None:
             file = importlib.resources.files("latchkey_cli").joinpath("BUILD")
             version += f"+{file.read_text('ascii').strip()}"
         output.write(sys.stdout, f"{NAME} {version}\n")
+        if (schema := service.schema_number()) is not None:
+            output.write(sys.stdout, f"service with schema {schema}\n")
         raise typer.Exit
 
 

@@ -10,7 +10,7 @@ __all__ = ["DEFAULT_PER_SECOND", "RateLimits", "limits_for"]
 BURST_SECONDS = 1.0
 # Calls per second of a caller that the policy limits to accounts, unless the policy says otherwise.
 # Such a caller is often somebody else's program. A worker can serve several times as many.
-DEFAULT_PER_SECOND: Mapping[str, float] = {"manager": 100.0, "operator": 20.0, "revoker": 100.0}
+DEFAULT_PER_SECOND: Mapping[str, float] = {"manager": 100.0, "operator": 20.0}
 _BOTH = (False, True)
 
 

@@ -38,6 +38,8 @@ class Status:
 
     head: Position
     verifiers: list[VerifierStatus]
+    schema: int
+    """Number of the newest migration."""
 
 
 class SiblingReport(NamedTuple):

@@ -321,7 +321,8 @@ class VerifierTable:
         async with self._pool.session() as session:
             rows = await session.fetch(
                 """
-                SELECT h.revision, h.mark, v.id, v.host, v.process_id, v.version, v.start_time,
+                SELECT h.revision, h.mark, (SELECT max(version) FROM schema_migration),
+                       v.id, v.host, v.process_id, v.version, v.start_time,
                        v.acknowledged_revision, v.lease_seconds,
                        greatest(0, v.lease_seconds - extract(
                            epoch FROM clock_timestamp() - v.renew_time))::double precision,
@@ -333,8 +334,8 @@ class VerifierTable:
                  ORDER BY v.start_time, v.id
                 """
             )
-        found = [each for row in rows if row[2] is not None for each in processes_of(row[2:])]
-        return Status(Position(rows[0][0], mark_in(rows[0][1])), found)
+        found = [each for row in rows if row[3] is not None for each in processes_of(row[3:])]
+        return Status(Position(rows[0][0], mark_in(rows[0][1])), found, rows[0][2])
 
     @retry_on_conflict
     async def prune_log(self, keep_seconds: float, limit: int) -> int:

@@ -129,14 +129,14 @@ async def rest(rests: Sequence[Callable[[], None]]) -> None:
             close_if_idle()
 
 
-async def follow_peppers(table: VerifierTable, own_id: str) -> None:
+async def follow_peppers(table: VerifierTable, own_id: str, reports: fleet.Reports) -> None:
     """Warn if live verifiers lack a pepper that others create tokens with. Runs until cancelled.
 
     Every worker warns, both those that lack the pepper and those that have it, because a person may
     read the log of only one host.
     """
     loop, log = asyncio.get_running_loop(), logger()
-    reports, registered, rows = fleet.Reports(), False, 0
+    registered, rows = False, 0
     while True:
         pause = PEPPER_CHECK_SECONDS * max(1.0, rows / PEPPER_CHECK_ROWS)
         if not registered:

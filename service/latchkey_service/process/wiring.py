@@ -71,6 +71,7 @@ from latchkey_service.settings.logs import logger
 from latchkey_service.settings.settings import Settings
 from latchkey_service.tokens.assembly import Management, build_management
 from latchkey_service.tokens.batched_lookup import LeasedLookup, Lookup
+from latchkey_service.tokens.fleet import Reports
 from latchkey_service.tokens.imported import ImportedSecrets
 from latchkey_service.tokens.rate_draws import RateDraws
 from latchkey_service.tokens.rate_table import RateTable
@@ -263,6 +264,8 @@ async def running(
         active_policy=active_policy,
         certificates=server.certificates,
         announcements=announcements,
+        seals=management.guard,
+        pepper_reports=Reports(),
     )
 
     def gauges() -> Mapping[str, int]:
@@ -301,7 +304,7 @@ async def running(
         *host.rests([lookup.rest, imported_lookup.rest]),
         *host.upkeep(
             lambda: [
-                follow_peppers(table, identity.id),
+                follow_peppers(table, identity.id, server.metrics.pepper_reports),
                 primary.run(),
                 prune_log(table, settings.lease_seconds),
                 sealer.run(),

@@ -18,6 +18,7 @@ them. And it ends streams whose clients do not read; the library would block a t
 
 import asyncio
 import math
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -32,17 +33,15 @@ from pygrpc_native import EVENT_CANCEL, STREAM_CLOSED, STREAM_FULL
 
 from latchkey_service.access.methods import (
     BATCH_VERIFY,
-    MANAGER,
     METHODS,
     OPEN,
-    OPERATOR,
     REMOVALS,
-    REVOKER,
+    ROLES,
     VERIFIER,
     Rule,
 )
 from latchkey_service.errors import LatchkeyError, StatusParts, TimeoutMalformed
-from latchkey_service.tokens.fair_queue import FairQueue
+from latchkey_service.tokens.fair_queue import SMALL_BYTES, FairQueue
 from latchkey_service.tokens.queue_limit import QueueLimit
 
 __all__ = ["Reject", "Screen", "Server", "metadata_of"]
@@ -112,13 +111,12 @@ class _Queue:
 
     def take(self, count: int, now: float) -> list[Event]:
         """Remove and return the next `count` calls, or fewer."""
-        count = min(count, len(self.waiting))
-        return [_with_time_left(now, *self.waiting.take()) for _ in range(count)]
+        return [_with_time_left(now, came, event) for came, event in self.waiting.take(count)]
 
     def has_room(self, size_bytes: int, now: float) -> bool:
         """Return whether another call may wait."""
         # Calls that the next turn starts do not count as queued.
-        queued = len(self.waiting) - self.in_turn
+        queued = self.waiting.size - self.in_turn
         if queued >= 0 and self.limit.rejects(queued, now):
             return False
         return self.waiting.fits(size_bytes)
@@ -167,12 +165,8 @@ class Server(pygrpc_native.aio.Server):
         self._open = _Queue(OPEN_IN_TURN)
         self._verifies = _Queue(VERIFIES_IN_TURN)
         self._batches = _Queue(BATCHES_IN_TURN)
-        self._by_role = {
-            VERIFIER: self._verifies,
-            MANAGER: _Queue(OTHERS_IN_TURN),
-            OPERATOR: _Queue(OTHERS_IN_TURN),
-            REVOKER: _Queue(OTHERS_IN_TURN),
-        }
+        self._by_role = {role: _Queue(OTHERS_IN_TURN) for role in ROLES}
+        self._by_role[VERIFIER] = self._verifies
         self._queues = (self._open, self._removals, self._batches, *self._by_role.values())
         # A cancellation may overtake its call: the library's thread and this one both fetch.
         self._cancelled: OrderedDict[int, None] = OrderedDict()
@@ -196,7 +190,7 @@ class Server(pygrpc_native.aio.Server):
     async def stop(self, grace: float | None) -> None:
         """Stop after calls have had `grace` seconds to finish."""
         # Queued calls arrived before the stop, so they still run.
-        waiting = [event for queue in self._queues for _, event in queue.waiting.clear()]
+        waiting = [event for queue in self._queues for _, event in queue.waiting.take(sys.maxsize)]
         super()._on_events(waiting)  # type: ignore[arg-type]
         if self._front is not None and not self._stopping:
             self._front = _DelayedClose(self._front)  # type: ignore[assignment]
@@ -232,7 +226,16 @@ class Server(pygrpc_native.aio.Server):
             queue = self._queue_of[method_id]
             if queue is not self._verifies:
                 self._others_at = now
-            self._enqueue(queue, event, now)
+            if (
+                self._screen is None
+                and len(event[3]) <= SMALL_BYTES
+                and not _has_malformed_timeout(event)
+                and queue.has_room(0, now)
+            ):
+                # The same as `_enqueue` for most calls without a policy.
+                queue.waiting.add(call_id, "", (now, event))
+            else:
+                self._enqueue(queue, event, now)
             if queue is self._open and self._in_turn and self._opened < OPEN_IN_TURN:
                 # A probe does not even wait for the next turn.
                 self._opened += 1
@@ -250,7 +253,7 @@ class Server(pygrpc_native.aio.Server):
             return
         caller, rule = "", self._rule_of[event[2]]
         # Without load, the handler refuses anonymous calls, because it also audits their accounts.
-        loaded = self._in_turn or queue.waiting.caller_of
+        loaded = self._in_turn or queue.waiting.size
         if loaded and self._screen is not None and rule.role is not None:
             try:
                 caller = self._screen(event[5][0])
@@ -258,8 +261,9 @@ class Server(pygrpc_native.aio.Server):
                 self._reject_event(event, error)
                 return
         size_bytes = len(event[3])
-        if size_bytes > rule.bytes_max:
+        if rule.bytes_max < size_bytes <= (self._receive_limit or size_bytes):
             # The handler will see that the request is too large. The rest need not wait for that.
+            # The library itself rejects a message above its own limit.
             size_bytes = rule.bytes_max + 1
             event = (*event[:3], event[3][:size_bytes], *event[4:])
         if not queue.has_room(size_bytes, now):
@@ -311,7 +315,7 @@ class Server(pygrpc_native.aio.Server):
         share: list[Event] = []
         now = self._monotonic()
         for queue in self._queues:
-            if queue.waiting.caller_of:
+            if queue.waiting.size:
                 share += queue.take(self._share_of(queue, now), now)
         self._in_turn = bool(share)
         if share:

@@ -69,9 +69,10 @@ async def test_all_workers_at_one_address(running: tuple[Service, str, str]) -> 
         assert now.get("grpc_server_started_total", grpc_method="Verify") == 1
         for worker in ("0", "1", "supervisor"):
             assert now.get("process_resident_memory_bytes", worker=worker) > 0
-        # No worker was restarted yet.
-        missing = CONDITIONAL | {"latchkey_worker_restarts"}
-        assert {metric.name for metric in now.metrics} | missing == set(FAMILIES)
+        assert {metric.name for metric in now.metrics} | CONDITIONAL == set(FAMILIES)
+        # Prometheus' `increase` does not see the first event of a counter that begins with it.
+        assert now.get("latchkey_worker_restarts_total") == 0
+        assert now.get("latchkey_failures_total", reason="OVERLOADED") == 0
 
     first, second = started.worker_pids
     os.kill(first, signal.SIGSTOP)

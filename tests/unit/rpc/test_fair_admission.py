@@ -11,7 +11,13 @@ from latchkey_service.access.methods import ROTATE, UPDATE
 from latchkey_service.access.policy import parse
 from latchkey_service.access.rates import RateLimits
 from latchkey_service.errors import LatchkeyError, RateLimited
-from latchkey_service.rpc.admission import BURST, ConcurrencyLimiter
+from latchkey_service.rpc.admission import BURST, REJECTIONS_AT_ONCE, ConcurrencyLimiter
+from latchkey_service.rpc.call_report import (
+    ANONYMOUS_PER_SECOND,
+    ANONYMOUS_SECONDS_MAX,
+    CallReporter,
+)
+from latchkey_service.rpc.counters import Counts
 from latchkey_service.rpc.removals import may_narrow
 
 from tests.helpers.callers import policy_text
@@ -91,6 +97,20 @@ async def test_a_full_queue_makes_room_for_others() -> None:
     assert len([name for name in scene.started if name.startswith("other")]) == 23
 
 
+async def test_a_refused_call_takes_no_place() -> None:
+    """A call that passes the check and is then refused for another reason, such as its caller's
+    rate, rejects no call of others."""
+    scene = Scene()
+    for number in range(2 + 2 * BURST):
+        await scene.call(f"flood {number}", "flood")
+    for _ in range(2 * BURST):
+        scene.limiter.check("refused later")
+    await settle()
+    assert scene.rejected == []
+    assert scene.limiter.queued == 2 * BURST
+    await scene.finish()
+
+
 async def test_removals_go_first() -> None:
     """A removal is accepted though the queue is full, and starts before all that wait, even those
     of the same caller."""
@@ -102,6 +122,21 @@ async def test_removals_go_first() -> None:
     await scene.end_one()
     assert scene.started[-1] == "delete"
     await scene.finish()
+
+
+async def test_removals_leave_others_a_share() -> None:
+    """While removals keep arriving, every fourth slot goes to other calls that wait."""
+    scene = Scene()
+    for number in range(2):
+        await scene.call(f"first {number}", "one")
+    for number in range(12):
+        await scene.call(f"delete {number}", "flood", removal=True)
+        await scene.call(f"get {number}", "other")
+    for _ in range(12):
+        await scene.end_one()
+    assert len([name for name in scene.started if name.startswith("get")]) == 3
+    await scene.finish()
+    assert scene.rejected == []
 
 
 async def test_removals_are_bounded() -> None:
@@ -135,7 +170,7 @@ def test_what_may_narrow(path: str, request_: Any, expected: bool) -> None:
 
 
 def test_callers_of_some_accounts_have_default_rates() -> None:
-    """A caller that the policy limits to accounts has a rate for each role except the verifier's.
+    """A caller that the policy limits to accounts has a rate as a manager and as an operator.
     The policy can change it. Other callers have none."""
     policy = parse(
         policy_text() + "\n[callers.own]\nroles = ['manager']\naccounts = ['a']\n"
@@ -145,7 +180,7 @@ def test_callers_of_some_accounts_have_default_rates() -> None:
     assert callers["manager"].rates is None
     limited = callers["acmes-manager"].rates
     assert limited is not None
-    assert limited.per_second == {"manager": 100, "operator": 20, "revoker": 100}
+    assert limited.per_second == {"manager": 100, "operator": 20}
     own = callers["own"].rates
     assert own is not None
     assert own.per_second["manager"] == 7
@@ -159,3 +194,15 @@ def test_removals_are_charged_apart() -> None:
             limits.spend("manager", 1, 5.0, removal=removal)
         with pytest.raises(RateLimited):
             limits.spend("manager", 1, 5.0, removal=removal)
+
+
+def test_anonymous_refusals_are_paced() -> None:
+    """A burst of calls without an identity is refused at once. The others wait their turn, at the
+    documented rate, but none for longer than the maximum."""
+    audit: Any = None
+    reporter = CallReporter(Counts(), audit, lambda: 1_000.0)
+    delays = [reporter.anonymous_delay_seconds() for _ in range(20_000)]
+    assert delays[:REJECTIONS_AT_ONCE] == [0.0] * REJECTIONS_AT_ONCE
+    rate = 1 / (delays[REJECTIONS_AT_ONCE + 2] - delays[REJECTIONS_AT_ONCE + 1])
+    assert rate == pytest.approx(ANONYMOUS_PER_SECOND)
+    assert max(delays) == pytest.approx(ANONYMOUS_SECONDS_MAX, abs=0.1)

@@ -210,10 +210,21 @@ async def _body(request: Request) -> bytes | None:
 
 def _match(item: Any) -> _Match | None:
     """Return the match in an element of the array, or None if it has no token."""
-    if not isinstance(item, dict) or not isinstance(item.get("token"), str):
+    if not isinstance(item, dict) or not _is_text(item.get("token")):
         return None
-    texts = {name: item.get(name) for name in ("type", "url", "source")}
-    return _Match(item["token"], **{k: v if isinstance(v, str) else "" for k, v in texts.items()})
+    texts = (item.get(name) for name in ("type", "url", "source"))
+    return _Match(item["token"], *(text if _is_text(text) else "" for text in texts))
+
+
+def _is_text(value: Any) -> bool:
+    """Return whether a value is a text that UTF-8 can encode: JSON can contain lone surrogates."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _batches(matches: Sequence[_Match]) -> Iterator[list[str]]:
@@ -221,14 +232,14 @@ def _batches(matches: Sequence[_Match]) -> Iterator[list[str]]:
     batch: list[str] = []
     size = 0
     for match in matches:
-        # An empty text has the outcome MALFORMED, as any text that is too long has.
-        token = (
-            match.token if len(match.token.encode("utf-8", "replace")) <= _TOKEN_BYTES_MAX else ""
-        )
-        size += len(token) + 4
+        token, token_bytes = match.token, len(match.token.encode())
+        if token_bytes > _TOKEN_BYTES_MAX:
+            # An empty text has the outcome MALFORMED, as any text that is too long has.
+            token, token_bytes = "", 0
+        size += token_bytes + 4
         if batch and (len(batch) == BATCH_MAX or size > BATCH_BYTES_MAX):
             yield batch
-            batch, size = [], len(token) + 4
+            batch, size = [], token_bytes + 4
         batch.append(token)
     if batch:
         yield batch

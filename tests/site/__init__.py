@@ -1,0 +1,1 @@
+"""`make docs`: builds the documentation site from the repository's Markdown, without a network."""
