@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 
-.PHONY: help run console demo test check bench history fuzz soak sbom proto lock clean format docs
+.PHONY: help run console demo test check bench history fuzz soak sbom proto manifests lock clean format docs
 
 help:  ## Show these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -50,6 +50,12 @@ proto: $(VENV)/.dev  ## Generate the stubs from the .proto files
 
 docs: $(VENV)/.dev  ## Build the documentation site into build/site
 	@exec $(PY) -m tests.site
+
+manifests:  ## Render the Kubernetes manifests from the Helm chart (needs helm)
+	@mkdir -p build
+	{ echo "# Rendered from deploy/helm/latchkey by make manifests; docs/deploy.md describes it."
+	  helm template latchkey deploy/helm/latchkey --kube-version 1.30.0; } > build/manifests.yaml
+	mv build/manifests.yaml deploy/kubernetes/latchkey.yaml
 
 format: $(VENV)/.dev  ## Format the code and apply safe fixes
 	@$(BIN)/ruff check --fix-only -q .

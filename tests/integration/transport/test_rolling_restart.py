@@ -116,11 +116,16 @@ async def test_a_rolling_restart_behind_haproxy_loses_no_call(
         )
 
     services: dict[str, Service] = {}
+
+    def clean_up() -> None:
+        for service in services.values():
+            service.clean_up()
+
     config = (ROOT / "docs" / "service-config-balancer.json").read_text()
     options = (("grpc.service_config", config), ("grpc.use_local_subchannel_pool", 1))
     load = Load()
     async with contextlib.AsyncExitStack() as stack:
-        stack.callback(lambda: [service.clean_up() for service in services.values()])
+        stack.callback(clean_up)
         for name in HOSTS:
             services[name] = started(name, 0)
         for service in services.values():

@@ -44,13 +44,13 @@ def test_the_configs_retry_only_methods_of_the_contract_that_create_nothing() ->
         assert name["method"] not in {"Create", "Rotate", "Import"}
 
 
-class _Failing(pb_grpc.TokenServiceServicer):
+class _Failing:
     """Rejects the first verify as the service does, and answers the next one."""
 
     def __init__(self) -> None:
         self.at: list[float] = []
 
-    async def Verify(self, _request: Any, context: Any) -> pb.VerifyResponse:  # noqa: N802 - gRPC's
+    async def verify(self, _request: Any, context: Any) -> pb.VerifyResponse:
         self.at.append(asyncio.get_running_loop().time())
         if len(self.at) == 1:
             error = StoreUnavailable()
@@ -65,7 +65,11 @@ async def test_grpc_waits_for_the_delay_that_the_service_asks_for() -> None:
     """A retry by gRPC itself waits for `grpc-retry-pushback-ms`, eight times its first
     backoff."""
     server, failing = grpc.aio.server(), _Failing()
-    pb_grpc.add_TokenServiceServicer_to_server(failing, server)
+    handler = grpc.unary_unary_rpc_method_handler(
+        failing.verify, pb.VerifyRequest.FromString, pb.VerifyResponse.SerializeToString
+    )
+    service = grpc.method_handlers_generic_handler("latchkey.v1.TokenService", {"Verify": handler})
+    server.add_generic_rpc_handlers((service,))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
