@@ -17,7 +17,7 @@ from latchkey_service.settings import settings as settings_module
 
 USAGE = """\
 usage: python -m latchkey_service [serve | config [--json] | policy ... | dev-ca ... |
-                                  migrate ... | audit verify ...]
+                                  migrate ... | doctor ... | audit verify ...]
 
   serve                    run the service (the default)
   config                   print the settings in force, passwords redacted
@@ -25,8 +25,11 @@ usage: python -m latchkey_service [serve | config [--json] | policy ... | dev-ca
                            append the section with --output FILE; --role and --account
   dev-ca [--help]          write a CA and certificates for trying TLS
   policy check [FILE]      validate a policy file, by default LATCHKEY_POLICY
-  migrate [--grant ROLE]   bring the database to this release, as the owner of its tables,
+  migrate [--check | --dry-run] [--grant ROLE] [--database-url-file FILE]
+                           bring the database to this release, as the owner of its tables,
                            and give the role of the service its rights
+  doctor [--json] [--host NAME] [--ca FILE]
+                           check this host's settings, files, database and addresses
   audit verify [--noted NUMBER:DIGEST]
                            check that no sealed entry of the audit log was changed or removed
 """
@@ -35,6 +38,7 @@ usage: python -m latchkey_service [serve | config [--json] | policy ... | dev-ca
 # Commands with arguments of their own: the module and the function of each.
 _TOOLS = {
     "audit": ("latchkey_service.process.commands", "audit_command"),
+    "doctor": ("latchkey_service.process.doctor", "run"),
     "dev-ca": ("latchkey_service.access.dev_ca", "run"),
     "migrate": ("latchkey_service.process.commands", "migrate_command"),
     "policy": ("latchkey_service.access.command", "run"),

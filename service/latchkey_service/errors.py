@@ -28,16 +28,18 @@ The expected outcomes of a verify are values (`verdict.py`), never exceptions. C
 messages, so a message never contains a secret, a digest, SQL or an address.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import ClassVar, Literal
+from typing import ClassVar, Final, Literal
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 __all__ = [
+    "PUSHBACK_METADATA",
     "REQUEST_ID_METADATA",
     "AlreadyExists",
     "ChangeNotConfirmed",
@@ -71,6 +73,7 @@ __all__ = [
 DOMAIN = "latchkey"
 # Metadata with the id under which the service logs the call. Callers may send their own.
 REQUEST_ID_METADATA = "x-request-id"
+PUSHBACK_METADATA = "grpc-retry-pushback-ms"
 INTERNAL_MESSAGE = "Internal error. The server log has the cause under this request id."
 # Long enough not to prolong an outage, and short enough that calls resume soon after Postgres.
 RETRY_DELAY_SECONDS = 0.25
@@ -78,6 +81,10 @@ TOO_LATE = "The answer would arrive after the deadline; try again shortly."
 NO_ANSWER = "The database does not respond; try again shortly."
 CHANGING_OVER = "The database is failing over; try again shortly."
 
+
+# A status is sent in headers, twice: as text and encoded. gRPC clients accept 8 KiB of headers in
+# an answer, and report another error for more.
+VIOLATIONS_BYTES_MAX: Final = 1_200
 
 ViolationReason = Literal["EXPIRY_REQUIRED", "EXPIRY_TOO_LATE"]
 
@@ -112,18 +119,29 @@ class InvalidArgument(LatchkeyError):
     reason = "INVALID_ARGUMENT"
 
     def __init__(self, *violations: FieldViolation, reason: str | None = None) -> None:
-        self.violations = violations
         for violation in violations:
             if violation.reason is not None:
                 self.reason, self.metadata = violation.reason, dict(violation.metadata)
         if reason is not None:
             self.reason = reason
+        self.violations = _first_of(violations)
         # A violation without a field concerns the whole request.
         super().__init__(
             "; ".join(
-                f"{v.field}: {v.description}" if v.field else v.description for v in violations
+                f"{v.field}: {v.description}" if v.field else v.description for v in self.violations
             )
         )
+
+
+def _first_of(violations: Sequence[FieldViolation]) -> tuple[FieldViolation, ...]:
+    """Return the first violations, as many as fit into a status, and how many others there are."""
+    left = VIOLATIONS_BYTES_MAX
+    for count, violation in enumerate(violations):
+        left -= len(f"{violation.field}: {violation.description}; ".encode())
+        if left < 0 and count:
+            more = f"{len(violations) - count} further problems"
+            return (*violations[:count], FieldViolation("", more))
+    return tuple(violations)
 
 
 class RequestNotParsed(InvalidArgument):
@@ -315,12 +333,14 @@ def status_of(error: BaseException, request_id: str, randomness: float = 0.0) ->
 
     Every other exception becomes INTERNAL with a fixed text, because its own
     text may contain anything. The details follow AIP-193: ErrorInfo and RequestInfo always,
-    BadRequest and RetryInfo where they apply. `randomness`, from 0 to 1, lengthens the retry delay
-    by that fraction, so that callers that failed together do not all retry together.
+    BadRequest and RetryInfo where they apply. gRPC's own retries (gRFC A6) read the delay only in
+    `grpc-retry-pushback-ms`. `randomness`, from 0 to 1, lengthens the retry delay by that fraction,
+    so that callers that failed together do not all retry together.
     """
     if not isinstance(error, LatchkeyError):
         error = LatchkeyError(INTERNAL_MESSAGE)
     code = error.code
+    pushback: list[tuple[str, str]] = []
     details: list[
         error_details_pb2.ErrorInfo
         | error_details_pb2.RequestInfo
@@ -345,6 +365,7 @@ def status_of(error: BaseException, request_id: str, randomness: float = 0.0) ->
         seconds, rest = divmod(error.retry_seconds * (1 + randomness), 1)
         delay = duration_pb2.Duration(seconds=int(seconds), nanos=int(rest * 1e9))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+        pushback.append((PUSHBACK_METADATA, str(math.ceil(delay.ToNanoseconds() / 1e6))))
     message = str(error)
     number: int = code.value[0]
     status = status_pb2.Status(code=number, message=message)
@@ -359,5 +380,6 @@ def status_of(error: BaseException, request_id: str, randomness: float = 0.0) ->
         (
             (REQUEST_ID_METADATA, request_id),
             ("grpc-status-details-bin", status.SerializeToString()),
+            *pushback,
         ),
     )

@@ -27,7 +27,7 @@ def said_in_heading(browser: Browser, words: str) -> None:
     [
         (UNAVAILABLE, "cannot be reached"),
         (grpc.StatusCode.DEADLINE_EXCEEDED, "did not answer in time"),
-        (grpc.StatusCode.RESOURCE_EXHAUSTED, "Latchkey is busy"),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, "The service is busy"),
         (grpc.StatusCode.PERMISSION_DENIED, "cannot access this account"),
         (grpc.StatusCode.UNAUTHENTICATED, "could not authenticate"),
         (grpc.StatusCode.INTERNAL, "failed unexpectedly"),
@@ -57,7 +57,7 @@ def test_unreachable_while_loading_more_rows(browser: Browser, world: World) -> 
     browser.open()
     with world.relay.failing("List", code=UNAVAILABLE):
         browser.click("#more")
-        assert browser.text("#more-failed") == "Latchkey cannot be reached."
+        assert browser.text("#more-failed") == "The service cannot be reached."
         assert browser.text("#more") == "Try again"
         browser.focused("#more")
         browser.screen("unreachable-more")
@@ -97,7 +97,7 @@ def test_busy_while_creating(browser: Browser, world: World) -> None:
     browser.open("/new")
     with world.relay.failing("Create", code=grpc.StatusCode.RESOURCE_EXHAUSTED):
         add(browser, "busy")
-        assert "Latchkey is busy, so nothing was created" in browser.text("#error-form")
+        assert "The service is busy, so nothing was created" in browser.text("#error-form")
     assert world.tokens() == {}
 
 

@@ -219,7 +219,7 @@ def test_edit_shows_errors_at_their_field(browser: Browser, world: World, script
     browser.type("#name", "still mine")
     with world.relay.failing("Update", code=grpc.StatusCode.RESOURCE_EXHAUSTED):
         browser.click("#save")
-        assert "Latchkey is busy, so nothing was saved" in browser.text("#error-form")
+        assert "The service is busy, so nothing was saved" in browser.text("#error-form")
     assert browser.find("#name").get_attribute("value") == "still mine"
     browser.click("#save")
     assert "Saved still mine" in browser.text("#notice")

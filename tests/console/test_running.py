@@ -196,7 +196,7 @@ def test_second_signal_changes_nothing(tmp_path: Path) -> None:
                     run(eventually(lambda: refuses(url), "the console accepts no new connections"))
                 # Now Latchkey is gone, so the console can answer.
                 silent.close()
-            assert "Latchkey cannot be reached" in asked.result().text
+            assert "The service cannot be reached" in asked.result().text
             assert running.wait() == 0
         finally:
             running.end()

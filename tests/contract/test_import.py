@@ -298,11 +298,20 @@ async def test_concurrent_calls_that_take_the_same_names(stub: Any) -> None:
 
 
 async def test_expired_token_does_not_hold_its_name(stub: Any, database_url: str) -> None:
-    """As with Create, the name of an expired token is free."""
-    await imported(stub, row(key(), "name"))
+    """As with Create, the name of an expired token is free, and the token has an audit entry of the
+    call that took its name."""
+    (old,) = await imported(stub, row(key(), "name"))
     async with session(database_url) as connection:
         await connection.execute("UPDATE token SET expire_time = now() - interval '1 day'")
-    assert outcomes(await imported(stub, row(key(), "name"))) == ["IMPORTED"]
+        assert outcomes(await imported(stub, row(key(), "name"))) == ["IMPORTED"]
+        entries = await connection.fetch(
+            "SELECT account_id, method, reason FROM audit WHERE token_id = $1 ORDER BY id", old.id
+        )
+    method = "/latchkey.v1.TokenService/Import"
+    assert [tuple(entry) for entry in entries] == [
+        ("acme", method, ""),
+        ("acme", method, "NAME_FREED"),
+    ]
 
 
 async def test_absent_secret_is_accepted_once_imported(stub: Any) -> None:

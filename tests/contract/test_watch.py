@@ -14,6 +14,7 @@ from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import status_service_pb2_grpc as status_pb_grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
+from latchkey_service.postgres.schema import bundled, newest
 from structlog.testing import capture_logs
 
 from tests.helpers.calls import CHANNEL_OPTIONS
@@ -205,6 +206,7 @@ async def test_status_and_log_name_the_client_a_delete_waits_for(
 
     async def waited_for() -> list[str]:
         status = await status_stub.GetStatus(status_pb.GetStatusRequest(), timeout=5)
+        assert status.schema_version == newest(bundled())
         return list(status.verifiers[0].waiting_for)
 
     await client.granted()

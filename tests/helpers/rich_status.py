@@ -1,5 +1,6 @@
 """Parses the rich status of a rejected call, as a client would."""
 
+import math
 from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,9 @@ async def refusal(call: Awaitable[Any]) -> Refusal:
     has_retry = error_details_pb2.RetryInfo in found
     transient = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED}
     assert has_retry == (error.code() in transient)
+    # gRPC's own retries read the same delay here, in whole milliseconds. `native` cannot send it.
+    delay_ms = math.ceil(retry.retry_delay.ToNanoseconds() / 1e6)
+    assert metadata.get("grpc-retry-pushback-ms") in (None, *([str(delay_ms)] * has_retry))
     is_bad = error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert (error_details_pb2.BadRequest in found) == is_bad
     return Refusal(

@@ -102,6 +102,23 @@ def console(
             default="http:// and --listen",
         ),
     ] = None,
+    product_name: Annotated[
+        str,
+        _option("PRODUCT_NAME", "TEXT", "Your product's name, in the page's header.", default=True),
+    ] = "Latchkey",
+    api_example_url: Annotated[
+        str,
+        _option(
+            "API_EXAMPLE_URL",
+            "URL",
+            "Address of your API, in the examples of how to use a token.",
+            default=True,
+        ),
+    ] = "https://api.example.com/",
+    support_url: Annotated[
+        str | None,
+        _option("SUPPORT_URL", "URL", "Where people get help; the page then links to it."),
+    ] = None,
     target: TargetOption = "127.0.0.1:50051",
 ) -> None:
     """Serve the API Tokens web page until Ctrl-C.
@@ -142,6 +159,9 @@ def console(
                 oidc_client_id=oidc_client_id,
                 oidc_client_secret=_secret(oidc_client_secret_file),
                 oidc_claim=oidc_claim,
+                product_name=product_name,
+                api_example_url=api_example_url,
+                support_url=support_url,
             )
         )
     except settings.SettingsError as error:

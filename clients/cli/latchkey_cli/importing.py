@@ -136,7 +136,7 @@ def import_tokens(
 
     Each row has the SHA-256 hash of a whole secret, in hexadecimal or base64,
     in the column 'hash'. Other columns: account, name, scope, expires, created,
-    hint, description, networks, permissions, enabled, and label.NAME.
+    hint, description, networks, permissions, rate, enabled, and label.NAME.
 
     It is safe to run this again: rows whose secrets are there already are
     skipped. A row that is refused does not stop the others. The exit code is 2

@@ -37,7 +37,8 @@ NAME: Final = "latchkey"
 EPILOG: Final = """\
 Exit codes:
   0  success; for verify: VALID
-  1  unexpected error, or you answered no to a prompt
+  1  unexpected error, or you answered no to a prompt; for doctor, audit verify
+     and migrate --check: something is wrong or missing
   2  invalid usage or argument
   3  token not found; for revoke: a line is not a secret of a token
   4  name already taken
@@ -81,6 +82,7 @@ app.command("serve", cls=Command)(service.serve)
 app.command("policy", cls=Command)(service.policy)
 app.command("dev-ca", cls=Command)(service.dev_ca)
 app.command("migrate", cls=Command)(service.migrate)
+app.command("doctor", cls=Command)(service.doctor)
 app.command("proto", cls=Command)(proto.proto)
 app.command("config", cls=Command)(service.config)
 
@@ -97,6 +99,8 @@ def _print_version(wanted: bool) -> None:
             file = importlib.resources.files("latchkey_cli").joinpath("BUILD")
             version += f"+{file.read_text('ascii').strip()}"
         output.write(sys.stdout, f"{NAME} {version}\n")
+        if (schema := service.schema_number()) is not None:
+            output.write(sys.stdout, f"service with schema {schema}\n")
         raise typer.Exit
 
 

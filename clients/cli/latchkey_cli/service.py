@@ -15,7 +15,16 @@ import typer
 from latchkey_cli.failures import Exit, Failure
 from latchkey_cli.options import JsonOption
 
-__all__ = ["config", "dev_ca", "migrate", "policy", "serve", "verify_audit"]
+__all__ = [
+    "config",
+    "dev_ca",
+    "doctor",
+    "migrate",
+    "policy",
+    "schema_number",
+    "serve",
+    "verify_audit",
+]
 
 _MODULE = "latchkey_service"
 
@@ -124,19 +133,78 @@ def migrate(
             "--grant", metavar="ROLE", show_default=False, help="Database role of the service."
         ),
     ] = None,
+    url_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--database-url-file",
+            metavar="FILE",
+            show_default="LATCHKEY_MIGRATION_URL",
+            help="File with the database URL of the owner; - for standard input.",
+        ),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit with 1 if a migration is missing.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the SQL, and change nothing.")
+    ] = False,
 ) -> None:
     """Bring the database to this release, as the owner of its tables.
 
-    Needed only if the service runs with a role that may not change tables.
-    LATCHKEY_DATABASE_URL names the owner. --grant gives the role of the service
-    its rights, and no others. The service itself migrates if it owns the tables.
+    Needed only if the service runs with a role that may not change tables, or
+    with LATCHKEY_MIGRATE=off. LATCHKEY_MIGRATION_URL or --database-url-file has
+    the URL of the owner, otherwise LATCHKEY_DATABASE_URL. --grant gives the role
+    of the service its rights, and no others.
     """
-    _become("migrate", *([] if role is None else [f"--grant={role}"]))
+    options = [] if role is None else [f"--grant={role}"]
+    options += [] if url_file is None else [f"--database-url-file={url_file}"]
+    options += ["--check"] if check else []
+    options += ["--dry-run"] if dry_run else []
+    _become("migrate", *options)
+
+
+def doctor(
+    as_json: JsonOption = False,
+    host: Annotated[
+        str | None,
+        typer.Option(
+            "--host",
+            metavar="NAME",
+            show_default="host of LATCHKEY_TLS_LISTEN",
+            help="Name by which clients reach the TLS listener.",
+        ),
+    ] = None,
+    ca: Annotated[
+        Path | None,
+        typer.Option(
+            "--ca", metavar="FILE", show_default=False, help="CAs that clients trust, in PEM."
+        ),
+    ] = None,
+) -> None:
+    """Check this host's settings, files, database and addresses.
+
+    Run it where the service runs, with its environment and as its user. It
+    changes nothing, and works while the service is down. It exits with 1 if a
+    check failed.
+    """
+    options = ["--json"] if as_json else []
+    options += [] if host is None else [f"--host={host}"]
+    options += [] if ca is None else [f"--ca={ca}"]
+    _become("doctor", *options)
 
 
 def verify_audit(noted: str | None) -> None:
     """Check the audit log on the host of the service."""
     _become("audit", "verify", *([] if noted is None else [f"--noted={noted}"]))
+
+
+def schema_number() -> str | None:
+    """Return the number of the newest migration of the service here, or None without a service."""
+    spec = importlib.util.find_spec(_MODULE)
+    if spec is None or spec.origin is None:
+        return None
+    files = Path(spec.origin).parent.glob("postgres/migrations/[0-9][0-9][0-9][0-9]_*.sql")
+    return max((file.name[:4] for file in files), default=None)
 
 
 def _become(*arguments: str) -> NoReturn:

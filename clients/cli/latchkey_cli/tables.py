@@ -266,7 +266,9 @@ def print_status(output: Console, status: "Status") -> None:
     """Print the server processes, how current they are, and warnings that need action."""
     number = len(status.verifiers)
     verifiers = "1 verifier" if number == 1 else f"{number} verifiers"
-    output.print(Text(f"Head revision {status.head_revision}, {verifiers}"))
+    # Servers of older releases do not report it.
+    schema = f", schema {status.schema_version:04}" if status.schema_version else ""
+    output.print(Text(f"Head revision {status.head_revision}, {verifiers}{schema}"))
     if number:
         _print_verifiers(output, status.verifiers)
         _print_databases(output, status.verifiers)

@@ -58,7 +58,7 @@ def make_app(
     # A new key at each start ends the sessions and forms of the previous process, whose data is
     # lost anyway.
     key = secrets.token_urlsafe(32)
-    renderer = Renderer()
+    renderer = Renderer(settings.brand)
     openid: OpenId | None = None
     identity: Identity
     if settings.account is not None:

@@ -150,7 +150,7 @@ class EditForm:
             path = violation.field.removeprefix("token.").partition("[")[0]
             place, subject = _SERVICE_FIELDS.get(path, ("", violation.field))
             errors.setdefault(place, f"{subject} {violation.description.rstrip('. ')}.")
-        return self.with_errors(errors or {"": "Latchkey did not accept this."})
+        return self.with_errors(errors or {"": "The service did not accept this."})
 
     def _expiry(self, now: datetime) -> dict[str, datetime | None]:
         if self.expiry == _KEEP:
@@ -214,8 +214,12 @@ class ReplaceForm:
         soon = token.expire_time is not None and token.expire_time - now <= _SOON
         offered = [value for value, _ in durations(limits)]
         later = "90" if "90" in offered else offered[-1]
-        ends = list(ends_within(limits))
-        return cls("day" if "day" in ends else ends[0], later if soon else _KEEP)
+        offered_ends = list(ends_within(limits))
+        ends = "day" if "day" in offered_ends else offered_ends[0]
+        # A grace would keep a leaked secret alive.
+        if token.secrets and token.secrets[0].leak_report_time is not None:
+            ends = "now"
+        return cls(ends, later if soon else _KEEP)
 
     @classmethod
     def read(cls, fields: Mapping[str, str]) -> "ReplaceForm":

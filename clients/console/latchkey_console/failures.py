@@ -18,12 +18,12 @@ _Words = tuple[int, str, str]
 _NOT_NOW: Final[Mapping[str | None, _Words]] = {
     "TOO_MANY_SECRETS": (
         409,
-        "This token already has as many secrets as Latchkey allows",
+        "This token already has as many secrets as it may have",
         "End its old secrets first.",
     ),
     "FLEET_UPGRADING": (
         503,
-        "Latchkey is being upgraded",
+        "The service is being upgraded",
         "Not all of its servers know this change yet. Try again in a few minutes.",
     ),
 }
@@ -75,24 +75,24 @@ def _words(error: latchkey.LatchkeyError) -> _Words:
         case latchkey.DeadlineExceeded():
             return (
                 504,
-                "Latchkey did not answer in time",
+                "The service did not answer in time",
                 "It may be very busy. Try again in a moment.",
             )
         case latchkey.Unavailable():
-            return 503, "Latchkey cannot be reached", "Try again in a moment."
+            return 503, "The service cannot be reached", "Try again in a moment."
         case latchkey.ResourceExhausted():
-            return 503, "Latchkey is busy", "It is overloaded right now. Try again in a moment."
+            return 503, "The service is busy", "It is overloaded right now. Try again in a moment."
         case latchkey.PermissionDenied():
             return (
                 403,
                 "You cannot access this account here",
-                "Latchkey denied this page's request. Ask your administrator for access.",
+                "The service denied this page's request. Ask your administrator for access.",
             )
         case latchkey.Unauthenticated():
             return (
                 502,
-                "This page could not authenticate to Latchkey",
-                "Latchkey rejected the page's credentials. Ask your administrator to fix them.",
+                "This page could not authenticate to the service",
+                "The service rejected the page's credentials. Ask your administrator to fix them.",
             )
         case latchkey.FailedPrecondition(reason=reason) if reason in _NOT_NOW:
             return _NOT_NOW[reason]
@@ -101,14 +101,14 @@ def _words(error: latchkey.LatchkeyError) -> _Words:
         case _:
             return (
                 502,
-                "Latchkey failed unexpectedly",
+                "The service failed unexpectedly",
                 "Try again. If the error persists, contact your administrator.",
             )
 
 
 def _invalid(error: latchkey.InvalidArgument) -> _Words:
     if error.reason not in ("EXPIRY_REQUIRED", "EXPIRY_TOO_LATE"):
-        return 400, "Invalid request", "Latchkey did not accept this request."
+        return 400, "Invalid request", "The service did not accept this request."
     seconds = error.metadata.get("max_ttl_seconds", "")
     if not seconds.isdigit():
         return 400, "Every token needs an expiry here", "Choose when the token expires."

@@ -135,7 +135,7 @@ class TokenForm:
         for violation in violations:
             place, subject = _SERVICE_FIELDS.get(violation.field, ("", violation.field))
             errors.setdefault(place, f"{subject} {violation.description.rstrip('. ')}.")
-        return self.with_errors(errors or {"": "Latchkey did not accept this."})
+        return self.with_errors(errors or {"": "The service did not accept this."})
 
 
 def durations(limits: Limits) -> list[tuple[str, str]]:

@@ -19,6 +19,7 @@ from latchkey_console.failures import Trouble
 from latchkey_console.identity import Viewer
 from latchkey_console.review import Kind
 from latchkey_console.reviewed import REVIEWED_DAYS
+from latchkey_console.settings import Brand
 from latchkey_console.text import visible, visible_lines
 
 __all__ = ["PART_HEADER", "Renderer", "is_part"]
@@ -40,7 +41,7 @@ _TYPES: Final = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+x
 class Renderer:
     """Renders templates and serves static files. Reads both only once."""
 
-    def __init__(self) -> None:
+    def __init__(self, brand: Brand) -> None:
         folder = resources.files("latchkey_console") / "static"
         self._static = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
         digest = hashlib.sha256(b"\0".join(self._static[name] for name in sorted(self._static)))
@@ -65,6 +66,7 @@ class Renderer:
             "visible_lines": visible_lines,
         }
         self._templates.globals |= {
+            "brand": brand,
             "static": f"/static/{self._version}",
             "Kind": Kind,
             "Order": TokenOrder,

@@ -13,6 +13,7 @@ from urllib.parse import SplitResult, urlsplit
 from latchkey import Secret
 
 __all__ = [
+    "Brand",
     "OpenIdSettings",
     "ProxySettings",
     "Settings",
@@ -26,11 +27,15 @@ __all__ = [
 LISTEN: Final = "127.0.0.1:50080"
 TARGET: Final = "127.0.0.1:50051"
 CLAIM: Final = "sub"
+PRODUCT: Final = "Latchkey"
+PRODUCT_LENGTH_MAX: Final = 64
+API_URL: Final = "https://api.example.com/"
 
 # As the contract defines it (`account_id` in token_service.proto).
 _ACCOUNT_ID: Final = re.compile(r"[A-Za-z0-9._:@|+=/~-]{1,128}")
 _HOST_NAME: Final = re.compile(r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*\.?")
 _HEADER_NAME: Final = re.compile(r"[A-Za-z0-9-]{1,64}")
+_EXAMPLE_URL: Final = re.compile(r"https?://[A-Za-z0-9._~:/\[\]-]{1,200}")
 _LISTEN: Final = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})")
 
 Network = IPv4Network | IPv6Network
@@ -63,6 +68,31 @@ class OpenIdSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class Brand:
+    """What the page says about the platform whose tokens it manages."""
+
+    product: str = PRODUCT
+    """The name in the header and in titles."""
+    api_url: str = API_URL
+    """The address of the platform's API in the examples."""
+    support_url: str | None = None
+    """Where the link "Get help" leads. Without it there is no link."""
+
+    @property
+    def icon(self) -> bool:
+        """Whether to show Latchkey's icon, which another product does not want."""
+        return self.product == PRODUCT
+
+    @property
+    def api_host(self) -> str:
+        """The API's host and port, as gRPC tools expect them."""
+        parts = urlsplit(self.api_url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        host = parts.hostname or ""
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """All settings. Exactly one of `account`, `proxy` and `openid` is set."""
 
@@ -74,6 +104,7 @@ class Settings:
     account: str | None = None
     proxy: ProxySettings | None = None
     openid: OpenIdSettings | None = None
+    brand: Brand = Brand()
 
     @property
     def hosts(self) -> frozenset[str]:
@@ -115,6 +146,9 @@ def make(
     oidc_client_id: str | None = None,
     oidc_client_secret: str | None = None,
     oidc_claim: str = CLAIM,
+    product_name: str = PRODUCT,
+    api_example_url: str = API_URL,
+    support_url: str | None = None,
 ) -> Settings:
     """Return the settings. Raises SettingsError."""
     host, port = listening_address(listen, LISTEN)
@@ -165,6 +199,7 @@ def make(
             if oidc_issuer is None
             else _openid(oidc_issuer, oidc_client_id, oidc_client_secret, oidc_claim)
         ),
+        brand=_brand(product_name, api_example_url, support_url),
     )
 
 
@@ -306,6 +341,21 @@ def _openid(issuer: str, client_id: str | None, secret: str | None, claim: str) 
     if not claim:
         raise SettingsError(f"--oidc-claim: give the claim that holds the account, such as {CLAIM}")
     return OpenIdSettings(issuer, client_id, Secret(secret) if secret else None, claim)
+
+
+def _brand(product: str, api_url: str, support_url: str | None) -> Brand:
+    product = product.strip()
+    if not 1 <= len(product) <= PRODUCT_LENGTH_MAX or not product.isprintable():
+        raise SettingsError(f"--product-name: give 1-{PRODUCT_LENGTH_MAX} visible characters")
+    # It appears in a command that people paste into a shell.
+    parts = _split(api_url)
+    if _EXAMPLE_URL.fullmatch(api_url) is None or parts is None or not parts.hostname:
+        raise SettingsError(f"--api-example-url: give an http or https URL, such as {API_URL}")
+    if support_url is not None and not support_url.startswith(("https://", "http://", "mailto:")):
+        raise SettingsError(
+            "--support-url: give a link such as https://example.com/help or mailto:help@example.com"
+        )
+    return Brand(product, api_url, support_url)
 
 
 def _is_loopback(host: str) -> bool:

@@ -382,6 +382,7 @@ def status_in(message: status_pb.GetStatusResponse) -> Status:
     return Status(
         head_revision=message.head_revision,
         head_mark=message.head_mark,
+        schema_version=message.schema_version,
         verifiers=tuple(_verifier_in(verifier) for verifier in message.verifiers),
         warnings=tuple(message.warnings),
     )

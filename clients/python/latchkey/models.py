@@ -359,3 +359,5 @@ class Status:
     """The mark of `head_revision`."""
     warnings: tuple[str, ...] = ()
     """Faults that a person should repair. Each text names the fault and its remedy."""
+    schema_version: int = 0
+    """Number of the database's newest migration. 0: the server does not report it."""

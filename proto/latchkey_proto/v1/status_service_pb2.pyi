@@ -80,11 +80,16 @@ class GetStatusResponse(_message.Message):
     VERIFIERS_FIELD_NUMBER: _builtins.int
     HEAD_MARK_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    SCHEMA_VERSION_FIELD_NUMBER: _builtins.int
     head_revision: _builtins.int
     """The newest revision: the number of invalidations so far."""
     head_mark: _builtins.int
     """The mark of head_revision. If two databases have the same position
     (revision and mark), they share all invalidations up to it.
+    """
+    schema_version: _builtins.int
+    """Number of the newest migration that the database has. A release works with
+    a range of them. 0: the server's release does not report it.
     """
     @_builtins.property
     def verifiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___VerifierStatus]:
@@ -103,10 +108,11 @@ class GetStatusResponse(_message.Message):
         verifiers: _abc.Iterable[Global___VerifierStatus] | None = ...,
         head_mark: _builtins.int = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
+        schema_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["head_mark", b"head_mark", "head_revision", b"head_revision", "verifiers", b"verifiers", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["head_mark", b"head_mark", "head_revision", b"head_revision", "schema_version", b"schema_version", "verifiers", b"verifiers", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

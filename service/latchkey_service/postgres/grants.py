@@ -11,7 +11,7 @@ from latchkey_service.postgres.preflight import DatabaseError
 if TYPE_CHECKING:
     import asyncpg
 
-__all__ = ["grant"]
+__all__ = ["FUNCTION", "grant", "rights_on", "statements"]
 
 _ALL: Final = "SELECT, INSERT, UPDATE, DELETE"
 # Tables on which the role needs fewer rights.
@@ -23,11 +23,27 @@ _RIGHTS: Final = {
     "audit_unsealed": "SELECT, DELETE",
     "schema_migration": "SELECT",
 }
-_FUNCTION: Final = "audit_prune(timestamptz, bigint, text, bytea)"
+FUNCTION: Final = "audit_prune(timestamptz, bigint, text, bytea)"
+
+
+def rights_on(table: str) -> list[str]:
+    """Return the rights that the service needs on a table."""
+    return _RIGHTS.get(table, _ALL).split(", ")
 
 
 async def grant(connection: "asyncpg.Connection[asyncpg.Record]", role: str) -> None:
     """Give `role` the service's rights, and take all others on these tables from it.
+
+    Raises DatabaseError if the role does not exist, or could change the tables anyway.
+    """
+    found = await statements(connection, role)
+    async with connection.transaction():
+        for statement in found:
+            await connection.execute(statement)
+
+
+async def statements(connection: "asyncpg.Connection[asyncpg.Record]", role: str) -> list[str]:
+    """Return the statements of `grant`, for the tables that exist now.
 
     Raises DatabaseError if the role does not exist, or could change the tables anyway.
     """
@@ -51,16 +67,16 @@ async def grant(connection: "asyncpg.Connection[asyncpg.Record]", role: str) -> 
         "SELECT tablename, quote_ident(tablename) FROM pg_catalog.pg_tables"
         " WHERE schemaname = current_schema() AND tableowner = current_user ORDER BY tablename"
     )
-    statements = [
+    found = [
         f"GRANT USAGE ON SCHEMA {schema} TO {name}",
         f"REVOKE CREATE ON SCHEMA {schema} FROM {name}",
     ]
     for table, quoted in tables:
-        statements += [
+        found += [
             f"REVOKE ALL ON {schema}.{quoted} FROM {name}",
             f"GRANT {_RIGHTS.get(table, _ALL)} ON {schema}.{quoted} TO {name}",
         ]
-    statements.append(f"GRANT EXECUTE ON FUNCTION {schema}.{_FUNCTION} TO {name}")
-    async with connection.transaction():
-        for statement in statements:
-            await connection.execute(statement)
+    exists = "SELECT to_regprocedure($1) IS NOT NULL"
+    if await connection.fetchval(exists, f"{schema}.{FUNCTION}"):
+        found.append(f"GRANT EXECUTE ON FUNCTION {schema}.{FUNCTION} TO {name}")
+    return found

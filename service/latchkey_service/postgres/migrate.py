@@ -2,26 +2,23 @@
 
 Owns the table `schema_migration`; the SQL files own the schema. Each file runs in one transaction
 under an advisory lock that ends with the transaction. If several servers start at once, one applies
-a file and the others find it applied. An applied file must never change, and a database with
-migrations that this release does not know is rejected.
+a file and the others find it applied. A database that has all of them is only read, without a lock.
+Which releases work with which schema is decided in `schema.py`.
 """
 
 import asyncio
 import contextlib
-import hashlib
 import random
-import re
 import ssl
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from importlib import resources
 from typing import TYPE_CHECKING
 
 import asyncpg
 
+from latchkey_service.postgres import schema
 from latchkey_service.postgres.circuit_breaker import jittered
 from latchkey_service.postgres.connections import translate_errors
-from latchkey_service.postgres.grants import grant
+from latchkey_service.postgres.grants import grant, statements
 from latchkey_service.postgres.hosts import CONNECT_ERRORS, Hosts, is_permanent
 from latchkey_service.postgres.preflight import (
     DatabaseError,
@@ -32,6 +29,7 @@ from latchkey_service.postgres.preflight import (
     warn_of_lost_writes,
     warn_of_unbounded_role,
 )
+from latchkey_service.postgres.schema import Applied, Migration, MigrationError, bundled
 from latchkey_service.postgres.sessions import Pooler, driver_options
 from latchkey_service.settings import database_url
 from latchkey_service.settings.logs import logger
@@ -39,7 +37,16 @@ from latchkey_service.settings.logs import logger
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Migration", "MigrationError", "bundled", "migrate"]
+__all__ = [
+    "Migration",
+    "MigrationError",
+    "applied",
+    "bundled",
+    "grant_statements",
+    "migrate",
+    "pending",
+    "refusal",
+]
 
 # Any number works, as long as every release uses the same one.
 ADVISORY_LOCK = 0x6C61746368  # "latch"
@@ -57,40 +64,15 @@ SERVER_VERSION_MIN = 15
 
 _JOURNAL = """
 CREATE TABLE IF NOT EXISTS schema_migration (
-    version    integer PRIMARY KEY,
-    name       text NOT NULL,
-    checksum   text NOT NULL,
-    apply_time timestamptz NOT NULL DEFAULT clock_timestamp())
+    version        integer PRIMARY KEY,
+    name           text NOT NULL,
+    checksum       text NOT NULL,
+    apply_time     timestamptz NOT NULL DEFAULT clock_timestamp(),
+    -- The lowest schema number whose release works with this migration.
+    oldest_release integer);
+-- For databases from before the column.
+ALTER TABLE schema_migration ADD COLUMN IF NOT EXISTS oldest_release integer;
 """
-
-
-class MigrationError(Exception):
-    """The database cannot be used with this release. The message says what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class Migration:
-    """A numbered SQL file."""
-
-    version: int
-    name: str
-    sql: str
-
-    @property
-    def checksum(self) -> str:
-        """SHA-256 of the file's text, in hexadecimal."""
-        return hashlib.sha256(self.sql.encode()).hexdigest()
-
-
-def bundled() -> "list[Migration]":
-    """Return this release's migrations, in order."""
-    found = []
-    for file in resources.files("latchkey_service").joinpath("postgres", "migrations").iterdir():
-        match = re.fullmatch(r"(\d{4})_(\w+)\.sql", file.name)
-        if match:
-            found.append(Migration(int(match[1]), match[2], file.read_text("utf-8")))
-    found.sort(key=lambda migration: migration.version)
-    return found
 
 
 async def migrate(
@@ -105,6 +87,38 @@ async def migrate(
     First checks that the service can work with the database through `pooler`, and has enough
     connections for `workers`. Gives `service_role` the rights that the service needs.
     """
+    async with _database(url, pooler, workers) as connection:
+        done = await _apply(connection, migrations)
+        if service_role is not None:
+            await grant(connection, service_role)
+        return done
+
+
+async def pending(
+    url: str, migrations: "Sequence[Migration]", pooler: Pooler = "none", workers: int = 1
+) -> "list[Migration]":
+    """Return the migrations that `migrate` would apply, after the same checks. Changes nothing.
+
+    Raises MigrationError and StoreUnavailable.
+    """
+    async with _database(url, pooler, workers) as connection:
+        return await _missing(connection, migrations)
+
+
+async def grant_statements(url: str, role: str) -> list[str]:
+    """Return what `migrate` would run for the rights of `role` on the tables that exist now.
+
+    Raises MigrationError and StoreUnavailable.
+    """
+    async with _database(url, "transaction", 1) as connection:
+        return await statements(connection, role)
+
+
+@contextlib.asynccontextmanager
+async def _database(
+    url: str, pooler: Pooler, workers: int
+) -> "AsyncIterator[asyncpg.Connection[asyncpg.Record]]":
+    """Connect and check the database. Raises MigrationError for its errors in the body too."""
     if problems := database_url.file_problems(url):
         raise MigrationError("; ".join(problems))
     for text in database_url.warnings(url):
@@ -119,10 +133,7 @@ async def migrate(
             try:
                 with needs_transactions():
                     await _check(connection, hosts, pooler, workers)
-                    done = await _apply(connection, migrations)
-                    if service_role is not None:
-                        await grant(connection, service_role)
-                    return done
+                    yield connection
             except asyncpg.LockNotAvailableError as error:
                 raise MigrationError(
                     f"could not get a lock within {LOCK_TIMEOUT_SECONDS} s: another migration or a "
@@ -152,7 +163,7 @@ async def _connect(hosts: Hosts) -> "asyncpg.Connection[asyncpg.Record]":
             break
         except CONNECT_ERRORS as error:
             if is_permanent(error):
-                raise MigrationError(_refusal(error)) from error
+                raise MigrationError(refusal(error)) from error
             if loop.time() > give_up:
                 message = f"cannot connect to the database: {type(error).__name__}: {error}"
                 raise MigrationError(message) from error
@@ -183,7 +194,7 @@ async def _attempt(hosts: Hosts) -> "asyncpg.Connection[asyncpg.Record]":
     )
 
 
-def _refusal(error: Exception) -> str:
+def refusal(error: Exception) -> str:
     """Return the message, with advice, for a permanent failure to connect."""
     message = f"cannot connect to the database: {error}"
     if isinstance(error, asyncpg.ProtocolViolationError):
@@ -217,25 +228,48 @@ async def _check(
 async def _apply(
     connection: "asyncpg.Connection[asyncpg.Record]", migrations: "Sequence[Migration]"
 ) -> "list[Migration]":
+    # Without the lock, so that an ordinary start neither waits nor needs any right to change.
+    if not await _missing(connection, migrations):
+        return []
     async with _locked(connection):
-        # Not IF NOT EXISTS alone, which requires the right to create tables even where it exists.
-        exists = await connection.fetchval("SELECT to_regclass('schema_migration') IS NOT NULL")
-        if not exists:
-            await connection.execute(_JOURNAL)
+        await connection.execute(_JOURNAL)
     done: list[Migration] = []
     while True:
         async with _locked(connection):
-            migration = await _next_migration(connection, migrations)
-            if migration is None:
+            lacking = schema.missing(migrations, await applied(connection))
+            if not lacking:
                 return done
+            migration = lacking[0]
             await connection.execute(migration.sql)
             await connection.execute(
-                "INSERT INTO schema_migration (version, name, checksum) VALUES ($1, $2, $3)",
+                "INSERT INTO schema_migration (version, name, checksum, oldest_release)"
+                " VALUES ($1, $2, $3, $4)",
                 migration.version,
                 migration.name,
                 migration.checksum,
+                migration.oldest_release,
             )
         done.append(migration)
+
+
+async def _missing(
+    connection: "asyncpg.Connection[asyncpg.Record]", migrations: "Sequence[Migration]"
+) -> "list[Migration]":
+    # A transaction, which a pooler in statement mode rejects: `needs_transactions`.
+    async with connection.transaction(isolation="read_committed"):
+        return schema.missing(migrations, await applied(connection))
+
+
+async def applied(connection: "asyncpg.Connection[asyncpg.Record]") -> list[Applied]:
+    """Return the migrations that the database has, in order."""
+    if not await connection.fetchval("SELECT to_regclass('schema_migration') IS NOT NULL"):
+        return []
+    rows = await connection.fetch(
+        # Through JSON, because a database from an early release lacks the column.
+        "SELECT version, checksum, (to_jsonb(m) ->> 'oldest_release')::integer AS oldest_release"
+        " FROM schema_migration m ORDER BY version"
+    )
+    return [Applied(row["version"], row["checksum"], row["oldest_release"]) for row in rows]
 
 
 @contextlib.asynccontextmanager
@@ -254,26 +288,3 @@ async def _locked(connection: "asyncpg.Connection[asyncpg.Record]") -> AsyncIter
         )
         await connection.execute("SELECT pg_advisory_xact_lock($1)", ADVISORY_LOCK)
         yield
-
-
-async def _next_migration(
-    connection: "asyncpg.Connection[asyncpg.Record]", migrations: "Sequence[Migration]"
-) -> Migration | None:
-    """Return the first migration that the database lacks, or None. Raises MigrationError."""
-    rows = await connection.fetch("SELECT version, checksum FROM schema_migration")
-    applied = {row["version"]: row["checksum"] for row in rows}
-    if ahead := sorted(set(applied) - {m.version for m in migrations}):
-        raise MigrationError(
-            f"the database has migration {ahead[-1]}, which this release does not know; "
-            "run the release that applied it, or a newer one"
-        )
-    missing = None
-    for migration in migrations:
-        if migration.version not in applied:
-            missing = missing or migration
-        elif applied[migration.version] != migration.checksum:
-            raise MigrationError(
-                f"migration {migration.version:04} ({migration.name}) differs from the one that "
-                "was applied to this database; a released migration must never change"
-            )
-    return missing

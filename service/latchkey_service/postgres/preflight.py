@@ -24,7 +24,10 @@ __all__ = [
     "check_capacity",
     "check_database",
     "check_pooler",
+    "few_connections",
+    "lost_writes",
     "needs_transactions",
+    "unbounded_settings",
     "warn_of_lost_writes",
     "warn_of_unbounded_role",
 ]
@@ -117,6 +120,17 @@ def needs_transactions() -> Iterator[None]:
 
 async def warn_of_unbounded_role(connection: "Connection") -> None:
     """Log which time-outs the role lacks. Behind transaction pooling, no session can set them."""
+    missing, statements = await unbounded_settings(connection)
+    if missing:
+        logger().warning(
+            "the database role lacks settings that the pooler does not let the service set",
+            settings=missing,
+            run=statements,
+        )
+
+
+async def unbounded_settings(connection: "Connection") -> tuple[list[str], str]:
+    """Return which time-outs the role lacks, and the statements that set them."""
     rows = await connection.fetch(
         """
         SELECT name FROM pg_catalog.pg_settings
@@ -124,25 +138,26 @@ async def warn_of_unbounded_role(connection: "Connection") -> None:
         """,
         list(SETTINGS),
     )
-    if not rows:
-        return
     role = await connection.fetchval("SELECT quote_ident(current_user)")
     missing = [row["name"] for row in rows]
-    logger().warning(
-        "the database role lacks settings that the pooler does not let the service set",
-        settings=missing,
-        run="; ".join(f"ALTER ROLE {role} SET {name} = '{SETTINGS[name]}'" for name in missing),
+    return missing, "; ".join(
+        f"ALTER ROLE {role} SET {name} = '{SETTINGS[name]}'" for name in missing
     )
 
 
 async def warn_of_lost_writes(connection: "Connection") -> None:
     """Log settings with which Postgres may lose committed transactions in a crash."""
+    for text in await lost_writes(connection):
+        logger().warning(text)
+
+
+async def lost_writes(connection: "Connection") -> list[str]:
+    """Return a sentence for each setting with which Postgres may lose committed transactions."""
     rows = await connection.fetch(
         "SELECT name FROM pg_catalog.pg_settings WHERE name = ANY($1::text[]) AND setting = 'off'",
         list(_UNSAFE),
     )
-    for row in rows:
-        logger().warning(_UNSAFE[row["name"]])
+    return [_UNSAFE[row["name"]] for row in rows]
 
 
 async def check_database(connection: "Connection") -> None:
@@ -187,11 +202,20 @@ async def check_database(connection: "Connection") -> None:
 async def check_capacity(connection: "Connection", workers: int) -> None:
     """Raise DatabaseError if Postgres allows fewer connections than the workers hold when idle.
 
-    Logs a warning if it allows fewer than they may open. Only for a direct connection: a pooler
-    shares connections between its clients.
+    Logs a warning if it allows fewer than they may open.
+    """
+    if (sentence := await few_connections(connection, workers)) is not None:
+        logger().warning("few connections to Postgres", what_to_do=sentence)
+
+
+async def few_connections(connection: "Connection", workers: int) -> str | None:
+    """Return a sentence if Postgres allows fewer connections than the workers may open, or None.
+
+    Raises DatabaseError if it allows fewer than they hold when idle. Only for a direct connection:
+    a pooler shares connections between its clients.
     """
     if await _server_process(connection) != connection.get_server_pid():
-        return
+        return None
     row = await connection.fetchrow(
         """
         SELECT current_setting('max_connections')::int
@@ -220,8 +244,7 @@ async def check_capacity(connection: "Connection", workers: int) -> None:
     )
     if limit < idle:
         raise DatabaseError(sentence)
-    if limit < most:
-        logger().warning("few connections to Postgres", what_to_do=sentence)
+    return sentence if limit < most else None
 
 
 async def _server_process(connection: "Connection") -> int:

@@ -5,6 +5,7 @@ A statement sets the time-outs after connecting, because PgBouncer refuses or dr
 parameters.
 """
 
+import ipaddress
 import socket
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -14,7 +15,7 @@ import asyncpg
 if TYPE_CHECKING:
     Connection = asyncpg.Connection[asyncpg.Record]
 
-__all__ = ["GENERIC_PLAN", "SETTINGS", "Pooler", "driver_options", "prepare"]
+__all__ = ["GENERIC_PLAN", "SETTINGS", "Pooler", "driver_options", "prepare", "protection"]
 
 Pooler = Literal["none", "transaction"]
 """The pooler in front of Postgres. `none` includes session pooling, which looks the same."""
@@ -88,6 +89,16 @@ async def prepare(
     )
     if standby:
         raise asyncpg.TargetServerAttributeNotMatched("the server is a standby")
+
+
+def protection(connection: "Connection") -> tuple[str | None, bool]:
+    """Return the TLS version of a connection, or None, and whether it stays on this machine."""
+    transport = connection._transport  # type: ignore[attr-defined]  # noqa: SLF001 - as below
+    encrypted = transport.get_extra_info("ssl_object")
+    peer = transport.get_extra_info("peername")
+    # The peer of a UNIX socket is a path.
+    local = not isinstance(peer, tuple) or ipaddress.ip_address(peer[0]).is_loopback
+    return (None if encrypted is None else encrypted.version()), local
 
 
 def keep_alive(connection: "Connection") -> None:

@@ -2,14 +2,17 @@
 
 import argparse
 import asyncio
+import os
 import re
 import sys
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import asyncpg
+from pydantic import SecretStr
 
 from latchkey_service.audit.audit_chain import ChainKeys, Head
 from latchkey_service.audit.audit_check import Report, check
@@ -17,18 +20,28 @@ from latchkey_service.audit.chain_table import ChainReader
 from latchkey_service.postgres.embedded_cluster import DataDirInUse, EmbeddedPostgres
 from latchkey_service.postgres.embedded_host import EmbeddedError
 from latchkey_service.postgres.hosts import CONNECT_ERRORS, Hosts
-from latchkey_service.postgres.migrate import MigrationError, bundled, migrate
+from latchkey_service.postgres.migrate import (
+    MigrationError,
+    bundled,
+    grant_statements,
+    migrate,
+    pending,
+)
+from latchkey_service.postgres.schema import Migration, newest
 from latchkey_service.postgres.sessions import driver_options
+from latchkey_service.settings import database_url, logs
 from latchkey_service.settings import settings as settings_module
 from latchkey_service.settings.settings import PREFIX, Settings
 from latchkey_service.tokens import pepper_file
 from latchkey_service.tokens.pepper_file import PepperFileError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 __all__ = ["audit_command", "migrate_command"]
 
+# Not a setting of the service, which must not have the rights of the owner.
+MIGRATION_URL: Final = f"{PREFIX}MIGRATION_URL"
 CONNECT_TIMEOUT_SECONDS: Final = 5.0
 # A check of a million entries takes about a minute, in many statements.
 STATEMENT_TIMEOUT_SECONDS: Final = 600.0
@@ -36,11 +49,20 @@ _HEAD: Final = re.compile(r"([0-9]{1,18}):([0-9a-f]{64})")
 
 
 def migrate_command(arguments: list[str]) -> int:
-    """Run `migrate` and return the exit code: 2 for a wrong setting or argument."""
+    """Run `migrate` and return the exit code: 2 for a wrong setting or argument.
+
+    With `--check`, 1 if a migration is missing.
+    """
     parser = argparse.ArgumentParser("latchkey migrate", allow_abbrev=False)
     parser.add_argument("--grant", metavar="ROLE", help="the role of the service")
-    role: str | None = parser.parse_args(arguments).grant
-    return _run(_migrate(role))
+    parser.add_argument("--database-url-file", metavar="FILE", help="file with the owner's URL")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--check", action="store_true", help="report what is missing")
+    mode.add_argument("--dry-run", action="store_true", help="print the SQL, and change nothing")
+    given = parser.parse_args(arguments)
+    if given.check and given.grant is not None:
+        parser.error("--check does not look at rights; use --dry-run --grant ROLE")
+    return _run(_migrate(given))
 
 
 def audit_command(arguments: list[str]) -> int:
@@ -71,18 +93,71 @@ def _run(command: Coroutine[Any, Any, int]) -> int:
         return _fail(f"the database failed: {type(error).__name__}: {error}", 1)
 
 
-async def _migrate(role: str | None) -> int:
+async def _migrate(given: argparse.Namespace) -> int:
     settings = settings_module.load()
-    if settings.database_url is None:
-        return _fail(f"set {PREFIX}DATABASE_URL: the embedded database needs no such command")
-    url = settings.database_url.get_secret_value()
-    done = await migrate(url, bundled(), settings.pooler, settings.workers, role)
+    # To standard error: the output of --dry-run is SQL.
+    logs.configure(logs.format_of(settings.log_format), settings.log_level)
+    url = _migration_url(settings, given.database_url_file)
+    if url is None:
+        return _fail(
+            f"set {MIGRATION_URL} or {PREFIX}DATABASE_URL: the embedded database needs no such "
+            "command"
+        )
+    of = (url, bundled(), settings.pooler, settings.workers)
+    if given.check:
+        return _report_missing(await pending(*of))
+    if given.dry_run:
+        for migration in await pending(*of):
+            _say(f"-- migration {migration}\n{migration.sql.rstrip()}\n")
+        if given.grant is not None:
+            _say("-- rights on the tables that exist now")
+            for statement in await grant_statements(url, given.grant):
+                _say(f"{statement};")
+        return 0
+    done = await migrate(*of, given.grant)
     for migration in done:
-        _say(f"applied migration {migration.version:04} ({migration.name})")
+        _say(f"applied migration {migration}")
     if not done:
         _say("the database has all migrations")
-    if role is not None:
-        _say(f"granted the rights of the service to {role}")
+    if given.grant is not None:
+        _say(f"granted the rights of the service to {given.grant}")
+    return 0
+
+
+def _migration_url(settings: Settings, path: str | None) -> str | None:
+    """Return the URL of the owner of the tables. Raises ConfigError.
+
+    A file or a variable, because other users can read the arguments of a process.
+    """
+    if path is not None:
+        name = "--database-url-file"
+        try:
+            text = sys.stdin.read() if path == "-" else Path(path).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise settings_module.ConfigError(f"{name}: cannot read {path}: {error}") from None
+    elif text := os.environ.get(MIGRATION_URL, ""):
+        name = MIGRATION_URL
+    else:
+        url = settings.database_url
+        return None if url is None else url.get_secret_value()
+    try:
+        return database_url.valid(SecretStr(text.strip())).get_secret_value()
+    except ValueError as error:
+        raise settings_module.ConfigError(f"{name}: {error}") from None
+
+
+def _report_missing(lacking: "Sequence[Migration]") -> int:
+    for migration in lacking:
+        oldest = migration.oldest_release
+        works = (
+            "no earlier release works with it"
+            if oldest == migration.version
+            else f"releases from schema {oldest:04} work with it"
+        )
+        _say(f"missing: migration {migration}; {works}")
+    if lacking:
+        return 1
+    _say(f"the database has all migrations of this release, up to {newest(bundled()):04}")
     return 0
 
 

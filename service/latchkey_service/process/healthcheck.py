@@ -12,10 +12,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from latchkey_service.settings import settings
 
-__all__ = ["main", "target"]
+__all__ = ["NOT_SERVING", "SERVING", "ask", "main", "target"]
 
 # The server answers without the database, so one that takes longer is unhealthy.
 TIMEOUT_SECONDS: Final = 2.0
+SERVING: Final = "SERVING"
+NOT_SERVING: Final = "NOT_SERVING"
 # If the server listens on all addresses, use the loopback address.
 _LOCAL: Final = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104 - not bound
 _OPTIONS: Final = (
@@ -29,17 +31,21 @@ def main() -> int:
     """Return 0 if the service reports SERVING within 2 seconds, else 1 with a reason on stderr."""
     try:
         address = target(settings.load(together=False).listen)
-        with grpc.insecure_channel(address, options=_OPTIONS) as channel:
-            stub: Any = health_pb2_grpc.HealthStub(channel)  # its stub types lack the methods
-            # Not wait_for_ready: a refused connection is a final answer.
-            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_SECONDS)
+        status = ask(address)
     except (settings.ConfigError, ValueError) as error:
         return _unhealthy(str(error))
     except grpc.RpcError as error:
         return _unhealthy(f"{error.code().name}: {error.details()}")
-    if answer.status != health_pb2.HealthCheckResponse.SERVING:
-        return _unhealthy(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
-    return 0
+    return 0 if status == SERVING else _unhealthy(status)
+
+
+def ask(address: str) -> str:
+    """Return the status that the service at a plaintext address reports. Raises grpc.RpcError."""
+    with grpc.insecure_channel(address, options=_OPTIONS) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)  # its stub types lack the methods
+        # Not wait_for_ready: a refused connection is a final answer.
+        answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_SECONDS)
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
 
 
 def target(listen: str) -> str:

@@ -109,6 +109,12 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "latchkey_database_problem": Family(
         "gauge", ("problem",), "1 for each problem: standby_missing, second_primary"
     ),
+    "latchkey_peppers_missing": Family(
+        "gauge", (), "peppers that hosts create tokens with and that other live hosts lack"
+    ),
+    "latchkey_seals_rejected": Family(
+        "counter", (), "secrets and tokens that were refused because their row was changed"
+    ),
     "latchkey_slots_used": Family("gauge", ("role",), "calls that hold a slot for the database"),
     "latchkey_slots_queued": Family("gauge", ("role",), "calls that wait for a slot"),
     "latchkey_audit_entries": Family(

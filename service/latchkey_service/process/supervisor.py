@@ -25,11 +25,13 @@ from latchkey_service.access.policy import PolicyError, parse
 from latchkey_service.access.policy_file import SIZE_MAX, PolicyFile, read_text
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.postgres.embedded_cluster import EmbeddedError, EmbeddedPostgres
-from latchkey_service.postgres.migrate import MigrationError, bundled, migrate
+from latchkey_service.postgres.migrate import MigrationError
 from latchkey_service.process.greeting import welcome
+from latchkey_service.process.host_sharing import host_folder, variables
 from latchkey_service.process.metrics_server import WorkerReports, serve_metrics
 from latchkey_service.process.port_reservation import AddressError, reserved
 from latchkey_service.process.privileges import account_of_workers, forbid_dumps
+from latchkey_service.process.schema_at_start import prepare_schema
 from latchkey_service.process.worker_process import (
     NotStarted,
     policy_line,
@@ -37,7 +39,7 @@ from latchkey_service.process.worker_process import (
     spawn,
     temporary_folder,
 )
-from latchkey_service.process.worker_watch import WorkerWatch, memory_max_bytes
+from latchkey_service.process.worker_watch import Reason, WorkerWatch, memory_max_bytes
 from latchkey_service.release import release
 from latchkey_service.settings import logs
 from latchkey_service.settings.settings import (
@@ -64,6 +66,7 @@ HEALTHY_SECONDS = 10.0
 # Added to the drain and the grace period, for closing connections.
 STOP_MARGIN_SECONDS = 5.0
 POLL_SECONDS = 0.2
+_REASONS = _NOT_STARTED, _NOT_READY, _EXITED = "not started", "not ready", "exited"
 # Limit of bytes that a worker has not read: a few of the largest policies. A worker that far behind
 # uses an old policy, and may grant rights that were revoked.
 BACKLOG_MAX_BYTES = 8 * SIZE_MAX
@@ -167,8 +170,12 @@ class _Supervisor:
         if settings.policy is not None and policy is not None:
             self._policy_file = PolicyFile(settings.policy, policy, self._send_policy)
         self._account = account_of_workers(settings)
+        # Of the socket over which the workers share a lease.
+        self._host_folder: str | None = None
         self._watch = WorkerWatch(memory_max_bytes(settings))
-        self._restarts = Counter[object]()
+        # All reasons from the start, because Prometheus' `increase` does not see the first event of
+        # a counter that begins with it.
+        self._restarts = Counter[object](dict.fromkeys((*_REASONS, *map(str, Reason)), 0))
         self._reports = WorkerReports(settings.workers, release(), self._restarts)
         # Includes workers that are starting or stopping: they may answer calls.
         self._processes: set[asyncio.subprocess.Process] = set()
@@ -193,7 +200,8 @@ class _Supervisor:
                     self._log.info("metrics served", address=address)
                 if not await self._unless_stopped(prepare):
                     return 0
-                return await self._serve(following)
+                with host_folder(self._settings, self._account) as self._host_folder:
+                    return await self._serve(following)
         finally:
             for task in following:
                 task.cancel()
@@ -230,10 +238,7 @@ class _Supervisor:
 
     async def _prepare(self) -> None:
         """Migrate the schema and enrol the peppers. Raises the errors that `run` reports."""
-        for migration in await migrate(
-            self._database_url, bundled(), self._settings.pooler, self._settings.workers
-        ):
-            self._log.info("migrated", version=migration.version, name=migration.name)
+        await prepare_schema(self._settings, self._database_url)
         store = await TokenStore.open(self._database_url, self._settings.pooler)
         try:
             keyring = await enrol(
@@ -265,7 +270,7 @@ class _Supervisor:
                 end = await self._run_worker(number, ready)
             except NotStarted as error:
                 # The other workers continue.
-                end = {"reason": "not started", "error": str(error)}
+                end = {"reason": _NOT_STARTED, "error": str(error)}
                 if not ready.is_set():
                     raise StartError(f"worker {number} cannot be started: {error}") from error
             if self._stop.is_set():
@@ -285,11 +290,11 @@ class _Supervisor:
         """
         with temporary_folder(self._settings) as folder:
             try:
-                process = await self._spawn(folder)
+                process = await self._spawn(number, folder)
             except (OSError, RuntimeError, MemoryError) as error:
                 # No process, pipe, file or memory, or no thread to wait for it (Python 3.11).
                 raise NotStarted(str(error) or type(error).__name__) from error
-            reason = "exited"
+            reason = _EXITED
             reports: asyncio.Task[None] | None = None
             try:
                 if await self._becomes_ready(process):
@@ -300,7 +305,7 @@ class _Supervisor:
                 elif not ready.is_set() and not self._stop.is_set():
                     raise StartError(f"worker {number} failed to start; see its log above")
                 else:
-                    reason = "not ready"
+                    reason = _NOT_READY
             finally:
                 await self._end(process)
                 if reports is not None:
@@ -309,11 +314,13 @@ class _Supervisor:
                 killed = self._watch.remove(process)
             return {"reason": killed or reason, "exit_code": process.returncode}
 
-    async def _spawn(self, folder: str | None) -> asyncio.subprocess.Process:
+    async def _spawn(self, number: int, folder: str | None) -> asyncio.subprocess.Process:
         """Start a worker with `folder` as its directory for temporary files."""
         read, write = os.pipe()
         try:
-            process = await spawn(folder, write, self._account)
+            process = await spawn(
+                folder, write, self._account, variables(self._host_folder, number)
+            )
         except BaseException:
             os.close(read)
             raise

@@ -26,7 +26,9 @@ from latchkey_service.rpc.counters import UNARY, Counts
 from latchkey_service.rpc.managed_calls import ManagedCalls
 from latchkey_service.settings import logs
 from latchkey_service.tokens.batched_lookup import Lookup
+from latchkey_service.tokens.fleet import Reports
 from latchkey_service.tokens.rate_draws import RateDraws
+from latchkey_service.tokens.seal import SealGuard
 from latchkey_service.tokens.verdict import Verdict
 from latchkey_service.tokens.verifier import Verifier
 from latchkey_service.transport.connection_guard import ConnectionGuard
@@ -34,6 +36,9 @@ from latchkey_service.transport.tls import Certificates
 
 __all__ = ["WorkerMetrics", "process_metrics"]
 
+# Present from the start: Prometheus' `increase` does not see the first event of a counter that
+# begins with it, and alerts depend on these.
+_REASONS = ("CREDENTIAL_UNKNOWN", "INTERNAL", "OVERLOADED", "RATE_LIMITED")
 _CIRCUIT_STATES = ("closed", "half_open", "open")
 
 
@@ -60,6 +65,8 @@ class WorkerMetrics:
     active_policy: ActivePolicy | None
     certificates: Certificates | None
     announcements: Announcements
+    seals: SealGuard
+    pepper_reports: Reports
 
     def collect(self) -> Families:
         """Return all current values."""
@@ -89,7 +96,7 @@ class WorkerMetrics:
                 found.add("grpc_server_handled", number, *labels, code)
             if method.kind == UNARY:
                 found.add_histogram("grpc_server_handling_seconds", method.seconds, *labels)
-        for reason, number in self.counts.failures.items():
+        for reason, number in (dict.fromkeys(_REASONS, 0) | self.counts.failures).items():
             found.add("latchkey_failures", number, reason)
         for verdict in Verdict:
             found.add("latchkey_verdicts", self.counts.verdicts[verdict], verdict.name)
@@ -151,6 +158,8 @@ class WorkerMetrics:
             ("second_primary", primary.other_primaries > 0),
         ):
             found.add("latchkey_database_problem", float(is_there), problem)
+        found.add("latchkey_peppers_missing", self.pepper_reports.missing)
+        found.add("latchkey_seals_rejected", self.seals.rejected)
         for role, limiter in self.managed.limiters.items():
             found.add("latchkey_slots_used", limiter.used, role)
             found.add("latchkey_slots_queued", limiter.queued, role)

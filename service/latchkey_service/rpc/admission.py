@@ -11,7 +11,8 @@ the database at once, and the queue for these slots is short:
   no call has been rejected for `CALM_SECONDS`.
 - A call whose deadline would pass in the queue is rejected at once.
 - Callers take turns, and a full queue makes room for a caller that has less than its share.
-- Calls that only take rights away (removals) go before all others, and have their own room.
+- Calls that only take rights away (removals) go before others, and have their own room. While other
+  calls wait, every fourth slot is theirs: anyone who may delete could stop them otherwise.
 
 Each role has its own slots, so a flood of calls in one role does not slow the others. Verifies
 need no slot. A cached answer costs less than a rejection, and verifies that read the database share
@@ -52,6 +53,9 @@ __all__ = [
 TOO_MANY: Final = "Too many calls are waiting for the database; try again shortly."
 STANDING: Final = 1
 BURST: Final = 25
+# Removals that start in a row while other calls wait. A removal waits for one of them at most, and
+# a flood of removals leaves others a quarter of the slots.
+REMOVALS_IN_A_ROW: Final = 3
 # Longest wait for a slot. Statements have the same limit: by then, every slot's holder has failed.
 QUEUE_SECONDS_MAX: Final = 2.0
 # The period is at least this many times the average duration of a call.
@@ -86,6 +90,7 @@ class ConcurrencyLimiter:
         self._queue: FairQueue[asyncio.Future[None]] = FairQueue(sys.maxsize)
         self._removals: FairQueue[asyncio.Future[None]] = FairQueue(sys.maxsize)
         self._removals_max = count * BURST
+        self._removals_in_a_row = 0
         self._numbers = itertools.count()
         self._queue_limit = QueueLimit(count * STANDING, count * BURST)
         # When a call last succeeded, or the queue formed; and whether the last call failed because
@@ -107,29 +112,28 @@ class ConcurrencyLimiter:
     def check(self, caller: str = "", *, removal: bool = False) -> None:
         """Reject a call for which there is no room, before any work is done for it.
 
-        Raises Overloaded, or StoreUnavailable if the database hangs. In a full queue, the newest
-        call of the caller with the most may be rejected instead.
+        Raises Overloaded, or StoreUnavailable if the database hangs. Changes nothing for others:
+        the call may still be refused for another reason.
         """
         if self._total >= self._total_max:
             raise self._rejection()
         if self._free:
             return
+        queue, full = self._room(removal=removal)
+        if full and not queue.yields_to(caller):
+            raise self._rejection()
+
+    def _room(self, *, removal: bool) -> tuple[FairQueue[asyncio.Future[None]], bool]:
+        """Return the queue for a call that arrives now, and whether it is full."""
         if removal:
-            queue, full = self._removals, self._removals.size >= self._removals_max
-        else:
-            queue = self._queue
-            full = self._queue_limit.rejects(len(queue), self._monotonic())
-        if full:
-            displaced = queue.displace(caller)
-            if displaced is None:
-                raise self._rejection()
-            if not displaced.done():
-                displaced.set_exception(self._rejection())
+            return self._removals, self._removals.size >= self._removals_max
+        return self._queue, self._queue_limit.rejects(self._queue.size, self._monotonic())
 
     def slot(self, seconds: float, caller: str = "", *, removal: bool = False) -> "Slot":
         """Return a slot as a context manager, for a call with `seconds` left that passed `check`.
 
-        Entering it raises Overloaded or StoreUnavailable, as `check` does.
+        Entering it raises Overloaded or StoreUnavailable, as `check` does. In a full queue, the
+        newest call of the caller with the most may be rejected instead.
         """
         return Slot(self, seconds, caller, removal)
 
@@ -167,10 +171,18 @@ class ConcurrencyLimiter:
         if not self.queued:
             # The queue was empty, so nothing is stuck yet.
             self._progress_at = self._monotonic()
-        queue = self._removals if removal else self._queue
-        ahead = queue.ahead_of(caller) + (0 if removal else len(self._removals))
+        queue, full = self._room(removal=removal)
+        ahead = queue.ahead_of(caller)
+        if not removal:
+            ahead += min(self._removals.size, (ahead + 1) * REMOVALS_IN_A_ROW)
         if wait_seconds(ahead, self._count, self._call_seconds) > seconds:
             raise self._rejection(TOO_LATE)
+        if full:
+            displaced = queue.displace(caller)
+            if displaced is None:
+                raise self._rejection()
+            if not displaced.done():
+                displaced.set_exception(self._rejection())
         number, future = next(self._numbers), asyncio.get_running_loop().create_future()
         queue.add(number, caller, future, 0)
         try:
@@ -188,11 +200,21 @@ class ConcurrencyLimiter:
 
     def _pass_on(self) -> None:
         while self.queued:
-            (future,) = (self._removals if self._removals.size else self._queue).take(1)
+            (future,) = self._next_queue().take(1)
             if not future.done():
                 future.set_result(None)
                 return
         self._free += 1
+
+    def _next_queue(self) -> FairQueue[asyncio.Future[None]]:
+        """Return the queue whose turn it is, and count its turn. One of them is not empty."""
+        if self._removals.size and not (
+            self._queue.size and self._removals_in_a_row >= REMOVALS_IN_A_ROW
+        ):
+            self._removals_in_a_row += 1
+            return self._removals
+        self._removals_in_a_row = 0
+        return self._queue
 
     def _rejection(self, message: str = TOO_MANY) -> LatchkeyError:
         longest = max(STUCK_SECONDS, STUCK_CALLS * self._call_seconds)

@@ -39,6 +39,7 @@ class StatusService(pb_grpc.StatusServiceServicer):
             head_revision=status.head.revision,
             head_mark=status.head.mark,
             warnings=self._warnings_of(status),
+            schema_version=status.schema,
         )
         for verifier in status.verifiers:
             message = response.verifiers.add(

@@ -14,6 +14,8 @@ from types import MappingProxyType
 from typing import Final
 from urllib.parse import parse_qsl, urlencode
 
+from pydantic import SecretStr
+
 __all__ = [
     "DATABASE_URL",
     "file_problems",
@@ -21,6 +23,7 @@ __all__ = [
     "problem",
     "redacted",
     "tls_context",
+    "valid",
     "warnings",
 ]
 
@@ -67,6 +70,28 @@ _TLS_FILES: Final = ("sslrootcert", "sslcert", "sslkey", "sslcrl")
 _ALL: Final = frozenset(f"{_HONOURED} {_SETTINGS} {_DROPPED}".split())
 # libpq's name for the CAs of the operating system.
 _SYSTEM: Final = "system"
+
+
+def valid(value: SecretStr) -> SecretStr:
+    """Return the URL of a setting. Raises ValueError, which quotes no part of it."""
+    url = value.get_secret_value()
+    if url.partition("://")[0] not in ("postgresql", "postgres"):
+        raise ValueError("must be postgresql://USER:PASSWORD@HOST:PORT/DATABASE")
+    # An unescaped character that ends the password early would expose the rest of it in messages.
+    match = DATABASE_URL.fullmatch(url)
+    ports = re.findall(r":([^:\],]*)(?:,|$)", match[3]) if match else []
+    if match is None or set("@[]") & set(match[2] or "") or not all(map(str.isdigit, ports)):
+        raise ValueError(
+            "percent-encode the password: / as %2F, # as %23, ? as %3F, @ as %40, [ as %5B"
+        )
+    if "," in match[3] and not all(match[3].split(",")):
+        # libpq would use this machine for an empty host.
+        raise ValueError("a host is missing next to a comma")
+    if re.search(r"[?&]host=[^&]*(,|%2C)", match[5] or "", re.IGNORECASE):
+        raise ValueError("put several hosts before the database name: HOST:PORT,HOST:PORT")
+    if (wrong := problem(url)) is not None:
+        raise ValueError(wrong)
+    return value
 
 
 def problem(url: str) -> str | None:

@@ -91,6 +91,8 @@ def problems(settings: "Settings") -> list[str]:
         found.append(f"{PREFIX}WEBHOOK_SECRET_FILE: is required with {PREFIX}WEBHOOK_URL")
     if settings.webhook_url is None and settings.webhook_secret_file is not None:
         found.append(f"{PREFIX}WEBHOOK_SECRET_FILE: has no effect without {PREFIX}WEBHOOK_URL")
+    if settings.migrate == "off" and settings.database_url is None:
+        found.append(f"{PREFIX}MIGRATE: off requires {PREFIX}DATABASE_URL")
     if settings.workers > 1 and settings.listen.startswith("unix:"):
         found.append(
             f"{PREFIX}WORKERS: several processes cannot share a UNIX socket; "

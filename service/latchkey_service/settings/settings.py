@@ -59,25 +59,8 @@ def _listen(value: str) -> str:
     return value
 
 
-def _database_url(value: SecretStr) -> SecretStr:
-    url = value.get_secret_value()
-    if url.partition("://")[0] not in ("postgresql", "postgres"):
-        raise ValueError("must be postgresql://USER:PASSWORD@HOST:PORT/DATABASE")
-    # An unescaped character that ends the password early would expose the rest of it in messages.
-    match = database_url.DATABASE_URL.fullmatch(url)
-    ports = re.findall(r":([^:\],]*)(?:,|$)", match[3]) if match else []
-    if match is None or set("@[]") & set(match[2] or "") or not all(map(str.isdigit, ports)):
-        raise ValueError(
-            "percent-encode the password: / as %2F, # as %23, ? as %3F, @ as %40, [ as %5B"
-        )
-    if "," in match[3] and not all(match[3].split(",")):
-        # libpq would use this machine for an empty host.
-        raise ValueError("a host is missing next to a comma")
-    if re.search(r"[?&]host=[^&]*(,|%2C)", match[5] or "", re.IGNORECASE):
-        raise ValueError("put several hosts before the database name: HOST:PORT,HOST:PORT")
-    if (problem := database_url.problem(url)) is not None:
-        raise ValueError(problem)
-    return value
+# In the class below, `database_url` is the setting.
+_database_url = database_url.valid
 
 
 def _imported_prefixes(value: str) -> str:
@@ -148,6 +131,11 @@ class Settings(BaseSettings):
         "none",
         description="transaction: DATABASE_URL points to a pooler in transaction mode; none: to "
         "Postgres, or to a pooler in session mode",
+    )
+    migrate: Literal["on", "off"] = Field(
+        "on",
+        description="on or off; off: the service changes no table, and starts only if 'latchkey "
+        "migrate' has",
     )
     data_dir: Path = Field(
         default_factory=default_data_dir,

@@ -81,20 +81,29 @@ class FairQueue(Generic[Call]):
                 return True
         return False
 
+    def yields_to(self, caller: str) -> bool:
+        """Return whether `displace` would make room for a call of `caller`."""
+        return self._largest_for(caller) is not None
+
     def displace(self, caller: str) -> Call | None:
         """Make room for a call of `caller` in a full queue, if it has less than its share.
 
         Removes and returns the newest call of the caller with the most. Returns None if `caller`
         has about as many.
         """
+        largest = self._largest_for(caller)
+        if largest is None:
+            return None
+        call_id, call = self._callers[largest].popitem()
+        self._removed(largest, call_id)
+        return call
+
+    def _largest_for(self, caller: str) -> str | None:
+        """Return the caller with the most calls, if it has at least two more than `caller`."""
         if not self._callers:
             return None
         largest, its = max(self._callers.items(), key=lambda item: len(item[1]))
-        if len(its) <= len(self._callers.get(caller, ())) + 1:
-            return None
-        call_id, call = its.popitem()
-        self._removed(largest, call_id)
-        return call
+        return largest if len(its) > len(self._callers.get(caller, ())) + 1 else None
 
     def _removed(self, caller: str, call_id: int) -> None:
         self.size -= 1

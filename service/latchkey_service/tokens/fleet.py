@@ -140,6 +140,8 @@ class Reports:
     """Decides which mismatches to log: each once when it appears, and as a reminder."""
 
     def __init__(self) -> None:
+        self.missing = 0
+        """Peppers that a live host lacked at the last check."""
         self._reported: dict[tuple[str, tuple[str, ...], tuple[str, ...]], float] = {}
 
     def news(self, members: Sequence[Member], now: float) -> News:
@@ -148,6 +150,7 @@ class Reports:
         Processes come and go with each restart, so a mismatch is known by its pepper and hosts.
         """
         found = {(m.pepper_id, *m.hosts): m for m in mismatches(members)}
+        self.missing = len({mismatch.pepper_id for mismatch in found.values()})
         resolved = bool(self._reported) and not found
         last = {key: time for key, time in self._reported.items() if key in found}
         due = [key for key in found if key not in last or now - last[key] >= REMINDER_SECONDS]

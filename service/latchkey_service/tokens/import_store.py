@@ -21,6 +21,7 @@ from latchkey_service.postgres.connections import (
     require_durable_commit,
     retry_on_conflict,
 )
+from latchkey_service.tokens.lifecycle_store import NAME_FREED
 from latchkey_service.tokens.seal import TokenSeal
 from latchkey_service.tokens.token_table import rate_columns
 from latchkey_service.tokens.verdict import SecretRecord, TokenRecord
@@ -120,7 +121,17 @@ class ImportStore:
         try:
             async with self._pool.session() as session:
                 with require_durable_commit(session):
-                    await session.execute(_FREE_NAMES, *_names(rows), now)
+                    await session.execute(
+                        _FREE_NAMES,
+                        *_names(rows),
+                        now,
+                        audit_context.caller,
+                        audit_context.method,
+                        audit_context.peer,
+                        audit_context.request_id,
+                        NAME_FREED,
+                        audit_context.details,
+                    )
                     found = await session.fetch(
                         _INSERT,
                         document,
@@ -137,14 +148,18 @@ class ImportStore:
         return Inserted(frozenset(row[2] for row in found), position)
 
 
-_FREE_NAMES = """
-UPDATE token t
-   -- As when one token takes the name of another (`LifecycleStore.free_expired_name`).
-   SET name_key = chr(1) || t.id || chr(1) || t.name_key, version = t.version + 1
-  FROM unnest($1::text[], $2::text[]) AS n (account_id, name_key)
- WHERE t.account_id = n.account_id AND t.name_key = n.name_key AND t.delete_time IS NULL
-   AND t.expire_time <= $3
-"""
+_FREE_NAMES = f"""
+WITH freed AS (
+    UPDATE token t
+       -- As when one token takes the name of another (`LifecycleStore.free_expired_name`).
+       SET name_key = chr(1) || t.id || chr(1) || t.name_key, version = t.version + 1
+      FROM unnest($1::text[], $2::text[]) AS n (account_id, name_key)
+     WHERE t.account_id = n.account_id AND t.name_key = n.name_key AND t.delete_time IS NULL
+       AND t.expire_time <= $3
+    RETURNING t.id, t.account_id)
+INSERT INTO audit (account_id, token_id, caller, method, peer, request_id, reason, {DETAIL_COLUMNS})
+SELECT account_id, id, $4, $5, $6, $7, $8, {DETAIL_VALUES[9]} FROM freed
+"""  # noqa: S608 - constants only
 _INSERT = f"""
 WITH rows AS MATERIALIZED (
     SELECT * FROM jsonb_to_recordset($1::jsonb) AS r (

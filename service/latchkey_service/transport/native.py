@@ -20,6 +20,7 @@ import asyncio
 import math
 import sys
 import time
+from asyncio import sleep
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -40,7 +41,13 @@ from latchkey_service.access.methods import (
     VERIFIER,
     Rule,
 )
-from latchkey_service.errors import LatchkeyError, StatusParts, TimeoutMalformed
+from latchkey_service.errors import (
+    PUSHBACK_METADATA,
+    LatchkeyError,
+    StatusParts,
+    TimeoutMalformed,
+    Unavailable,
+)
 from latchkey_service.tokens.fair_queue import SMALL_BYTES, FairQueue
 from latchkey_service.tokens.queue_limit import QueueLimit
 
@@ -68,6 +75,7 @@ FETCH_MAX: Final = 256
 # Time for the library's thread to send answers on busy cores: a thousand times what it needs on
 # idle ones.
 ANSWERS_OUT_SECONDS: Final = 0.1
+STOPPING_MESSAGE: Final = "The server is stopping. Nothing was done."
 # Delay before retrying to send to a stream whose client has no room; doubles up to the maximum. And
 # the time after which the stream is ended.
 ROOM_SECONDS_MIN: Final = 0.001
@@ -122,25 +130,6 @@ class _Queue:
         return self.waiting.fits(size_bytes)
 
 
-class _DelayedClose:
-    """Wraps the library's Rust part and delays its close.
-
-    Closing discards the answers that its thread has not sent yet. The library closes it as soon as
-    the last call has ended in Python; on busy cores, that lost one answer in ten.
-    """
-
-    def __init__(self, front: Any) -> None:
-        self._front = front
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._front, name)
-
-    def close(self) -> None:
-        """Close after a delay. Called in a separate thread."""
-        time.sleep(ANSWERS_OUT_SECONDS)
-        self._front.close()
-
-
 class Server(pygrpc_native.aio.Server):
     """A server on one plaintext address."""
 
@@ -174,6 +163,8 @@ class Server(pygrpc_native.aio.Server):
         self._queue_of: list[_Queue] = []
         self._rule_of: list[Rule] = []
         self._opened = 0
+        # Whether it is stopping, with its connections still open.
+        self._finishing = False
         # When the last call other than a verify arrived.
         self._others_at = -math.inf
         # Whether this turn has started its share, with the next turn scheduled.
@@ -188,13 +179,29 @@ class Server(pygrpc_native.aio.Server):
         self._set_paths([path for path, _ in self._table])
 
     async def stop(self, grace: float | None) -> None:
-        """Stop after calls have had `grace` seconds to finish."""
+        """Stop after calls have had `grace` seconds to finish.
+
+        The library (0.5.0) cannot announce that a connection will close, so clients keep using it.
+        Until it closes, verifies and health checks are answered; other calls are rejected.
+        """
         # Queued calls arrived before the stop, so they still run.
         waiting = [event for queue in self._queues for _, event in queue.waiting.take(sys.maxsize)]
         super()._on_events(waiting)  # type: ignore[arg-type]
-        if self._front is not None and not self._stopping:
-            self._front = _DelayedClose(self._front)  # type: ignore[assignment]
-        await super().stop(grace)
+        if self._front is not None and not self._finishing:
+            self._finishing = True
+            tasks = [call.task for call in self._calls.values() if call.task is not None]
+            stops = [] if self._fallback is None else [self._fallback.stop(grace)]
+            if grace and tasks:
+                stops.append(asyncio.wait(tasks, timeout=grace))
+            await asyncio.gather(*stops)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            # Closing discards the answers that the library's thread has not sent yet. On busy
+            # cores, an immediate close lost one answer in ten.
+            await sleep(ANSWERS_OUT_SECONDS)
+            await asyncio.get_running_loop().run_in_executor(None, self._front.close)
+        await super().stop(0)
 
     def _set_paths(self, paths: Sequence[str]) -> None:
         self._queue_of = [self._queue_for(path) for path in paths]
@@ -224,6 +231,9 @@ class Server(pygrpc_native.aio.Server):
                 del self._cancelled[call_id]
                 continue
             queue = self._queue_of[method_id]
+            if self._finishing and queue not in (self._verifies, self._batches, self._open):
+                self._reject_event(event, Unavailable(STOPPING_MESSAGE))
+                continue
             if queue is not self._verifies:
                 self._others_at = now
             if (
@@ -261,8 +271,9 @@ class Server(pygrpc_native.aio.Server):
                 self._reject_event(event, error)
                 return
         size_bytes = len(event[3])
-        if size_bytes > rule.bytes_max:
+        if rule.bytes_max < size_bytes <= (self._receive_limit or size_bytes):
             # The handler will see that the request is too large. The rest need not wait for that.
+            # The library itself rejects a message above its own limit.
             size_bytes = rule.bytes_max + 1
             event = (*event[:3], event[3][:size_bytes], *event[4:])
         if not queue.has_room(size_bytes, now):
@@ -367,9 +378,14 @@ class Server(pygrpc_native.aio.Server):
         while (sent := self._front.stream_try_send(call.call_id, data)) == STREAM_FULL:
             if self._monotonic() >= give_up:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "The client read nothing.")
-            await asyncio.sleep(pause_seconds)
+            await sleep(pause_seconds)
             pause_seconds = min(2 * pause_seconds, ROOM_SECONDS_MAX)
         return sent != STREAM_CLOSED
+
+    def _fail(self, call: Any, context: Any, details: str | None) -> None:
+        """End a call with the status of its context."""
+        context.set_trailing_metadata(_sendable(context.trailing_metadata()))
+        super()._fail(call, context, details)
 
     def _reject_event(self, event: Event, error: LatchkeyError | None = None) -> None:
         call_id, path, seconds = event[1], self._table[event[2]][0], _seconds_left(event)
@@ -381,7 +397,7 @@ class Server(pygrpc_native.aio.Server):
                 call_id,
                 status.code.value[0],
                 status.message,
-                trailing_metadata=list(status.trailing_metadata),
+                trailing_metadata=_sendable(status.trailing_metadata),
             )
 
         if delay_seconds:
@@ -401,6 +417,14 @@ def metadata_of(context: Any) -> Any:
         return context._call.metadata  # noqa: SLF001 - see above; the version is pinned
     except AttributeError:
         return context.invocation_metadata()
+
+
+def _sendable(trailing_metadata: Any) -> list[tuple[str, str | bytes]]:
+    """Return the metadata without the key that the library (0.5.0) refuses as reserved.
+
+    It would then not answer the call.
+    """
+    return [pair for pair in trailing_metadata if pair[0] != PUSHBACK_METADATA]
 
 
 def _has_malformed_timeout(event: Event) -> bool:

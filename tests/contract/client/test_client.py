@@ -244,7 +244,7 @@ async def test_delete_retries_for_its_receipt(client: latchkey.Client, fake: Fak
 
 async def test_status(client: latchkey.Client, fake: FakeLatchkey) -> None:
     """Every field of the status is converted. Values of a newer server become UNSPECIFIED."""
-    message = status_pb.GetStatusResponse(head_revision=9, head_mark=2**63)
+    message = status_pb.GetStatusResponse(head_revision=9, head_mark=2**63, schema_version=15)
     verifier = message.verifiers.add(
         id="v1",
         host="web-1",
@@ -270,6 +270,7 @@ async def test_status(client: latchkey.Client, fake: FakeLatchkey) -> None:
     status = await client.status()
     assert (status.head_revision, status.head_mark) == (9, 2**63)
     assert status.warnings == ("Repair it.",)
+    assert status.schema_version == 15
     assert status.verifiers[0] == latchkey.VerifierStatus(
         id="v1",
         host="web-1",

@@ -105,12 +105,15 @@ async def test_without_latchkey_calls_are_refused(
 async def test_the_requested_delay_is_passed_on(
     verifier: latchkey.Verifier, fake: FakeLatchkey, secret: str
 ) -> None:
-    """RetryInfo reaches the caller of the guarded service."""
+    """RetryInfo reaches the caller of the guarded service, also in the form that gRPC's own retries
+    read."""
     wait = error_details_pb2.RetryInfo(retry_delay=Duration(seconds=30))
     fake.on("Verify", fake.fails(grpc.StatusCode.UNAVAILABLE, "busy", wait))
     async with service(Demo(), GuardInterceptor(verifier, Scope.READ)) as channel:
         error = await refused(channel, "uu", f"Bearer {secret}")
     assert detail(error, error_details_pb2.RetryInfo) == wait
+    trailing = dict(tuple(error.trailing_metadata() or ()))
+    assert trailing["grpc-retry-pushback-ms"] == "30000"
 
 
 async def test_unknown_methods_are_unimplemented_for_valid_callers(

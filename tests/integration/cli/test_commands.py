@@ -313,7 +313,7 @@ async def test_completion_works(run: Run) -> None:
     words = await run(**{variable: "complete_bash", "COMP_WORDS": "latchkey ", "COMP_CWORD": "1"})
     commands = "create list get delete update disable enable rotate retire-secrets usage revoke"
     commands += " delete-all import verify status invalidate-all audit console receiver serve"
-    commands += " policy dev-ca migrate proto config"
+    commands += " policy dev-ca migrate doctor proto config"
     assert words.out.split() == commands.split()
     in_bash = """
         source /dev/stdin
@@ -343,3 +343,4 @@ async def test_serve_and_config_become_the_service(run: Run) -> None:
     assert "LATCHKEY_LISTEN" in serve.err
     assert version.code == 0
     assert version.out.startswith("latchkey ")
+    assert re.search(r"^service with schema \d{4}$", version.out, re.MULTILINE)

@@ -187,9 +187,9 @@ def test_status_names_the_database_server(
 
 
 def test_status_shows_warnings_without_verifiers() -> None:
-    """A warning is shown even if no verifier is registered."""
-    status = replace(STATUS, verifiers=())
-    assert status_lines(status, 90) == ["Head revision 12, 0 verifiers", WARNING]
+    """A warning is shown even if no verifier is registered, and the schema if it is reported."""
+    status = replace(STATUS, verifiers=(), schema_version=15)
+    assert status_lines(status, 90) == ["Head revision 12, 0 verifiers, schema 0015", WARNING]
 
 
 def test_status_names_the_clients_that_deletions_wait_for() -> None:

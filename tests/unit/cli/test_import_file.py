@@ -5,13 +5,16 @@ import contextlib
 import hashlib
 import io
 import json
+import re
 from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from latchkey_cli import importing
 from latchkey_cli.import_file import (
     BYTES_MAX,
+    COLUMNS,
     ROWS_MAX,
     FileError,
     FileRow,
@@ -86,6 +89,14 @@ def test_all_columns_of_csv() -> None:
     bare = good(f"hash,name\n{HEX},\n")
     assert (bare.account, bare.name, bare.scope, bare.expires) == (None, None, None, None)
     assert bare.enabled
+
+
+def test_help_lists_all_columns() -> None:
+    """The command's help names each column that a file may have."""
+    text = re.sub(r"\s+", " ", importing.import_tokens.__doc__ or "")
+    listed = re.search(r"column 'hash'. Other columns: (.*), and label.NAME", text)
+    assert listed is not None
+    assert {"hash", *listed[1].split(", ")} == set(COLUMNS)
 
 
 def test_json_lines() -> None:

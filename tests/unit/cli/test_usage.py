@@ -103,7 +103,7 @@ def test_secrets_are_refused_in_any_argument(
 
 COMMANDS = (
     "create list get delete update disable enable rotate retire-secrets usage revoke delete-all "
-    "verify status audit console receiver serve policy migrate config"
+    "verify status audit console receiver serve policy migrate doctor config"
 )
 
 

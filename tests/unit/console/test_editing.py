@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from latchkey import FieldViolation, RateLimit, Scope, Token
+from latchkey import FieldViolation, RateLimit, Scope, Token, TokenSecret
 from latchkey_console.editing import ENDS, EditForm, ReplaceForm, Replacement
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
@@ -122,6 +122,15 @@ def test_replacing_a_token_that_ends_soon_offers_a_later_expiry() -> None:
     soon = replace(TOKEN, expire_time=NOW + timedelta(days=14))
     assert ReplaceForm.of(soon, NOW) == ReplaceForm("day", "90")
     assert ReplaceForm.of(replace(TOKEN, expire_time=None), NOW).expiry == "keep"
+
+
+def test_leaked_secret_is_replaced_at_once_by_default() -> None:
+    """If the newest secret was reported as leaked, the form suggests to end it at once."""
+    leaked = TokenSecret(hint="lk_…2345", create_time=NOW, leak_report_time=NOW)
+    assert ReplaceForm.of(replace(TOKEN, secrets=(leaked,)), NOW).ends == "now"
+    # Programs may need the newest secret.
+    newest = replace(leaked, leak_report_time=None)
+    assert ReplaceForm.of(replace(TOKEN, secrets=(newest, leaked)), NOW).ends == "day"
 
 
 @pytest.mark.parametrize(

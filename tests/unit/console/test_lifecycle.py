@@ -111,7 +111,7 @@ async def test_replace_moves_the_expiry_first() -> None:
         failed = await submit(browser, "/replace", shown, ends="day", expiry="30")
         assert failed.status_code == 503
         said = text(failed)
-        assert "Latchkey is busy, so nothing was replaced" in said
+        assert "The service is busy, so nothing was replaced" in said
         assert "has its new expiry already" in said
     assert client.called("update") == [{"expire_time": NOW + timedelta(days=30)}]
 
@@ -186,13 +186,13 @@ async def test_edit_sends_only_what_changed() -> None:
     ("error", "status", "words"),
     [
         (latchkey.AlreadyExists("taken"), 409, "already have a token with this name"),
-        (latchkey.InvalidArgument("odd"), 422, "Latchkey did not accept this"),
-        (BUSY, 503, "Latchkey is busy, so nothing was saved"),
+        (latchkey.InvalidArgument("odd"), 422, "The service did not accept this"),
+        (BUSY, 503, "The service is busy, so nothing was saved"),
         (LOST, 503, "may have been saved"),
         (
             latchkey.FailedPrecondition("old", reason="FLEET_UPGRADING"),
             503,
-            "Latchkey is being upgraded, so nothing was saved",
+            "The service is being upgraded, so nothing was saved",
         ),
         (latchkey.NotFound("gone"), 200, "This token no longer exists"),
     ],

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
+from urllib.parse import quote, unquote
 
 import httpx
 import httpx2
@@ -158,7 +159,8 @@ async def test_labels(action: Action) -> None:
 
 
 async def test_one_bad_match_does_not_stop_the_others() -> None:
-    """Elements without a text `token` are skipped; wrong types of other fields do not matter."""
+    """Elements without a text `token` that UTF-8 can encode are skipped. Wrong types and characters
+    of other fields do not matter."""
     service = Service(works=SecretOutcome.ENDED)
     report: list[Any] = [
         None,
@@ -167,12 +169,16 @@ async def test_one_bad_match_does_not_stop_the_others() -> None:
         [],
         {},
         {"token": 7},
+        # No UTF-8 exists for a lone surrogate, so no message to the service can have one.
+        match("\ud800"),
+        match("works\udfff"),
         match("works", type=7, url=None, source=[]),
+        match("works", type="\ud800", url="\ud800"),
     ]
     async with scanner(service) as http:
         answer = await send(http, report)
-    assert service.revoked == [["works"]]
-    assert [label["label"] for label in answer.json()] == ["true_positive"]
+    assert service.revoked == [["works", "works"]]
+    assert [label["label"] for label in answer.json()] == ["true_positive", "true_positive"]
 
 
 async def test_unsigned_reports_are_refused() -> None:
@@ -221,13 +227,13 @@ async def test_reports_of_the_wrong_form(report: Any, status: int) -> None:
 
 async def test_batches_fit_the_service() -> None:
     """A large report becomes calls within the service's limits; overlong texts are not sent."""
-    tokens = ["x" * 200] * 700 + ["y"] * 2_000 + ["z" * 10_000]
+    tokens = ["🔑" * 50] * 700 + ["y"] * 2_000 + ["z" * 10_000]
     service = Service(y=SecretOutcome.ENDED)
     async with scanner(service) as http:
         answer = await send(http, [match(token) for token in tokens])
     assert sum(map(len, service.revoked)) == len(tokens)
     assert max(map(len, service.revoked)) <= 1_000
-    assert max(sum(len(text) for text in batch) for batch in service.revoked) <= 100_000
+    assert max(sum(len(text.encode()) for text in batch) for batch in service.revoked) <= 100_000
     assert service.revoked[-1][-1] == ""
     labels = [label["label"] for label in answer.json()]
     assert labels == ["false_positive"] * 700 + ["true_positive"] * 2_000 + ["false_positive"]
@@ -263,6 +269,17 @@ async def test_log_has_the_place_but_no_secret(caplog: pytest.LogCaptureFixture)
     assert caplog.text.count("(not shown") == len(hidden)
     assert "A" * 20 not in caplog.text
     assert "\x1b" not in caplog.text
+
+
+async def test_log_has_no_imported_secret(caplog: pytest.LogCaptureFixture) -> None:
+    """An imported secret, which can have any form, is not logged either."""
+    caplog.set_level(logging.INFO, "latchkey.receiver")
+    secret = "sk-live/0123456789+abc"
+    places = [f"https://host.example/{secret}", f"https://host.example/?k={quote(secret, safe='')}"]
+    async with scanner(Service(**{secret: SecretOutcome.ENDED})) as http:
+        await send(http, [match(secret, url=place, source=secret) for place in places])
+    assert "leaked secret revoked" in caplog.text
+    assert secret not in unquote(caplog.text)
 
 
 async def test_crash_is_hidden(caplog: pytest.LogCaptureFixture) -> None:

@@ -53,6 +53,14 @@ PUBLIC = {"public_url": "https://tokens.example.com"}
         ({**OPENID, "oidc_issuer": "https://["}, "give the issuer URL"),
         ({**OPENID, "oidc_issuer": "https://id.example.com:x"}, "give the issuer URL"),
         ({**OPENID, "oidc_claim": ""}, "give the claim"),
+        ({"account": "acme", "product_name": " "}, "visible characters"),
+        ({"account": "acme", "product_name": "x" * 65}, "visible characters"),
+        ({"account": "acme", "product_name": "a\u202eb"}, "visible characters"),
+        ({"account": "acme", "api_example_url": "api.example.com"}, "http or https URL"),
+        ({"account": "acme", "api_example_url": "https://"}, "http or https URL"),
+        ({"account": "acme", "api_example_url": "https://a/;rm"}, "http or https URL"),
+        ({"account": "acme", "api_example_url": "https://a/$(x)"}, "http or https URL"),
+        ({"account": "acme", "support_url": "javascript:alert(1)"}, "give a link"),
     ],
 )
 def test_unsafe_settings_are_refused(options: dict[str, Any], words: str) -> None:

@@ -103,6 +103,10 @@ ROWS: dict[str, tuple[tuple[str, ...], tuple[object, ...]]] = {
         ),
         (),
     ),
+    "page of tokens, `List` and a dry run of `DeleteAll`": (
+        (REQUESTS + "test_pages_of_large_tokens_fit",),
+        (),
+    ),
     "concurrent calls with large answers": ((ENVOY + "test_limits_of_connections",), ()),
     "age of a connection": (
         (TRANSPORT + "test_age", TRANSPORT + "test_age_grace"),
@@ -260,7 +264,7 @@ PARAGRAPHS: dict[str, tuple[str, ...]] = {
     "The connection guard": (
         TRANSPORT + "test_the_guard_affects_no_other_socket",
         HOSTILE + "test_idle_connections_keep_nobody_out",
-        "tests/unit/transport/test_connection_shares.py::test_addresses",
+        "tests/unit/access/test_origin.py::test_addresses",
     ),
     "Files.": (
         PROCESS + "test_open_files_per_watch",

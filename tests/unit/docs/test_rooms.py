@@ -66,6 +66,7 @@ SQL_ELSEWHERE = {
     "postgres/embedded_cluster.py": "creates the role and the database of a new cluster",
     "postgres/connections.py": "the trial statement on a connection",
     "postgres/grants.py": "the rights of the service's role",
+    "postgres/inspection.py": "reads facts about the server for `latchkey doctor`",
     "postgres/preflight.py": "checks the server before the first migration",
     "postgres/sessions.py": "session settings, and the statement that finds the primary",
 }

@@ -97,6 +97,20 @@ async def test_a_full_queue_makes_room_for_others() -> None:
     assert len([name for name in scene.started if name.startswith("other")]) == 23
 
 
+async def test_a_refused_call_takes_no_place() -> None:
+    """A call that passes the check and is then refused for another reason, such as its caller's
+    rate, rejects no call of others."""
+    scene = Scene()
+    for number in range(2 + 2 * BURST):
+        await scene.call(f"flood {number}", "flood")
+    for _ in range(2 * BURST):
+        scene.limiter.check("refused later")
+    await settle()
+    assert scene.rejected == []
+    assert scene.limiter.queued == 2 * BURST
+    await scene.finish()
+
+
 async def test_removals_go_first() -> None:
     """A removal is accepted though the queue is full, and starts before all that wait, even those
     of the same caller."""
@@ -108,6 +122,21 @@ async def test_removals_go_first() -> None:
     await scene.end_one()
     assert scene.started[-1] == "delete"
     await scene.finish()
+
+
+async def test_removals_leave_others_a_share() -> None:
+    """While removals keep arriving, every fourth slot goes to other calls that wait."""
+    scene = Scene()
+    for number in range(2):
+        await scene.call(f"first {number}", "one")
+    for number in range(12):
+        await scene.call(f"delete {number}", "flood", removal=True)
+        await scene.call(f"get {number}", "other")
+    for _ in range(12):
+        await scene.end_one()
+    assert len([name for name in scene.started if name.startswith("get")]) == 3
+    await scene.finish()
+    assert scene.rejected == []
 
 
 async def test_removals_are_bounded() -> None:

@@ -38,12 +38,17 @@ class Front:
     def __init__(self) -> None:
         self.come: list[Any] = []
         self.failed: list[tuple[int, int]] = []
+        self.closed = False
+
+    def close(self) -> None:
+        self.closed = True
 
     def recv_batch_details(self, most: int, _timeout_ms: int) -> list[Any]:
         batch, self.come = self.come[:most], self.come[most:]
         return batch
 
     def fail(self, call_id: int, code: int, _message: str, trailing_metadata: Any) -> None:
+        # The library raises ValueError for other keys that begin with grpc-.
         assert [key for key, _ in trailing_metadata] == ["x-request-id", "grpc-status-details-bin"]
         self.failed.append((call_id, code))
 

@@ -17,6 +17,7 @@ from tests.unit.transport.fronts import (
     CALL,
     CREATE,
     HEALTH,
+    PATHS,
     STATUS,
     VERIFY,
     Server,
@@ -229,11 +230,42 @@ async def test_answers_are_sent_before_the_close(
     """Closing the library's Rust part discards unsent answers. It is closed a moment after the last
     answer was passed to it."""
     order: list[object] = []
-    monkeypatch.setattr(native, "time", SimpleNamespace(sleep=order.append))
-    monkeypatch.setattr(server.front, "close", lambda: order.append("closed"), raising=False)
+
+    async def sleep(seconds: float) -> None:
+        await turn()
+        order.append(seconds)
+
+    monkeypatch.setattr(native, "sleep", sleep)
+    monkeypatch.setattr(server.front, "close", lambda: order.append("closed"))
     server.come(VERIFY, [1])
     await server.stop(1.0)
-    assert order == [native.ANSWERS_OUT_SECONDS, "closed"]
+    assert order[:2] == [native.ANSWERS_OUT_SECONDS, "closed"]
+
+
+async def test_verifies_are_answered_until_connections_close(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients use a connection until it closes. In a stopping server, verifies, batches and health
+    checks that still arrive start, and calls that change something are rejected without effect."""
+    left = asyncio.Event()
+
+    async def wait(_seconds: float) -> None:
+        await left.wait()
+
+    monkeypatch.setattr(native, "sleep", wait)
+    stop = asyncio.create_task(server.stop(1.0))
+    await turn()
+    for number, path in enumerate(PATHS):
+        server.come(path, [number])
+        await turn()
+    late = {PATHS.index(path) for path in (VERIFY, BATCH, HEALTH)}
+    assert set(server.started) == late
+    assert set(server.rejected) == set(PATHS) - {VERIFY, BATCH, HEALTH}
+    assert {code for _, code in server.front.failed} == {grpc.StatusCode.UNAVAILABLE.value[0]}
+    assert not server.front.closed
+    left.set()
+    await stop
+    assert server.front.closed
 
 
 class Stream:

@@ -192,9 +192,9 @@ class _Receiver:
                 _log.warning(
                     "leaked secret %s: type %s, source %s, found at %s",
                     "revoked" if outcome is SecretOutcome.ENDED else "marked",
-                    _loggable(match.type),
-                    _loggable(match.source),
-                    _loggable(match.url),
+                    _loggable(match.type, match.token),
+                    _loggable(match.source, match.token),
+                    _loggable(match.url, match.token),
                 )
 
 
@@ -210,10 +210,23 @@ async def _body(request: Request) -> bytes | None:
 
 def _match(item: Any) -> _Match | None:
     """Return the match in an element of the array, or None if it has no token."""
-    if not isinstance(item, dict) or not isinstance(item.get("token"), str):
+    if not isinstance(item, dict) or (token := _text(item.get("token"))) is None:
         return None
-    texts = {name: item.get(name) for name in ("type", "url", "source")}
-    return _Match(item["token"], **{k: v if isinstance(v, str) else "" for k, v in texts.items()})
+    return _Match(token, *(_text(item.get(name)) or "" for name in ("type", "url", "source")))
+
+
+def _text(value: Any) -> str | None:
+    """Return a text, or None for other values.
+
+    None too for a text that UTF-8 cannot encode: JSON may contain lone surrogates.
+    """
+    if not isinstance(value, str):
+        return None
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return None
+    return value
 
 
 def _batches(matches: Sequence[_Match]) -> Iterator[list[str]]:
@@ -221,24 +234,28 @@ def _batches(matches: Sequence[_Match]) -> Iterator[list[str]]:
     batch: list[str] = []
     size = 0
     for match in matches:
-        # An empty text has the outcome MALFORMED, as any text that is too long has.
-        token = (
-            match.token if len(match.token.encode("utf-8", "replace")) <= _TOKEN_BYTES_MAX else ""
-        )
-        size += len(token) + 4
+        token, token_bytes = match.token, len(match.token.encode())
+        if token_bytes > _TOKEN_BYTES_MAX:
+            # An empty text has the outcome MALFORMED, as any text that is too long has.
+            token, token_bytes = "", 0
+        size += token_bytes + 4
         if batch and (len(batch) == BATCH_MAX or size > BATCH_BYTES_MAX):
             yield batch
-            batch, size = [], len(token) + 4
+            batch, size = [], token_bytes + 4
         batch.append(token)
     if batch:
         yield batch
 
 
-def _loggable(text: str) -> str:
-    """Return a text of the report for the log: printable, short, and without a secret."""
+def _loggable(text: str, token: str = "") -> str:
+    """Return a text of the report for the log: printable, short, and without a secret.
+
+    `token` is the text that was reported. An imported secret has no form that shows what it is.
+    """
     if len(text) > _LOGGED_LENGTH_MAX or not text.isprintable():
         return "(not shown)"
     # A URL may contain the secret, also percent-encoded.
-    if _SECRET_WITHIN.search(text) or _SECRET_WITHIN.search(unquote(text)):
-        return "(not shown: contains a secret)"
+    for form in (text, unquote(text)):
+        if _SECRET_WITHIN.search(form) or (token and token in form):
+            return "(not shown: contains a secret)"
     return text or "(none)"

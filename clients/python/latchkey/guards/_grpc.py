@@ -1,5 +1,6 @@
 """What both guards of gRPC share: which calls are exempt, and how the others are refused."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -147,14 +148,17 @@ def refusal(
     """Return the arguments for abort(): status, text, and rich details as trailing metadata."""
     code, text, reason = _REFUSALS[decision.outcome]
     details = [error_details_pb2.ErrorInfo(reason=reason, domain="latchkey")]
+    pushback: list[tuple[str, str | bytes]] = []
     if decision.retry_after is not None:
         delay = Duration()
         delay.FromTimedelta(decision.retry_after)
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+        # gRPC's own retries read the delay only here (gRFC A6).
+        pushback.append(("grpc-retry-pushback-ms", str(math.ceil(delay.ToNanoseconds() / 1e6))))
     status = status_pb2.Status(code=code.value[0], message=text)
     for detail in details:
         packed = AnyMessage()
         packed.Pack(detail)
         status.details.append(packed)
     # Not abort_with_status(), which the contexts of sync handlers do not have.
-    return code, text, (("grpc-status-details-bin", status.SerializeToString()),)
+    return code, text, (("grpc-status-details-bin", status.SerializeToString()), *pushback)
