@@ -1,4 +1,4 @@
-"""How the workers of a host share one lease: worker 0 leads, the others are its siblings.
+"""How the workers of a host can share one lease: worker 0 leads, the others are its siblings.
 
 Owns the private socket's folder, the variables by which a worker learns its part, and the assembly
 of a sibling's row. The rules are in `coherence/host_lead.py` and `coherence/host_rows.py`.
@@ -38,9 +38,9 @@ LEAD_VARIABLE: Final = "LATCHKEY_HOST_LEAD"
 def host_folder(settings: Settings, account: OsAccount | None) -> Iterator[str | None]:
     """Create the folder of the socket for the workers' account, and delete it afterwards.
 
-    Yields None if there is a single worker. Without a folder, each worker has a row of its own.
+    Yields None if the workers share no lease. Without a folder, each worker has a row of its own.
     """
-    if settings.workers < 2:
+    if settings.workers < 2 or settings.host_lease == "each":
         yield None
         return
     try:

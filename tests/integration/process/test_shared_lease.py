@@ -46,6 +46,7 @@ def service(database_url: str) -> Iterator[Service]:
             data_dir=Path(folder) / "data",
             listen="127.0.0.1:0",
             workers=WORKERS,
+            host_lease="shared",
             grace_seconds=1,
         )
         yield service
