@@ -316,6 +316,14 @@ async def test_go(clone: Clone) -> None:
     assert said.splitlines()[-2:] == ["true VERDICT_VALID", "false VERDICT_MALFORMED"]
 
 
+async def test_script_beside_a_clone(clone: Clone) -> None:
+    """A script in the folder that contains the clone imports the library, and not the clone, which
+    has the same name."""
+    (clone.folder / "latchkey/clients").mkdir(parents=True)
+    (clone.folder / "script.py").write_text("import latchkey; print(latchkey.Client.__name__)\n")
+    assert await clone.output(".venv/bin/python script.py") == "Client\n"
+
+
 def test_installed_packages() -> None:
     """The packages that the pages install are those with which these tests run."""
     named = set()
