@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from tests.checks import audit, contract, locks, schemas
+from tests.checks import audit, contract, documents, locks, schemas
 from tests.checks.steps import ROOT, Outcome, command, run
 from tests.site import build as site
 
@@ -29,6 +29,7 @@ STEPS = [
     ("mypy", partial(command, "mypy", *PACKAGES)),
     ("mypy tests", partial(command, "mypy", "tests")),
     ("mypy examples", partial(command, "mypy", "examples")),
+    ("mypy documents", partial(documents.check, ROOT)),
     ("imports", partial(command, "lint-imports", "--no-cache", "--no-logo")),
     ("buf lint", partial(command, "buf", "lint", cwd=PROTO)),
     ("buf format", partial(command, "buf", "format", "--diff", "--exit-code", cwd=PROTO)),

@@ -12,6 +12,7 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.access.methods import MANAGER
 from latchkey_service.audit.sampling import FIRST_MAX
+from latchkey_service.coherence.rows import PostgresRows
 from latchkey_service.process.server import Server
 from latchkey_service.settings.settings import Settings
 
@@ -161,7 +162,9 @@ async def test_an_unreachable_database(server: Server) -> None:
     parts.lookup.reconnect()
     # Health looks up a secret all the time.
     await eventually(lambda: read(server).get("latchkey_lookup_failures_total") > 0, "it fails")
-    parts.renewer._connection.drop()
+    rows = parts.renewer._rows
+    assert isinstance(rows, PostgresRows)
+    rows.drop()
 
     def broken() -> bool:
         now = read(server)

@@ -19,7 +19,8 @@ PACKAGE = "latchkey.v1"
 INTRODUCTION = """# gRPC API
 
 Generated from the comments of the contract. [Errors](../errors.md) lists the reasons of failed
-calls, and [Limits](../limits.md) the sizes of requests. `latchkey proto` writes a descriptor set for tools.
+calls, and [Limits](../limits.md) the sizes of requests.
+`latchkey proto` writes a descriptor set for tools.
 """
 Type = FieldDescriptorProto
 # In the contract's own words.

@@ -37,7 +37,8 @@ NAME: Final = "latchkey"
 EPILOG: Final = """\
 Exit codes:
   0  success; for verify: VALID
-  1  unexpected error, or you answered no to a prompt
+  1  unexpected error, or you answered no to a prompt; for doctor, audit verify
+     and migrate --check: something is wrong or missing
   2  invalid usage or argument
   3  token not found; for revoke: a line is not a secret of a token
   4  name already taken

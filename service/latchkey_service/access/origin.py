@@ -1,24 +1,34 @@
-"""Where a call comes from, as others report it: a client's address, and the person behind a caller.
+"""Where a call comes from: a client's address, and the person behind a caller.
 
 Anyone can send these headers, so each counts only from whom the operator trusts: the address from
 the trusted proxy, and the person from callers with `reports_people` in the policy. They are for the
-audit log, and decide nothing.
+audit log and for limits per address, and decide about no access.
 """
 
 from collections.abc import Iterable
-from ipaddress import ip_address
+from ipaddress import IPv4Address, ip_address, ip_network
 from typing import Final
 from urllib.parse import unquote
 
 from latchkey_service.secret_format import contains_secret
 
-__all__ = ["ADDRESSES", "PERSON", "PERSON_LENGTH_MAX", "client_address", "person"]
+__all__ = [
+    "ADDRESSES",
+    "PERSON",
+    "PERSON_LENGTH_MAX",
+    "client_address",
+    "network_of",
+    "person",
+    "source_of",
+]
 
 # The proxy adds the address of its client at the end.
 ADDRESSES: Final = "x-forwarded-for"
 # Percent-encoded UTF-8, because metadata is ASCII.
 PERSON: Final = "x-latchkey-person"
 PERSON_LENGTH_MAX: Final = 128
+# Whoever gets one IPv6 address usually has at least such a network (RFC 6177 §2).
+_IPV6_PREFIX: Final = 64
 _Metadata = Iterable[tuple[str, str | bytes]] | None
 
 
@@ -33,7 +43,35 @@ def client_address(metadata: _Metadata) -> str:
         if key == ADDRESSES:
             last = value if isinstance(value, str) else ""
     try:
-        return str(ip_address(last.rpartition(",")[2].strip()))
+        # Without a zone, which may be any text.
+        return str(ip_address(last.rpartition(",")[2].strip().partition("%")[0]))
+    except ValueError:
+        return ""
+
+
+def network_of(host: str) -> str:
+    """Return the key under which peers at `host` share a limit. Raises ValueError."""
+    address = ip_address(host.partition("%")[0])
+    if isinstance(address, IPv4Address):
+        return str(address)
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(ip_network((address, _IPV6_PREFIX), strict=False).network_address)
+
+
+def source_of(peer: str, metadata: _Metadata, *, proxied: bool) -> str:
+    """Return the key under which the peers of calls share a limit, or "" if they share none.
+
+    `peer` is as gRPC reports it. `proxied` says that the peer is the trusted proxy, whose clients
+    then count.
+    """
+    if proxied:
+        host = client_address(metadata)
+    else:
+        # Such as ipv6:%5B::1%5D:50051. A UNIX socket has no address.
+        host = unquote(peer.partition(":")[2].rpartition(":")[0]).strip("[]")
+    try:
+        return network_of(host)
     except ValueError:
         return ""
 

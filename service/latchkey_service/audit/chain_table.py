@@ -54,7 +54,8 @@ class ChainTable:
                 WITH covered AS (
                     DELETE FROM audit_unsealed WHERE entry_id = ANY($2::bigint[]))
                 INSERT INTO audit_chain (number, entry_ids, digest, pepper_id, seal, time)
-                VALUES ($1, $2, $3, $4, $5, $6)
+                -- A host whose clock is ahead must not delay retention.
+                VALUES ($1, $2, $3, $4, $5, least($6, clock_timestamp()))
                 """,
                 *batch,
             )

@@ -8,6 +8,7 @@ Pure, with the clock passed in:
 - `client_leases`: the clients that answer under its lease.
 - `ack_rules`: when a Delete may return, and which verifiers are dead.
 - `snapshot`: where a read was taken.
+- `host_lead`: how the lead of a host shares its lease. `recent_log` keeps the log for that.
 
 Around them:
 - `lease_renewer` registers, renews the lease and reads the log. `notify_listener` wakes it.
@@ -16,7 +17,8 @@ Around them:
 - `ack_waiter` lets Deletes wait.
 - `reads` decides which reads of the database to accept.
 - `primary` follows the primary server.
-- `verifier_table` has the SQL.
+- `verifier_table` has the SQL, `rows` the row of a process in Postgres.
+- `host_rows` is the row of a sibling, at the lead of its host: `lead_client`, `lead_server`.
 
 "Rule N" means rule N of docs/protocol.md, here and in the rest of the service.
 

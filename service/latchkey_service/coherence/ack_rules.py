@@ -33,6 +33,9 @@ class VerifierRow(NamedTuple):
     lease_seconds: float
     clients_confirmed: int = 0
     clients_outwaited: int = 0
+    processes: int = 1
+    """How many processes of a host the row represents."""
+    processes_outwaited: int = 0
 
 
 class Acknowledgements(NamedTuple):
@@ -65,18 +68,30 @@ class PendingDeletion:
     nothing before it committed the row.
     """
 
-    __slots__ = ("_clients", "_committed", "_outwaited", "_pending", "_seen", "position")
+    __slots__ = (
+        "_clients",
+        "_committed",
+        "_outwaited",
+        "_pending",
+        "_processes",
+        "_processes_outwaited",
+        "position",
+    )
 
     def __init__(self, position: Position, committed: float) -> None:
         self.position = position
         self._committed = committed
-        self._seen: set[str] = set()
+        # For each verifier that was read, how many processes it represents: when it acknowledged,
+        # or when it was last read.
+        self._processes: dict[str, int] = {}
         self._pending: set[str] = set()
         # For each verifier that acknowledged: how many of its clients had confirmed at that time.
         self._clients: dict[str, int] = {}
         # For each verifier that was behind: its `clients_outwaited` when it was first read, and
         # when it was last read.
         self._outwaited: dict[str, tuple[int, int]] = {}
+        # The same for its `processes_outwaited`.
+        self._processes_outwaited: dict[str, tuple[int, int]] = {}
 
     def evaluate(self, rows: Iterable[VerifierRow], now: float) -> Acknowledgements | None:
         """Return the acknowledgements if `rows` prove that no verifier can answer with the token.
@@ -87,13 +102,21 @@ class PendingDeletion:
         """
         behind: dict[str, float] = {}
         for row in rows:
-            self._seen.add(row.id)
+            if row.id not in self._processes or row.id in self._pending:
+                self._processes[row.id] = row.processes
             if row.acknowledged_revision < self.position.revision:
                 behind[row.id] = row.lease_seconds
                 self._outwaited.setdefault(row.id, (row.clients_outwaited, row.clients_outwaited))
+                self._processes_outwaited.setdefault(
+                    row.id, (row.processes_outwaited, row.processes_outwaited)
+                )
             else:
                 if row.id in self._outwaited and row.id in self._pending:
                     self._outwaited[row.id] = (self._outwaited[row.id][0], row.clients_outwaited)
+                    self._processes_outwaited[row.id] = (
+                        self._processes_outwaited[row.id][0],
+                        row.processes_outwaited,
+                    )
                 self._clients.setdefault(row.id, row.clients_confirmed)
                 self._pending.discard(row.id)
         self._pending.update(behind)
@@ -101,9 +124,11 @@ class PendingDeletion:
         if behind and now < self._committed + outwait_seconds(longest) + OUTWAIT_MARGIN_SECONDS:
             return None
         # A row that was removed before it acknowledged counts as outwaited.
+        outwaited = sum(self._processes[each] for each in self._pending)
         return Acknowledgements(
-            len(self._seen) - len(self._pending),
-            len(self._pending),
+            sum(self._processes.values()) - outwaited,
+            # The lease of a sibling may have ended before its host's row acknowledged.
+            outwaited + sum(last - first for first, last in self._processes_outwaited.values()),
             sum(self._clients.values()),
             sum(last - first for first, last in self._outwaited.values()),
         )

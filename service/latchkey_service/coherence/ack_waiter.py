@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from latchkey_coherence.verdict_cache import Position
 
 from latchkey_service.coherence.ack_rules import Acknowledgements, PendingDeletion
+from latchkey_service.coherence.rows import RowId
 from latchkey_service.coherence.verifier_table import Rows, VerifierTable, read_rows
 from latchkey_service.errors import NotConfirmed, StoreUnsupported
 from latchkey_service.histogram import Histogram
@@ -47,14 +48,15 @@ class AckWaiter:
         wake: Callable[[], None],
         clock: Callable[[], float],
         rows_complete_at: Callable[[], float],
-        own_id: str,
+        own_row: Callable[[], RowId | None],
         *,
         notify: bool,
     ) -> None:
         self._table = table
-        # A database without this process's row may lack other rows, too: it was restored from a
-        # backup, and this process has not detected that yet.
-        self._own_id = own_id
+        # A database without the row of this process may lack other rows, too: it was restored from
+        # a backup, and this process has not detected that yet. The row may be that of its host's
+        # lead, which may have detected it and registered again: hence the incarnation (rule 8).
+        self._own_row = own_row
         # Polls have a dedicated connection, because waiting Deletes may occupy the whole pool.
         self._connection = DedicatedConnection(connect)
         self._failing = False
@@ -151,11 +153,11 @@ class AckWaiter:
                 # Only these: if a deletion arrives while the rows are read, they may have been read
                 # before its commit.
                 waits = list(self._waits.items())
-                now = self._clock()
+                now, own_row = self._clock(), self._own_row()
                 rows = await self._look({wait.position for _, wait in waits})
                 if rows is None or now < self._rows_complete_at():
                     continue
-                if all(row.id != self._own_id for row in rows.verifiers):
+                if own_row is None or all(row[:2] != own_row for row in rows.verifiers):
                     continue
                 for future, wait in waits:
                     if wait.position not in rows.known:

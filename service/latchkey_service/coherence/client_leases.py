@@ -12,11 +12,13 @@ __all__ = ["ClientLease", "ClientLeases"]
 class ClientLease:
     """The grants and confirmations of one stream's client."""
 
-    __slots__ = ("client", "confirmed", "ends")
+    __slots__ = ("client", "confirmed", "ends", "is_process")
 
-    def __init__(self, client: str = "") -> None:
+    def __init__(self, client: str = "", *, is_process: bool = False) -> None:
         self.client = client
         """The caller's name and its address, for people."""
+        self.is_process = is_process
+        """Whether this is another process of this host. Its own clients are part of it."""
         self.confirmed = 0
         self.ends = -math.inf
         """The time, on this process's clock, at which it has certainly ended."""
@@ -29,7 +31,7 @@ class ClientLeases:
     revisions, so the lowest one is found quickly.
     """
 
-    __slots__ = ("_at", "outwaited", "pinned_until")
+    __slots__ = ("_at", "outwaited", "pinned_until", "processes_outwaited")
 
     def __init__(self) -> None:
         self._at: dict[int, set[ClientLease]] = {}
@@ -38,7 +40,9 @@ class ClientLeases:
         that.
         """
         self.outwaited = 0
-        """How many leases ended while a revision waited for them. Only rises."""
+        """How many leases of clients ended while a revision waited for them. Only rises."""
+        self.processes_outwaited = 0
+        """The same for the other processes of this host."""
 
     def grant(self, lease: ClientLease, confirmed: int, ends: float) -> None:
         """Record a grant until `ends`, before it is sent. Its client has confirmed everything that
@@ -98,10 +102,16 @@ class ClientLeases:
     def count_confirmed(self, revision: int, now: float) -> int:
         """Return how many clients with a lease have confirmed `revision`."""
         return sum(
-            lease.ends > now
+            lease.ends > now and not lease.is_process
             for acknowledged, held in self._at.items()
             if acknowledged >= revision
             for lease in held
+        )
+
+    def count_processes(self, now: float) -> int:
+        """Return how many other processes of this host have a lease."""
+        return sum(
+            lease.ends > now and lease.is_process for held in self._at.values() for lease in held
         )
 
     def behind(self, revision: int, now: float, limit: int) -> list[str]:
@@ -118,7 +128,7 @@ class ClientLeases:
     def count_behind(self, revision: int, now: float) -> int:
         """Return how many clients with a lease have not confirmed `revision`."""
         return sum(
-            lease.ends > now
+            lease.ends > now and not lease.is_process
             for acknowledged, held in self._at.items()
             if acknowledged < revision
             for lease in held
@@ -130,7 +140,10 @@ class ClientLeases:
 
     def _end(self, lease: ClientLease, behind_since: float, applied: float) -> None:
         if lease.ends > behind_since and lease.confirmed < applied:
-            self.outwaited += 1
+            if lease.is_process:
+                self.processes_outwaited += 1
+            else:
+                self.outwaited += 1
         self._remove(lease)
 
     def _move(self, lease: ClientLease, revision: int) -> None:

@@ -1,7 +1,8 @@
 """Keeps this process a verifier: registers, reads the log, renews the lease, acknowledges.
 
-Owns the verifier's connection and the order of these steps. The rules are in `verifier_state`, the
-SQL in `verifier_table`, and the choice of the database server in `primary`.
+Owns the order of these steps. The rules are in `verifier_state`, the row and its connection in
+`rows`, the SQL in `verifier_table`, and the choice of the database server in `primary`. A sibling
+has its row at the lead of its host (`host_rows`), with the same steps.
 
 One task takes all steps in sequence, so that they do not overlap. A single statement extends the
 lease: it renews, acknowledges and reads the log on one server. The lease begins at the clock
@@ -12,13 +13,13 @@ import asyncio
 import contextlib
 import math
 import random
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from latchkey_service.coherence.ack_rules import DeadVerifierDetector
-from latchkey_service.coherence.primary import Primary
+from latchkey_service.coherence.rows import RowId, Rows
 from latchkey_service.coherence.verifier_state import Log, VerifierState
-from latchkey_service.coherence.verifier_table import Identity, OwnRow, Report
+from latchkey_service.coherence.verifier_table import OwnRow, Report, SiblingReport
 from latchkey_service.errors import (
     NO_ANSWER,
     TOO_LATE,
@@ -27,21 +28,13 @@ from latchkey_service.errors import (
     Unavailable,
 )
 from latchkey_service.postgres.circuit_breaker import jittered
-from latchkey_service.postgres.connections import DedicatedConnection
 from latchkey_service.settings.logs import logger
-
-if TYPE_CHECKING:
-    import asyncpg
-
-    Connection = asyncpg.Connection[asyncpg.Record]
 
 __all__ = ["LeaseRenewer"]
 
 # Pause after a failure. During the pause, verifies that need a lease fail at once instead of piling
 # up. The pause is short, so that service resumes soon after Postgres does.
 RETRY_SECONDS = 0.25
-# A stop does not wait for a database that hangs: the row expires by itself.
-REMOVE_SECONDS = 1.0
 # Limit of verifies that wait for the lease: the same as for a look-up.
 WAITING_MAX = 10_000
 # A healthy client confirms within milliseconds. The log names a client that needs longer than this.
@@ -63,22 +56,22 @@ class LeaseRenewer:
     def __init__(
         self,
         state: VerifierState[Any],
-        identity: Identity,
-        primary: Primary,
-        connect: "Callable[[], Awaitable[Connection]]",
+        own_id: str,
+        rows: Rows,
         clock: Callable[[], float],
     ) -> None:
         self.state = state
         self._on_news: Callable[[bool], None] = lambda _: None
         self._streams: Callable[[], int] = lambda: 0
         self._notifications: Callable[[], int] = lambda: 0
-        self._identity = identity
-        self._primary = primary
+        # The siblings with a lease, and the confirmed and the outwaited clients of those.
+        self._siblings: Callable[[], list[SiblingReport]] = list
+        self._siblings_clients: Callable[[], tuple[int, int]] = lambda: (0, 0)
+        self._id = own_id
+        self._rows = rows
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._log = logger()
-        self._connection = DedicatedConnection(connect)
-        self._incarnation = 0
         self._detector = DeadVerifierDetector()
         self._woken = asyncio.Event()
         self._news = True
@@ -112,6 +105,24 @@ class LeaseRenewer:
         """
         self._on_news, self._streams, self._notifications = on_news, streams, notifications
 
+    def attach_siblings(
+        self,
+        reports: Callable[[], list[SiblingReport]],
+        clients: Callable[[], tuple[int, int]],
+    ) -> None:
+        """Set the callbacks for what the row reports about the siblings of this process."""
+        self._siblings, self._siblings_clients = reports, clients
+
+    @property
+    def row(self) -> RowId | None:
+        """The row that represents this process, or None while it moves."""
+        return self._rows.row
+
+    def renew_now(self) -> None:
+        """Renew at once, because the lead of this host has a longer lease, or is away."""
+        self._next_renewal = -math.inf
+        self._woken.set()
+
     def wake(self) -> None:
         """Read the log now instead of at the next renewal, because it may have new entries (rule
         10).
@@ -127,7 +138,8 @@ class LeaseRenewer:
 
     def in_doubt(self) -> bool:
         """Return whether Postgres seems to fail: the last renewal failed, or one is slow."""
-        return self._failing or self._clock() - self._busy_since > SLOW_SECONDS
+        slow = self._clock() - self._busy_since > SLOW_SECONDS
+        return self._failing or slow or self._rows.in_doubt
 
     def has_lease(self) -> bool:
         """Return whether verifies may be answered."""
@@ -202,15 +214,7 @@ class LeaseRenewer:
         stopping = StoreUnavailable("The server is stopping.")
         self._wake_waiters(stopping)
         _fail(self._read, stopping)
-        # The task may have been cancelled in the middle of a statement, which leaves its connection
-        # unusable.
-        self._connection.drop()
-        if remove and self._incarnation:
-            with contextlib.suppress(StoreUnavailable, TimeoutError):
-                async with asyncio.timeout(REMOVE_SECONDS):
-                    row = OwnRow(await self._connection.get(), self._identity)
-                    await row.remove(self._incarnation)
-            self._connection.drop()
+        await self._rows.leave(remove=remove)
 
     async def _renew_once(self) -> None:
         """Read the log if it may have new entries, and renew the lease if that is due."""
@@ -218,15 +222,15 @@ class LeaseRenewer:
         due = self._clock() >= self._next_renewal
         if not (self._news or due or self._acknowledgeable() > state.acknowledged):
             return
-        row = OwnRow(await self._connection.get(), self._identity)
+        await self._rows.get()
         if not state.registered:
-            await self._register(row)
+            await self._register()
             due = True
         elif self._news:
             # Cleared before the log is read, so that a wake-up during the read causes another read.
             self._news = False
             began = self._clock()
-            log = await row.read_log(state.cache.position)
+            log = await self._rows.read_log(state.cache.position)
             if log.known and log.server != state.server:
                 # If this log were applied, reads of that server would be accepted under a lease
                 # from another one. Only a renewal can move the lease to it.
@@ -241,24 +245,23 @@ class LeaseRenewer:
         acknowledgeable = self._acknowledgeable()
         if not due and acknowledgeable <= state.acknowledged:
             return
-        await self._renew(row, acknowledgeable)
+        await self._renew(acknowledgeable)
         if due and state.registered:
             state.sweep(self._clock())
-            if self._clock() >= self._next_detection:
+            if self._clock() >= self._next_detection and (row := await self._rows.own_row()):
                 await self._remove_dead(row)
 
-    async def _register(self, row: OwnRow) -> None:
-        self._incarnation += 1
+    async def _register(self) -> None:
         self.registrations += 1
         # A client that may still answer from its cache has confirmed nothing on this history.
         clear = self.state.client_leases.floor(self._clock()) is None
-        registration = await row.register(self._incarnation, acknowledge=clear)
+        registration = await self._rows.register(acknowledge=clear)
         self.state.register(*registration, self._clock())
         # The first one is part of each start. A later one means that row or history was lost.
-        log = self._log.debug if self._incarnation == 1 else self._log.info
-        log("registered", verifier=self._identity.id, incarnation=self._incarnation)
+        log = self._log.debug if self.registrations == 1 else self._log.info
+        log("registered", verifier=self._id, registrations=self.registrations)
 
-    async def _renew(self, row: OwnRow, acknowledgeable: int) -> None:
+    async def _renew(self, acknowledgeable: int) -> None:
         """Acknowledge, renew, and apply the log that the same statement read."""
         state = self.state
         began = self._clock()
@@ -266,8 +269,7 @@ class LeaseRenewer:
         # failure, `_fail` decides when to try again.
         self._next_renewal = began + state.lease_seconds / 3
         self._news = False
-        renewed, log = await row.renew(
-            self._incarnation,
+        renewed, log, ends = await self._rows.renew(
             state.cache.position,
             acknowledgeable,
             self._report(acknowledgeable),
@@ -275,16 +277,15 @@ class LeaseRenewer:
         changed = state.apply(log, began)
         if renewed:
             self._row_lost = False
-            state.renew(began, acknowledgeable)
+            state.renew(began, acknowledgeable, ends)
             self.renewals += 1
-            if self._connection.current is not None:
-                self._primary.renewed(self._connection.current, state.server)
             self._succeed()
             # This also wakes clients whose grants wait for this lease.
             self._applied(changed=changed)
+            await self._rows.renewed(state)
             return
         if log.known:
-            self._log.warning("verifier row is gone; registering again", verifier=self._identity.id)
+            self._log.warning("verifier row is gone; registering again", verifier=self._id)
             state.lose()
         self._applied(changed=True)
         self._lost_history(log)
@@ -292,7 +293,6 @@ class LeaseRenewer:
     def _report(self, acknowledgeable: int) -> Report:
         now = self._clock()
         client_leases = self.state.client_leases
-        connection = self._connection.current
         seconds, waiting_for = self.state.waiting_for(now)
         if seconds < WAITED_SECONDS:
             waiting_for = []
@@ -302,16 +302,16 @@ class LeaseRenewer:
                 self._log.warning(
                     "deletions wait for clients", clients=waiting_for, seconds=round(seconds, 2)
                 )
+        confirmed, outwaited = self._siblings_clients()
         return Report(
             self._streams(),
-            client_leases.count_confirmed(acknowledgeable, now),
-            client_leases.outwaited,
+            client_leases.count_confirmed(acknowledgeable, now) + confirmed,
+            client_leases.outwaited + outwaited,
             waiting_for,
             self._notifications(),
-            # The host of this renewal, not of the last one: the statement stores the server that it
-            # reaches.
-            "" if connection is None else self._primary.host_of(connection),
-            self._primary.warnings(),
+            processes=1 + client_leases.count_processes(now),
+            processes_outwaited=client_leases.processes_outwaited,
+            siblings=self._siblings(),
         )
 
     def _lost_history(self, log: Log) -> None:
@@ -319,11 +319,10 @@ class LeaseRenewer:
         then on.
         """
         if not log.known:
-            connection = self._connection.current
             self._log.warning(
                 "the database follows another history: starting over",
-                verifier=self._identity.id,
-                address="" if connection is None else self._primary.host_of(connection),
+                verifier=self._id,
+                address=self._rows.address,
                 system_identifier=log.server.identifier,
                 timeline=log.server.timeline,
             )
@@ -348,7 +347,7 @@ class LeaseRenewer:
         """Remove the rows of dead processes, so that no further Delete waits for them (rule 9)."""
         asked = self._clock()
         rows = await row.all_rows()
-        lower = sum(other.id < self._identity.id for other in rows)
+        lower = sum(other.id < self._id for other in rows)
         self._next_detection = asked + (
             self.state.lease_seconds
             if lower < DETECTORS
@@ -387,8 +386,7 @@ class LeaseRenewer:
         unknown.
         """
         self.failures += 1
-        self._primary.failed(self._connection.current, error)
-        self._connection.drop()
+        self._rows.failed(error)
         if not isinstance(error, StoreUnavailable):
             self._log.exception("lease renewal failed", error=type(error).__name__)
         elif not self._failing:

@@ -102,6 +102,11 @@ class NotifyListener:
             self._connected.set()
         return connection
 
+    def disconnected(self) -> None:
+        """Record that the connection is closed, because another process listens for this one."""
+        if self.state is not Notifications.OFF:
+            self._becomes(Notifications.UNKNOWN)
+
     async def run(self) -> None:
         """Test each new connection, and later at intervals, until cancelled."""
         while self.state is not Notifications.OFF:

@@ -111,15 +111,23 @@ class Primary:
         if self._standby_missing:
             self._standby_missing = False
             self._log.info("commits are replicated again")
-        found = (self._connector.host_of(connection), server)
+        self._moved((self._connector.host_of(connection), server))
+
+    def shared(self, host: str, server: Server) -> None:
+        """Record that the lead of this host has renewed the lease there."""
+        self._connector.prove(host)
+        self._failed_on = None
+        self._moved((host, server))
+
+    def _moved(self, found: tuple[str, Server]) -> None:
         if found == self._server:
             return
         changed, self._server = self._server is not None, found
         self._log.info(
             "database server",
             address=found[0],
-            system_identifier=server.identifier,
-            timeline=server.timeline,
+            system_identifier=found[1].identifier,
+            timeline=found[1].timeline,
         )
         if changed:
             self._on_change()

@@ -7,7 +7,6 @@ from a read (rule 5).
 
 import enum
 import math
-from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
 from latchkey_coherence.lease import LEASE_SECONDS_MAX, outwait_seconds, server_lease_end
@@ -15,6 +14,8 @@ from latchkey_coherence.verdict_cache import NOWHERE, Entry, Position, VerdictCa
 
 from latchkey_service.coherence.ack_rules import OUTWAIT_MARGIN_SECONDS
 from latchkey_service.coherence.client_leases import ClientLeases
+from latchkey_service.coherence.log import EVERY_TOKEN, Change, Log, Server
+from latchkey_service.coherence.recent_log import RecentLog
 from latchkey_service.coherence.snapshot import Snapshot
 
 __all__ = ["EVERY_TOKEN", "Change", "Log", "ReadBegan", "Server", "Standing", "VerifierState"]
@@ -23,40 +24,6 @@ E = TypeVar("E", bound=Entry)
 
 # Limit of clients that a status or a log line names: enough to see a pattern.
 WAITED_FOR_MAX = 5
-
-
-# Stands in the log for a change that names every token.
-EVERY_TOKEN = ""
-
-
-class Server(NamedTuple):
-    """The Postgres server that a statement reached, as far as the engine reports it."""
-
-    identifier: str | None
-    """`system_identifier` of the cluster. Copies and standbys share it."""
-    timeline: str | None
-    """Eight hexadecimal digits, which change with each promotion."""
-
-
-class Change(NamedTuple):
-    """The tokens that one revision invalidated."""
-
-    position: Position
-    token_ids: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Log:
-    """The log after a position, from one snapshot on one server."""
-
-    known: bool
-    """Whether the server's history holds that position. If not, `changes` is empty."""
-    server: Server
-    head: Position
-    changes: tuple[Change, ...]
-    """Oldest first."""
-    complete: bool = True
-    """False if more tokens were named than a reader accepts."""
 
 
 class ReadBegan(NamedTuple):
@@ -88,6 +55,7 @@ class VerifierState(Generic[E]):
         "lease_ends",
         "lease_seconds",
         "log_read_began",
+        "recent",
         "registered",
         "rows_complete_at",
         "server",
@@ -99,6 +67,8 @@ class VerifierState(Generic[E]):
         self.cache = cache
         self.client_leases = client_leases
         self.lease_seconds = lease_seconds
+        self.recent = RecentLog(NOWHERE)
+        """The log that was applied since the process registered."""
         self.lease_ends = -math.inf
         self.registered = False
         self.acknowledged = 0
@@ -124,6 +94,7 @@ class VerifierState(Generic[E]):
         if self.epoch:
             self._await_earlier_leases(now)
         self._start_over(position)
+        self.recent.restart(position)
         self.acknowledged = acknowledged
         self.server = server
         self.registered = True
@@ -144,6 +115,12 @@ class VerifierState(Generic[E]):
         self.log_read_began = began
         if log.server != self.server:
             self._await_earlier_leases(began)
+        if log.complete:
+            for change in log.changes:
+                self.recent.append(change)
+        elif log.head != self.cache.position:
+            # The other processes of the host start over at this position too.
+            self.recent.append(Change(log.head, (EVERY_TOKEN,)))
         if not log.complete or log.server != self.server:
             self.server = log.server
             self._start_over(log.head)
@@ -206,12 +183,14 @@ class VerifierState(Generic[E]):
         applied = self.cache.position.revision
         return now - self._behind_since, self.client_leases.behind(applied, now, WAITED_FOR_MAX)
 
-    def renew(self, began: float, acknowledged: int) -> None:
-        """Extend the lease after a renewal whose log has been applied.
+    def renew(self, began: float, acknowledged: int, ends: float = math.inf) -> None:
+        """Extend the lease after a renewal whose log has been applied, to `ends` at most.
 
-        `began` is the clock before the statement was sent (rule 3).
+        `began` is the clock before the statement was sent (rule 3). `ends` is the end of the lease
+        that another process of this host holds and shares.
         """
-        self.lease_ends = max(self.lease_ends, server_lease_end(began, self.lease_seconds))
+        extended = min(server_lease_end(began, self.lease_seconds), ends)
+        self.lease_ends = max(self.lease_ends, extended)
         self.acknowledged = acknowledged
 
     def lose(self) -> None:
@@ -226,6 +205,7 @@ class VerifierState(Generic[E]):
         # The row may be committed, and others' missing, before `register` is called.
         self.rows_complete_at = math.inf
         self._start_over(NOWHERE)
+        self.recent.restart(NOWHERE)
 
     def _await_earlier_leases(self, now: float) -> None:
         """Delay the confirmation of deletions until each lease of the earlier history has ended.

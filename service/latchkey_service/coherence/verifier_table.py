@@ -5,9 +5,9 @@ Owns the `verifier` table, and reads and prunes `invalidation`. The token store 
 on any connection, and everything else on the pool.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,8 +15,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from latchkey_coherence.verdict_cache import HISTORY_MAX, Position
 
 from latchkey_service.coherence.ack_rules import VerifierRow
+from latchkey_service.coherence.log import Change, Log, Registration, Server
 from latchkey_service.coherence.snapshot import POSITION_KNOWN, mark_in, mark_out
-from latchkey_service.coherence.verifier_state import Change, Log, Server
+from latchkey_service.coherence.verifier_reports import (
+    Report,
+    SiblingReport,
+    Status,
+    VerifierStatus,
+    processes_of,
+)
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.postgres.connections import (
     DURABLE,
@@ -41,6 +48,7 @@ __all__ = [
     "Registration",
     "Report",
     "Rows",
+    "SiblingReport",
     "Status",
     "VerifierStatus",
     "VerifierTable",
@@ -62,7 +70,8 @@ WITH known AS MATERIALIZED (
         OR (h.pruned_revision = p.revision AND h.pruned_mark = p.mark)
         OR EXISTS (SELECT FROM invalidation i WHERE i.revision = p.revision AND i.mark = p.mark))
 SELECT k.revisions, k.marks, v.id, v.incarnation, v.renewal, v.acknowledged_revision,
-       v.lease_seconds, v.clients_confirmed, v.clients_outwaited
+       v.lease_seconds, v.clients_confirmed, v.clients_outwaited, v.processes,
+       v.processes_outwaited
   FROM known k
   LEFT JOIN verifier v ON true
 """
@@ -95,6 +104,7 @@ _RENEW = f"""
            SET renewal = v.renewal + 1, acknowledged_revision = $6, clients = $7,
                clients_confirmed = $8, clients_outwaited = $9, waiting_for = $10::text[],
                notifications = $11, database_host = $12, warnings = $13::text[],
+               processes = $14, processes_outwaited = $15, siblings = $16::text::jsonb,
                server_identifier = s.identifier, server_timeline = s.timeline,
                renew_time = clock_timestamp()
           FROM state s
@@ -159,66 +169,6 @@ class Identity:
     lease_seconds: float
     # Newest first. Empty: not reported.
     pepper_ids: tuple[str, ...] = ()
-
-
-class VerifierStatus(NamedTuple):
-    """A verifier's row, for people. Times are on the database's clock."""
-
-    id: str
-    host: str
-    process_id: int
-    version: str
-    start_time: datetime
-    acknowledged_revision: int
-    lease_seconds: float
-    lease_remaining_seconds: float
-    clients: int
-    notifications: int
-    waiting_for: list[str]
-    pepper_ids: list[str]
-    database_host: str
-    server_identifier: str | None
-    server_timeline: str | None
-    warnings: list[str]
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """The newest position and all verifiers, oldest first, from one snapshot."""
-
-    head: Position
-    verifiers: list[VerifierStatus]
-    schema: int
-    """Number of the newest migration."""
-
-
-class Report(NamedTuple):
-    """The facts about its clients and itself that a process writes into its row at each renewal."""
-
-    clients: int
-    """The number of streams."""
-    clients_confirmed: int
-    """Number of clients with a lease that have confirmed the revision that the row acknowledges."""
-    clients_outwaited: int
-    """Leases of clients that ended while a revision waited for them. Only rises."""
-    waiting_for: list[str]
-    """Callers and addresses of the clients that a revision is waiting for."""
-    notifications: int
-    """Numbered as in the contract's Notifications."""
-    database_host: str
-    """The host in the list to which the renewal is sent."""
-    warnings: list[str]
-    """Faults that an operator should repair."""
-
-
-class Registration(NamedTuple):
-    """The result of committing a process's row."""
-
-    position: Position
-    """The newest position, where the empty cache begins."""
-    acknowledged: int
-    """The revision that the row acknowledges."""
-    server: Server
 
 
 class OwnRow:
@@ -308,7 +258,8 @@ class OwnRow:
                 self._identity.id,
                 incarnation,
                 acknowledged,
-                *report,
+                *report[:-1],
+                json.dumps([sibling._asdict() for sibling in report.siblings]),
             )
         return rows[0][0], _log([tuple(row)[1:] for row in rows])
 
@@ -376,13 +327,14 @@ class VerifierTable:
                        greatest(0, v.lease_seconds - extract(
                            epoch FROM clock_timestamp() - v.renew_time))::double precision,
                        v.clients, v.notifications, v.waiting_for, v.pepper_ids,
-                       v.database_host, v.server_identifier, v.server_timeline, v.warnings
+                       v.database_host, v.server_identifier, v.server_timeline, v.warnings,
+                       v.siblings::text
                   FROM head h
                   LEFT JOIN verifier v ON true
                  ORDER BY v.start_time, v.id
                 """
             )
-        found = [VerifierStatus(*row[3:]) for row in rows if row[3] is not None]
+        found = [each for row in rows if row[3] is not None for each in processes_of(row[3:])]
         return Status(Position(rows[0][0], mark_in(rows[0][1])), found, rows[0][2])
 
     @retry_on_conflict

@@ -294,7 +294,7 @@ class WatchSessions:
         self._stream_seconds = stream_seconds
         self._streams: set[_Stream] = set()
         self._closing = False
-        self._lease_released = asyncio.Event()
+        self.lease_released = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -344,7 +344,7 @@ class WatchSessions:
             reader.cancel()
             stream.session.share_questions.close()
             self._streams.discard(stream)
-            self._lease_released.set()
+            self.lease_released.set()
 
     def on_news(self, changed: bool) -> None:  # noqa: FBT001 - called back
         """Send all clients the new invalidations, issue grants that wait for a lease, and ask
@@ -399,11 +399,11 @@ class WatchSessions:
         give_up = self._clock() + seconds
         client_leases = self._state.client_leases
         while client_leases.floor(now := self._clock()) is not None and now < give_up:
-            self._lease_released.clear()
+            self.lease_released.clear()
             until = min(client_leases.latest_end(now), give_up)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(until - now):
-                    await self._lease_released.wait()
+                    await self.lease_released.wait()
         for stream in self._streams:
             stream.must_end = True
             stream.changed.set()
@@ -422,7 +422,7 @@ class WatchSessions:
             questions.receive(request, self._draw_calls, stream.changed.set)
             stream.session.receive(request, now)
             if stream.session.released:
-                self._lease_released.set()
+                self.lease_released.set()
             if stream.session.lease.confirmed != before or stream.session.released:
                 self._on_confirmed()
             # A grant or the next invalidation may have waited for this confirmation.

@@ -178,9 +178,9 @@ class Connector:
         """Return the host of the URL that a connection leads to."""
         return self._hosts.name_of(connection)
 
-    def prove(self, connection: "Connection") -> None:
-        """Try the host of `connection` first from now on: a commit there was durable."""
-        self._hosts.prove(connection)
+    def prove(self, host: "Connection | str") -> None:
+        """Try a host, or that of a connection, first from now on: a commit there was durable."""
+        self._hosts.prove(host)
 
     def leave(self, connection: "Connection") -> None:
         """Try the host of `connection` last from now on: commits there fail."""

@@ -98,9 +98,13 @@ class Hosts:
         """Return the host that a connection leads to."""
         return _name(self._url_of[connection])
 
-    def prove(self, connection: "Connection") -> None:
-        """Try the host of `connection` first from now on, whatever other hosts claim."""
-        if self._proved != (url := self._url_of[connection]):
+    def prove(self, host: "Connection | str") -> None:
+        """Try a host, or that of a connection, first from now on, whatever other hosts claim."""
+        if isinstance(host, str):
+            url = next((url for url in self._urls if _name(url) == host), None)
+        else:
+            url = self._url_of[host]
+        if url is not None and self._proved != url:
             self._proved = url
             self._prefer(url)
 

@@ -102,7 +102,7 @@ async def pending(
     Raises MigrationError and StoreUnavailable.
     """
     async with _database(url, pooler, workers) as connection:
-        return schema.missing(migrations, await applied(connection))
+        return await _missing(connection, migrations)
 
 
 async def grant_statements(url: str, role: str) -> list[str]:
@@ -229,7 +229,7 @@ async def _apply(
     connection: "asyncpg.Connection[asyncpg.Record]", migrations: "Sequence[Migration]"
 ) -> "list[Migration]":
     # Without the lock, so that an ordinary start neither waits nor needs any right to change.
-    if not schema.missing(migrations, await applied(connection)):
+    if not await _missing(connection, migrations):
         return []
     async with _locked(connection):
         await connection.execute(_JOURNAL)
@@ -250,6 +250,14 @@ async def _apply(
                 migration.oldest_release,
             )
         done.append(migration)
+
+
+async def _missing(
+    connection: "asyncpg.Connection[asyncpg.Record]", migrations: "Sequence[Migration]"
+) -> "list[Migration]":
+    # A transaction, which a pooler in statement mode rejects: `needs_transactions`.
+    async with connection.transaction(isolation="read_committed"):
+        return schema.missing(migrations, await applied(connection))
 
 
 async def applied(connection: "asyncpg.Connection[asyncpg.Record]") -> list[Applied]:

@@ -182,16 +182,25 @@ async def _preflight(connection: "Connection", _: Settings, __: Hosts) -> list[F
 
 async def _pooler(connection: "Connection", settings: Settings, hosts: Hosts) -> list[Finding]:
     check = "pooler"
-    if settings.pooler == "transaction":
+    shared = settings.pooler == "transaction"
+    try:
+        with preflight.needs_transactions():
+            if shared:
+                # A connection of its own, which a pooler in statement mode closes.
+                trial = await _again(hosts, connection)
+                try:
+                    await trial.execute("BEGIN")
+                finally:
+                    trial.terminate()
+            else:
+                await preflight.check_pooler(connection, lambda: _again(hosts, connection))
+    except preflight.DatabaseError as error:
+        return _of(error, check)
+    if shared:
         missing, statements = await preflight.unbounded_settings(connection)
         if missing:
             return [warning(check, f"the role lacks {', '.join(missing)}", statements)]
         return [ok(check, "LATCHKEY_POOLER=transaction, and the role has the time-outs")]
-    try:
-        with preflight.needs_transactions():
-            await preflight.check_pooler(connection, lambda: _again(hosts, connection))
-    except preflight.DatabaseError as error:
-        return _of(error, check)
     return [ok(check, "each connection has a session of its own")]
 
 

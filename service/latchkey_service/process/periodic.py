@@ -35,11 +35,14 @@ __all__ = [
     "purge_audit",
     "purge_lifecycle",
     "purge_usage",
+    "rest",
 ]
 
 # The check for health is a query. While renewals and look-ups succeed, it is rare. If one has
 # failed, or a renewal is slow, the check follows within LOOK_SECONDS.
 PROBE_SECONDS = 5.0
+# For workers that share a lease, so that an idle one keeps no connection for it.
+PROBE_SECONDS_SHARED = 60.0
 LOOK_SECONDS = 0.5
 PROBE_SECONDS_WHILE_DOWN = 0.1
 PROBE_TIMEOUT_SECONDS = 1.0
@@ -48,6 +51,8 @@ PURGE_SECONDS = 3_600.0
 # Small enough that nobody notices the locks.
 PURGE_BATCH = 1_000
 PRUNE_SECONDS = 60.0
+# Between looks for idle connections.
+REST_SECONDS = 5.0
 # Thresholds are days, so minutes do not matter.
 EXPIRING_SECONDS = 300.0
 EXPIRING_CHECK_SECONDS = 60.0
@@ -75,6 +80,7 @@ async def follow_verifier(
     in_doubt: Callable[[], bool],
     failures: Callable[[], int],
     set_serving: Callable[[bool], None],
+    probe_seconds: float = PROBE_SECONDS,
 ) -> None:
     """Report on health whether verifies that need a look-up succeed. Runs until cancelled.
 
@@ -106,13 +112,21 @@ async def follow_verifier(
                 jittered(PROBE_SECONDS_WHILE_DOWN, random.random())  # noqa: S311 - jitter
             )
             continue
-        failed, until = failures(), clock() + PROBE_SECONDS
+        failed, until = failures(), clock() + probe_seconds
         while True:
             # At least once: otherwise a check that succeeds while renewals fail would repeat
             # without a pause.
             await asyncio.sleep(jittered(LOOK_SECONDS, random.random()))  # noqa: S311 - jitter
             if clock() >= until or in_doubt() or failures() != failed:
                 break
+
+
+async def rest(rests: Sequence[Callable[[], None]]) -> None:
+    """Let `rests` close what was idle for long. Runs until cancelled."""
+    while True:
+        await asyncio.sleep(REST_SECONDS)
+        for close_if_idle in rests:
+            close_if_idle()
 
 
 async def follow_peppers(table: VerifierTable, own_id: str, reports: fleet.Reports) -> None:

@@ -27,6 +27,7 @@ from latchkey_service.errors import StoreUnavailable
 from latchkey_service.postgres.embedded_cluster import EmbeddedError, EmbeddedPostgres
 from latchkey_service.postgres.migrate import MigrationError
 from latchkey_service.process.greeting import welcome
+from latchkey_service.process.host_sharing import host_folder, variables
 from latchkey_service.process.metrics_server import WorkerReports, serve_metrics
 from latchkey_service.process.port_reservation import AddressError, reserved
 from latchkey_service.process.privileges import account_of_workers, forbid_dumps
@@ -169,6 +170,8 @@ class _Supervisor:
         if settings.policy is not None and policy is not None:
             self._policy_file = PolicyFile(settings.policy, policy, self._send_policy)
         self._account = account_of_workers(settings)
+        # Of the socket over which the workers share a lease.
+        self._host_folder: str | None = None
         self._watch = WorkerWatch(memory_max_bytes(settings))
         # All reasons from the start, because Prometheus' `increase` does not see the first event of
         # a counter that begins with it.
@@ -197,7 +200,8 @@ class _Supervisor:
                     self._log.info("metrics served", address=address)
                 if not await self._unless_stopped(prepare):
                     return 0
-                return await self._serve(following)
+                with host_folder(self._settings, self._account) as self._host_folder:
+                    return await self._serve(following)
         finally:
             for task in following:
                 task.cancel()
@@ -286,7 +290,7 @@ class _Supervisor:
         """
         with temporary_folder(self._settings) as folder:
             try:
-                process = await self._spawn(folder)
+                process = await self._spawn(number, folder)
             except (OSError, RuntimeError, MemoryError) as error:
                 # No process, pipe, file or memory, or no thread to wait for it (Python 3.11).
                 raise NotStarted(str(error) or type(error).__name__) from error
@@ -310,11 +314,13 @@ class _Supervisor:
                 killed = self._watch.remove(process)
             return {"reason": killed or reason, "exit_code": process.returncode}
 
-    async def _spawn(self, folder: str | None) -> asyncio.subprocess.Process:
+    async def _spawn(self, number: int, folder: str | None) -> asyncio.subprocess.Process:
         """Start a worker with `folder` as its directory for temporary files."""
         read, write = os.pipe()
         try:
-            process = await spawn(folder, write, self._account)
+            process = await spawn(
+                folder, write, self._account, variables(self._host_folder, number)
+            )
         except BaseException:
             os.close(read)
             raise

@@ -39,6 +39,7 @@ from latchkey_service.coherence.verifier_table import Identity, VerifierTable
 from latchkey_service.coherence.watch_sessions import WatchSessions
 from latchkey_service.postgres.connections import Connector, Pool
 from latchkey_service.process.announcements import Announcements
+from latchkey_service.process.host_sharing import HostSharing
 from latchkey_service.process.periodic import (
     follow_peppers,
     follow_verifier,
@@ -68,7 +69,7 @@ from latchkey_service.rpc.verify_calls import VerifyCalls, encode_token
 from latchkey_service.secret_format import Keyring
 from latchkey_service.settings.logs import logger
 from latchkey_service.settings.settings import Settings
-from latchkey_service.tokens.assembly import build_management
+from latchkey_service.tokens.assembly import Management, build_management
 from latchkey_service.tokens.batched_lookup import LeasedLookup, Lookup
 from latchkey_service.tokens.fleet import Reports
 from latchkey_service.tokens.imported import ImportedSecrets
@@ -109,8 +110,11 @@ async def running(
     active_policy = None if text is None else ActivePolicy(policies.parse(text))
     keyring = Keyring(keyring.peppers, settings.accepted_prefixes)
     connector = Connector(settings.database_url.get_secret_value(), pooler=settings.pooler)
-    cache, notify = settings.cache == "on", settings.notify == "on"
-    identity = _identity(settings, keyring)
+    cache, notify, identity = (
+        settings.cache == "on",
+        settings.notify == "on",
+        _identity(settings, keyring),
+    )
     verifier_state: VerifierState[CachedToken] = VerifierState(
         VerdictCache(settings.cache_entries if cache else 0),
         ClientLeases(),
@@ -138,7 +142,8 @@ async def running(
         # LISTEN does not work through a pooler in transaction mode.
         enabled=notify and settings.pooler == "none",
     )
-    renewer = LeaseRenewer(verifier_state, identity, primary, listener.connect, boottime)
+    host = HostSharing(os.environ, identity, primary, listener)
+    renewer = LeaseRenewer(verifier_state, identity.id, host.rows(lambda: renewer), boottime)
     rates = TokenRates(
         RateDraws(
             connector.connect_with_generic_plans,
@@ -147,8 +152,7 @@ async def running(
         ),
         boottime,
     )
-    limits = limits_of(settings)
-    usage = UsageWriter(UsageTable(pool), identity.id, time.time)
+    limits, usage = limits_of(settings), UsageWriter(UsageTable(pool), identity.id, time.time)
     watch_sessions = WatchSessions(
         verifier_state,
         boottime,
@@ -159,7 +163,11 @@ async def running(
         on_uses=usage.report,
         draw_calls=rates.draw_for_client,
     )
-    renewer.attach(watch_sessions.on_news, watch_sessions.__len__, lambda: listener.state)
+    renewer.attach(
+        host.serve(renewer, watch_sessions.on_news, watch_sessions.lease_released.set),
+        watch_sessions.__len__,
+        lambda: listener.state,
+    )
 
     store, table = TokenStore(pool), VerifierTable(pool)
     ack_waiter = AckWaiter(
@@ -168,7 +176,7 @@ async def running(
         renewer.wake,
         boottime,
         lambda: verifier_state.rows_complete_at,
-        identity.id,
+        lambda: renewer.row,
         notify=notify,
     )
     reads = LeasedReads(renewer, verifier_state, boottime, pool.reconnect)
@@ -276,44 +284,51 @@ async def running(
 
     # These run until the last answer: until then, Deletes wait for this process.
     renewing, listening = begin(renewer.run()), begin(listener.run())
+    await host.start()
     if active_policy is not None and (latest := policy_text()) is not None and latest != text:
         active_policy.replace(policies.parse(latest))
     await server.start()
     # These run until then too, because calls during the stop are audited, and use tokens.
     lasts = [begin(audit.run()), begin(usage.run()), begin(server.guard.run())]
-    retention = timedelta(days=settings.tombstone_retention_days)
     background = [
         follow_verifier(
-            verifier.check, boottime, renewer.in_doubt, lambda: lookup.failures, server.set_serving
+            verifier.check,
+            boottime,
+            renewer.in_doubt,
+            lambda: lookup.failures,
+            server.set_serving,
+            host.probe_seconds,
         ),
         log_counts_regularly(counts, gauges),
-        follow_peppers(table, identity.id, server.metrics.pepper_reports),
-        primary.run(),
-        purge(management.upkeep_store, retention, _now),
-        purge_lifecycle(
-            management.upkeep_store,
-            timedelta(days=settings.expired_retention_days),
-            retention,
-            _now,
-        ),
-        seal_rows(management.guard, management.upkeep_store),
-        prune_log(table, settings.lease_seconds),
-        sealer.run(),
-        purge_audit(sealer, timedelta(days=settings.audit_retention_days), _now),
-        purge_usage(usage.table, _now),
         *announcements.background(),
-        purge_rates(RateTable(pool)),
+        *host.rests([lookup.rest, imported_lookup.rest]),
+        *host.upkeep(
+            lambda: [
+                follow_peppers(table, identity.id, server.metrics.pepper_reports),
+                primary.run(),
+                prune_log(table, settings.lease_seconds),
+                sealer.run(),
+                purge_audit(sealer, timedelta(days=settings.audit_retention_days), _now),
+                purge_usage(usage.table, _now),
+                purge_rates(RateTable(pool)),
+                seal_rows(management.guard, management.upkeep_store),
+                *_purges(settings, management),
+            ]
+        ),
     ]
     tasks = [begin(work) for work in background]
     try:
         yield server
     finally:
         await _end(*tasks)
+        # `drained` covers the siblings too, because their leases are on record.
+        host.close_to_siblings()
         drained = await server.stop(settings.grace_seconds, drain_seconds=settings.drain_seconds)
         # Only after the last answer: Deletes must wait for this process as long as it answers.
         await _end(renewing, listening, *lasts)
         await asyncio.gather(audit.close(), usage.close(), renewer.stop(remove=drained))
         await asyncio.gather(
+            host.stop(),
             ack_waiter.close(),
             management.first_use.close(),
             primary.close(),
@@ -336,6 +351,13 @@ def ended(on_failure: Callable[[], None], task: "asyncio.Task[None]") -> None:
             error=type(error).__name__,
         )
         on_failure()
+
+
+def _purges(settings: Settings, management: Management) -> list[Coroutine[Any, Any, None]]:
+    """Return what removes tokens that ended long ago."""
+    store, retention = management.upkeep_store, timedelta(days=settings.tombstone_retention_days)
+    expired = timedelta(days=settings.expired_retention_days)
+    return [purge(store, retention, _now), purge_lifecycle(store, expired, retention, _now)]
 
 
 async def _end(*tasks: "asyncio.Task[None]") -> None:

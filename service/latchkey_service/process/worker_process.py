@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 from latchkey_service.postgres.embedded_host import OsAccount
@@ -34,7 +34,10 @@ class NotStarted(Exception):
 
 
 async def spawn(
-    folder: str | None, heartbeats: int, account: OsAccount | None
+    folder: str | None,
+    heartbeats: int,
+    account: OsAccount | None,
+    more_variables: Mapping[str, str],
 ) -> asyncio.subprocess.Process:
     """Start a worker with `folder` as its directory for temporary files.
 
@@ -47,7 +50,7 @@ async def spawn(
     if folder is not None:
         environment["TMPDIR"] = folder
     # Our own TLS version comes last: nothing in our environment may allow an older one.
-    environment |= {HEARTBEAT_VARIABLE: str(heartbeats), **tls.ENVIRONMENT}
+    environment |= {HEARTBEAT_VARIABLE: str(heartbeats), **more_variables, **tls.ENVIRONMENT}
     environment.pop(ACCOUNT_VARIABLE, None)
     if account is not None:
         environment[ACCOUNT_VARIABLE] = f"{account.uid}:{account.gid}"

@@ -49,6 +49,7 @@ class Paths:
         `metadata_of` returns the metadata of a call's context. Raises LookupError for a method
         without a rule.
         """
+        proxied = authenticator is not None and authenticator.trusts_proxy
         if rule_of(path).role is None:
             authenticator = None
         parse = handler.request_deserializer
@@ -61,7 +62,7 @@ class Paths:
         if handler.request_streaming:
             streaming: Any = handler.stream_stream
             if inspect.isasyncgenfunction(streaming):
-                wrapped = self._streams.open_stream(path, streaming, parse)
+                wrapped = self._streams.open_stream(path, streaming, parse, proxied=proxied)
             else:
                 wrapped = self._streams.duplex(path, streaming, parse, authenticator)
             return grpc.stream_stream_rpc_method_handler(
@@ -69,7 +70,7 @@ class Paths:
             )
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
-                self._streams.open_stream(path, handler.unary_stream, parse),
+                self._streams.open_stream(path, handler.unary_stream, parse, proxied=proxied),
                 response_serializer=handler.response_serializer,
             )
         behaviour: Any = handler.unary_unary

@@ -16,6 +16,7 @@ import grpc
 
 from latchkey_service.access.authenticator import Authenticator, check_account
 from latchkey_service.access.methods import Rule, rule_of
+from latchkey_service.access.origin import source_of
 from latchkey_service.access.policy import ANONYMOUS, Caller
 from latchkey_service.errors import LatchkeyError, Overloaded, RequestNotParsed, RequestTooLarge
 from latchkey_service.rpc.call_context import CallContext
@@ -59,11 +60,12 @@ class Streams:
         # Streams that need no identity, by address.
         self._open_streams: Counter[str] = Counter()
 
-    def open_stream(self, path: str, behaviour: Any, parse: Parse) -> Any:
+    def open_stream(self, path: str, behaviour: Any, parse: Parse, *, proxied: bool = False) -> Any:
         """Wrap a stream that everyone may open (health's Watch, reflection).
 
         Both are async generators. They carry no secrets, may last for any time, and are logged only
-        if they fail. Their number is limited.
+        if they fail. Their number is limited. `proxied` says that they come through the trusted
+        proxy.
         """
         rule = rule_of(path)
         if rule.role is not None:
@@ -74,7 +76,8 @@ class Streams:
             self._reporter.started(path)
             code = "CANCELLED"
             try:
-                with self._counted(context.peer()):
+                source = source_of(context.peer(), context.invocation_metadata(), proxied=proxied)
+                with self._counted(source):
                     if isinstance(data, bytes):
                         request = _parsed(rule, parse, data)
                     else:
@@ -193,10 +196,11 @@ class Streams:
             yield data
 
     @contextlib.contextmanager
-    def _counted(self, peer: str) -> Iterator[None]:
-        """Count a stream that needs no identity. Raises Overloaded if there are too many."""
-        # Without the port. The peers of UNIX sockets have no address, and are local.
-        address = "" if peer.startswith("unix:") else peer.rpartition(":")[0]
+    def _counted(self, address: str) -> Iterator[None]:
+        """Count a stream that needs no identity. Raises Overloaded if there are too many.
+
+        `address`: streams with the same one share a limit; "" has none.
+        """
         from_address = self._open_streams[address] if address else 0
         if (
             self._open_streams.total() >= OPEN_STREAMS_MAX

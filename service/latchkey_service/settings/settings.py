@@ -252,6 +252,11 @@ class Settings(BaseSettings):
     notify: Literal["on", "off"] = Field(
         "on", description="on or off: LISTEN and NOTIFY, which let a Delete return in milliseconds"
     )
+    host_lease: Literal["each", "shared"] = Field(
+        "each",
+        description="each or shared; shared: the workers of this host have one lease together, for "
+        "fleets of more than some 20 workers",
+    )
     drain_seconds: float = Field(
         0.1,
         ge=0,

@@ -148,14 +148,14 @@ class Bulk:
         began = await self._reads.begin(call.deadline)
         now = self._now()
         if dry_run:
-            count, records, snapshot = await self._store.count_matching(
-                account_id, selected, now, LISTED_MAX
-            )
+            count, ids = await self._find(account_id, selected, now, LISTED_MAX, call, whole=True)
+            records, snapshot = await self._store.get_tokens(account_id, ids)
             await self._reads.accept(snapshot, began, call.deadline)
             listed = records[: fitting(records)]
             return Deletions(count, listed, None, more=count > DELETED_MAX)
+        _, found = await self._find(account_id, selected, now, DELETED_MAX, call)
         changed, ids = await self._store.delete_matching(
-            account_id, selected, now, DELETED_MAX, call.audit_context
+            account_id, selected, now, found, call.audit_context
         )
         if changed is None:
             # Covers the deletions of an earlier attempt whose response was lost.
@@ -172,7 +172,35 @@ class Bulk:
                 receipt = await self._store.confirm_deletions(
                     ids, changed.position, acknowledgements
                 )
-        return Deletions(len(ids), (), receipt, more=len(ids) == DELETED_MAX)
+        return Deletions(len(ids), (), receipt, more=len(found) == DELETED_MAX)
+
+    async def _find(
+        self,
+        account_id: str,
+        selected: Filter,
+        now: datetime,
+        limit: int,
+        call: Call,
+        *,
+        whole: bool = False,
+    ) -> tuple[int, list[str]]:
+        """Return the ids of the oldest `limit` tokens that match, and how many match.
+
+        Stops once it has found `limit` tokens, unless it counts the `whole` account. Reads the
+        account in steps, so that no statement takes long. Raises Unavailable at the deadline.
+        """
+        count, ids, after = 0, list[str](), None
+        while True:
+            began = await self._reads.begin(call.deadline)
+            scan, snapshot = await self._store.scan(
+                account_id, selected, now, after, limit - len(ids)
+            )
+            await self._reads.accept(snapshot, began, call.deadline)
+            count += scan.matching
+            ids += scan.ids
+            after = scan.next
+            if after is None or (len(ids) == limit and not whole):
+                return count, ids
 
     def _digests_of(
         self, secrets: Sequence[str]

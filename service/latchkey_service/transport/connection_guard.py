@@ -22,8 +22,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+from latchkey_service.access.origin import network_of
 from latchkey_service.settings.logs import logger
-from latchkey_service.transport.connection_shares import Held, busiest, peer_of, surplus
+from latchkey_service.transport.connection_shares import Held, busiest, surplus
 from latchkey_service.transport.transports import Limits
 
 __all__ = ["ConnectionGuard"]
@@ -205,7 +206,7 @@ class ConnectionGuard:
         if listener is None or listener in self._shared or end.family == socket.AF_UNIX:
             return None
         try:
-            return peer_of(str(end.getpeername()[0]))
+            return network_of(str(end.getpeername()[0]))
         except OSError:  # the client closed it
             return None
 

@@ -9,17 +9,14 @@ No peer address may have more than its share of a listener's connections. When t
 the address with the most connections loses one first.
 """
 
-import ipaddress
 from collections.abc import Mapping, Sequence
 from typing import Final, Literal, NamedTuple
 
-__all__ = ["IDLE_SECONDS", "EndReason", "Held", "busiest", "peer_of", "surplus"]
+__all__ = ["IDLE_SECONDS", "EndReason", "Held", "busiest", "surplus"]
 
 # From then on a connection counts as idle. Streams and busy clients send something every second or
 # so; an attacker that sends as often still has only the share of its address.
 IDLE_SECONDS: Final = 10.0
-# Whoever gets one IPv6 address usually has at least such a network (RFC 6177 §2).
-_IPV6_PREFIX: Final = 64
 
 EndReason = Literal["address", "idle", "too_many"]
 
@@ -32,16 +29,6 @@ class Held(NamedTuple):
     """The peer's address, or None if its connections have no common limit."""
     silent_seconds: float
     """The time since its client last sent anything."""
-
-
-def peer_of(host: str) -> str:
-    """Return the key under which connections from `host` share a limit."""
-    address = ipaddress.ip_address(host.partition("%")[0])
-    if isinstance(address, ipaddress.IPv4Address):
-        return str(address)
-    if address.ipv4_mapped is not None:
-        return str(address.ipv4_mapped)
-    return str(ipaddress.ip_network((address, _IPV6_PREFIX), strict=False).network_address)
 
 
 def surplus(connections: Sequence[Held], total_max: int, peer_max: int) -> dict[int, EndReason]:

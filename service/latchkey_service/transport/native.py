@@ -41,7 +41,13 @@ from latchkey_service.access.methods import (
     VERIFIER,
     Rule,
 )
-from latchkey_service.errors import LatchkeyError, StatusParts, TimeoutMalformed, Unavailable
+from latchkey_service.errors import (
+    PUSHBACK_METADATA,
+    LatchkeyError,
+    StatusParts,
+    TimeoutMalformed,
+    Unavailable,
+)
 from latchkey_service.tokens.fair_queue import SMALL_BYTES, FairQueue
 from latchkey_service.tokens.queue_limit import QueueLimit
 
@@ -376,6 +382,11 @@ class Server(pygrpc_native.aio.Server):
             pause_seconds = min(2 * pause_seconds, ROOM_SECONDS_MAX)
         return sent != STREAM_CLOSED
 
+    def _fail(self, call: Any, context: Any, details: str | None) -> None:
+        """End a call with the status of its context."""
+        context.set_trailing_metadata(_sendable(context.trailing_metadata()))
+        super()._fail(call, context, details)
+
     def _reject_event(self, event: Event, error: LatchkeyError | None = None) -> None:
         call_id, path, seconds = event[1], self._table[event[2]][0], _seconds_left(event)
         status, delay_seconds = self._reject_call(path, seconds, error, peer=event[5][1])
@@ -386,7 +397,7 @@ class Server(pygrpc_native.aio.Server):
                 call_id,
                 status.code.value[0],
                 status.message,
-                trailing_metadata=list(status.trailing_metadata),
+                trailing_metadata=_sendable(status.trailing_metadata),
             )
 
         if delay_seconds:
@@ -406,6 +417,14 @@ def metadata_of(context: Any) -> Any:
         return context._call.metadata  # noqa: SLF001 - see above; the version is pinned
     except AttributeError:
         return context.invocation_metadata()
+
+
+def _sendable(trailing_metadata: Any) -> list[tuple[str, str | bytes]]:
+    """Return the metadata without the key that the library (0.5.0) refuses as reserved.
+
+    It would then not answer the call.
+    """
+    return [pair for pair in trailing_metadata if pair[0] != PUSHBACK_METADATA]
 
 
 def _has_malformed_timeout(event: Event) -> bool:

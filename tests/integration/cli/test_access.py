@@ -228,7 +228,7 @@ async def test_policy(tool: Tool) -> None:
     assert out.startswith("lkc_")
     assert "[callers.shop]" in err
     code, out, err = await tool.run("policy", "check", "policy.toml")
-    assert (code, out) == (0, "policy.toml is valid: 8 callers\n"), err
+    assert (code, out) == (0, "policy.toml is valid: 10 callers\n"), err
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["without TLS", "untrusted"])

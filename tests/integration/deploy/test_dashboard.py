@@ -1,6 +1,8 @@
 """The dashboard and the alerts against a real Prometheus that scrapes a real service."""
 
 import json
+import os
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from tests.helpers.calls import CHANNEL_OPTIONS
 from tests.helpers.programs import INSTALLS
 from tests.helpers.prometheus import ALERTS, JOB, Prometheus
 from tests.helpers.repository import ROOT
-from tests.helpers.service_process import service
+from tests.helpers.service_process import Service, service
 from tests.helpers.waiting import eventually
 
 DASHBOARD = json.loads((ROOT / "deploy/grafana/latchkey.json").read_text("utf-8"))
@@ -31,8 +33,8 @@ pytestmark = INSTALLS
 @pytest.fixture
 async def prometheus(
     tmp_path: Path, database_url: str, pepper_file: Path
-) -> AsyncIterator[tuple[Prometheus, str]]:
-    """A Prometheus that scrapes a service with two workers, and the service's address."""
+) -> AsyncIterator[tuple[Prometheus, Service, str]]:
+    """A Prometheus that scrapes a service with two workers, that service, and its address."""
     settings = {
         "database_url": database_url,
         "pepper_file": pepper_file,
@@ -48,7 +50,7 @@ async def prometheus(
         running = Prometheus(tmp_path / "prometheus", line["address"])
         try:
             await running.start()
-            yield running, address
+            yield running, started, address
         finally:
             running.stop()
 
@@ -62,10 +64,10 @@ async def use(stub: Any, number: int) -> None:
     await stub.Delete(pb.DeleteRequest(account_id="acme", id=created.token.id), timeout=5)
 
 
-async def test_queries_and_alerts(prometheus: tuple[Prometheus, str]) -> None:
+async def test_queries_and_alerts(prometheus: tuple[Prometheus, Service, str]) -> None:
     """Each query of the dashboard returns data from a healthy service in use, unless its panel says
-    that it is empty. Each alert can be evaluated, and none fires."""
-    running, address = prometheus
+    that it is empty. Each alert can be evaluated, and none fires until a worker is killed."""
+    running, started, address = prometheus
     queries = [
         (panel["title"], panel["description"], target["expr"])
         for panel in DASHBOARD["panels"]
@@ -105,3 +107,11 @@ async def test_queries_and_alerts(prometheus: tuple[Prometheus, str]) -> None:
     # The variables of the dashboard find the service.
     (job,) = await running.query("count by (job) (latchkey_build_info)")
     assert job["metric"] == {"job": JOB}
+
+    os.kill(started.worker_pids[0], signal.SIGKILL)
+
+    async def fires() -> bool:
+        firing = [rule["name"] for rule in await running.rules() if rule["state"] == "firing"]
+        return firing == ["LatchkeyWorkerRestarts"]
+
+    await eventually(fires, "the first restart fires its alert")

@@ -171,6 +171,7 @@ def test_distributions_require_the_same_version(wheels: dict[str, Path]) -> None
     assert found == {
         ("latchkey-client", "latchkey-proto"),
         ("latchkey-cli", "latchkey-client"),
+        ("latchkey-cli", "latchkey-proto"),
         ("latchkey-service", "latchkey-proto"),
     }
 

@@ -214,6 +214,23 @@ async def test_a_pooler_in_transaction_mode(setup: Setup, scratch: Path, databas
         pooler.stop()
 
 
+@INSTALLS
+@pytest.mark.parametrize("setting", ["none", "transaction"])
+async def test_a_pooler_in_statement_mode(
+    setup: Setup, scratch: Path, database_url: str, setting: str
+) -> None:
+    """A pooler that allows no transactions is a failure, whatever the setting."""
+    pooler = PgBouncer(scratch / f"doctor-{next(_names)}", database_url, pool_mode="statement")
+    try:
+        await pooler.start()
+        setup(database_url=pooler.url(), pooler=setting)
+        found = [f for f in await examine() if f.state == "failure"]
+        assert "pooler" in {f.check for f in found}
+        assert any("allows no transactions" in f.text for f in found), found
+    finally:
+        pooler.stop()
+
+
 @pytest.mark.parametrize(("seconds", "state"), [(120, "failure"), (-5, "warning"), (0, "ok")])
 async def test_a_clock_that_is_off(setup: Setup, seconds: int, state: str) -> None:
     """A clock that differs from the database's is reported, with its direction."""
@@ -314,6 +331,17 @@ async def test_the_end_of_the_certificate(
     )
     use(setup, certificate, key)
     await (only if days < 0 else warns)("certificate", *words)
+
+
+async def test_the_end_of_the_ca_of_clients(setup: Setup, tmp_path: Path) -> None:
+    """A CA of client certificates that has expired is a failure."""
+    certificate, key, ca = issue(tmp_path, "127.0.0.1")
+    use(setup, certificate, key)
+    setup(tls_client_ca=ca)
+    later = datetime.now(UTC) + timedelta(days=365 * 1_000)
+    found = await examine(clock=lambda: later)
+    assert "client CA" in failures(found)
+    assert "client CA" not in failures(await examine())
 
 
 async def test_another_program_on_the_port(setup: Setup) -> None:

@@ -17,6 +17,7 @@ from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
 from tests.helpers.calls import CHANNEL_OPTIONS, is_serving
 from tests.helpers.free_ports import free_port
+from tests.helpers.metrics import scrape
 from tests.helpers.service_process import OWN_VARIABLES
 from tests.helpers.waiting import WAIT_SECONDS, eventually
 
@@ -93,13 +94,18 @@ async def test_nobody_reads_the_log(tmp_path: Path, settings: dict[str, object])
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
 async def test_no_room_for_the_output(tmp_path: Path, settings: dict[str, object]) -> None:
-    """The service starts and stops as usual although the disk is full under stdout and stderr."""
+    """The service starts and stops as usual although the disk is full under stdout and stderr. It
+    counts the log lines that are lost."""
     full = os.open("/dev/full", os.O_WRONLY)
-    with started(tmp_path, full, full, **settings) as process:
+    metrics = f"127.0.0.1:{free_port()}"
+    with started(tmp_path, full, full, metrics_listen=metrics, **settings) as process:
         os.close(full)
         address = str(settings["listen"])
         async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
             await eventually(lambda: is_serving(channel), "health is up")
+        for worker in ("0", "supervisor"):
+            now = await scrape(metrics)
+            assert now.get("latchkey_log_lines_dropped_total", worker=worker) > 0
         process.terminate()
         assert await asyncio.to_thread(process.wait, WAIT_SECONDS) == 0
 

@@ -5,6 +5,7 @@ import contextlib
 import os
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -16,12 +17,16 @@ from latchkey_service.process.metric_families import FAMILIES
 from latchkey_service.process.metrics_server import REQUESTS_MAX
 
 from tests.helpers.calls import CHANNEL_OPTIONS
-from tests.helpers.metrics import OPENMETRICS, scrape
+from tests.helpers.metrics import OPENMETRICS, Reading, scrape
 from tests.helpers.service_process import Service, service
-from tests.helpers.waiting import eventually
+from tests.helpers.waiting import WAIT_SECONDS, eventually
 
-# Exist only with a policy and with TLS; tests/contract/test_metrics.py covers them.
+# Exist only with a policy, with TLS and with a webhook; tests/contract/test_metrics.py and
+# tests/integration/tokens/test_events.py cover them.
 CONDITIONAL = {
+    "latchkey_webhook_deliveries",
+    "latchkey_webhook_events",
+    "latchkey_webhook_oldest_event_seconds",
     "latchkey_policy_callers",
     "latchkey_policy_age_seconds",
     "latchkey_certificate_expiry_seconds",
@@ -63,12 +68,24 @@ async def test_all_workers_at_one_address(running: tuple[Service, str, str]) -> 
         with pytest.raises(grpc.aio.AioRpcError):
             await stub.Get(pb.GetRequest(account_id="acme", id="nothing"), timeout=5)
     for accept in ("text/plain", OPENMETRICS):
-        now = await scrape(metrics, accept)
+
+        async def counted(accept: str = accept) -> Reading | None:
+            # Each worker counts tokens that expire soon after its start.
+            now = await scrape(metrics, accept)
+            return now if now.get("latchkey_tokens_expiring", worker="1") == 0 else None
+
+        now = await eventually(counted, "everything is counted")
         assert now.get("latchkey_workers") == now.get("latchkey_worker_up") == 2
         assert now.get("latchkey_build_info") == 1
         assert now.get("grpc_server_started_total", grpc_method="Verify") == 1
         for worker in ("0", "1", "supervisor"):
-            assert now.get("process_resident_memory_bytes", worker=worker) > 0
+            memory = now.get("process_resident_memory_bytes", worker=worker)
+            assert 0 < memory < now.get("process_virtual_memory_bytes", worker=worker)
+            assert now.get("process_cpu_seconds_total", worker=worker) > 0
+            files = now.get("process_open_fds", worker=worker)
+            assert 3 <= files <= now.get("process_max_fds", worker=worker)
+            age = time.time() - now.get("process_start_time_seconds", worker=worker)
+            assert 0 < age < 3 * WAIT_SECONDS
         assert {metric.name for metric in now.metrics} | CONDITIONAL == set(FAMILIES)
         # Prometheus' `increase` does not see the first event of a counter that begins with it.
         assert now.get("latchkey_worker_restarts_total") == 0

@@ -241,6 +241,31 @@ async def test_a_dead_receiver_loses_nothing(store: EventStore, database_url: st
     assert len(await rows(database_url)) == 3
 
 
+async def test_metrics_while_the_receiver_is_down(
+    settings: Settings, receiver: Receiver, database_url: str
+) -> None:
+    """Failed attempts, events that were given up, and the age of the oldest event are counted."""
+    receiver.status = 500
+    await insert_events(database_url, 2)
+    async with session(database_url) as connection:
+        await connection.execute(
+            "UPDATE webhook_event SET time = time - CASE name WHEN 'n1' THEN interval '99 days'"
+            " ELSE interval '2 hours' END"
+        )
+    async with serving_as(settings) as server:
+
+        def counted() -> bool:
+            found = read(server)
+            return (
+                found.get("latchkey_webhook_deliveries_total", result="failed") >= 2
+                and found.get("latchkey_webhook_deliveries_total", result="abandoned") == 1
+                and found.get("latchkey_webhook_events") >= 1
+                and found.get("latchkey_webhook_oldest_event_seconds") >= 7_200
+            )
+
+        await eventually(counted, "the failures are counted")
+
+
 async def insert_events(database_url: str, number: int) -> None:
     async with session(database_url) as connection:
         await connection.execute(

@@ -99,3 +99,19 @@ def test_clients_of_a_waited_out_verifier_do_not_count() -> None:
     wait = PendingDeletion(at(5), 100.0)
     wait.evaluate([clients(4, 7, 10)], 100.0)
     assert wait.evaluate([clients(4, 7, 10)], 100.0 + OUTWAIT + 0.01) == Acknowledgements(0, 1)
+
+
+def test_a_row_counts_all_its_processes() -> None:
+    """A receipt counts the processes of a host, and those whose leases it outwaited."""
+    wait = PendingDeletion(at(5), 100.0)
+    row = VerifierRow("ver_host", 1, 1, 4, LEASE, processes=4)
+    assert wait.evaluate([row], 100.0) is None
+    row = row._replace(acknowledged_revision=5, processes=3, processes_outwaited=1)
+    assert wait.evaluate([row], 100.1) == Acknowledgements(3, 1)
+
+
+def test_a_dead_host_counts_with_all_its_processes() -> None:
+    """If a row never acknowledges, each process that it represents counts as outwaited."""
+    wait = PendingDeletion(at(5), 100.0)
+    row = VerifierRow("ver_host", 1, 1, 4, LEASE, processes=4)
+    assert wait.evaluate([row], 100.0 + LEASE + 1.0) == Acknowledgements(0, 4)

@@ -10,6 +10,7 @@ import pytest
 from latchkey_service.coherence import ack_waiter
 from latchkey_service.coherence.ack_rules import Acknowledgements, VerifierRow
 from latchkey_service.coherence.ack_waiter import AckWaiter
+from latchkey_service.coherence.rows import RowId
 from latchkey_service.coherence.verifier_table import Rows
 from latchkey_service.errors import NotConfirmed
 
@@ -26,6 +27,7 @@ class Scene:
         self.rows: list[VerifierRow] = []
         self.looks = 0
         self.rows_complete_at = -math.inf
+        self.own_row: RowId | None = RowId(OWN, 1)
         unused: Any = SimpleNamespace()
         self.ack_waiter = AckWaiter(
             unused,
@@ -33,7 +35,7 @@ class Scene:
             lambda: None,
             lambda: 100.0,
             lambda: self.rows_complete_at,
-            OWN,
+            lambda: self.own_row,
             notify=False,
         )
 

@@ -29,7 +29,7 @@ LIBRARY = (ROOT / "clients/python/README.md").read_text("utf-8")
 README_LINES_MAX = 200
 DOCUMENTS = sorted(
     path.relative_to(ROOT).as_posix()
-    for pattern in ("*.md", "docs/*.md", "clients/**/README.md", "proto/**/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "clients/**/README.md", "proto/**/*.md")
     for path in ROOT.glob(pattern)
 )
 OFFLINE = "--quiet --disable-pip-version-check --no-index --no-build-isolation"

@@ -264,7 +264,7 @@ PARAGRAPHS: dict[str, tuple[str, ...]] = {
     "The connection guard": (
         TRANSPORT + "test_the_guard_affects_no_other_socket",
         HOSTILE + "test_idle_connections_keep_nobody_out",
-        "tests/unit/transport/test_connection_shares.py::test_addresses",
+        "tests/unit/access/test_origin.py::test_addresses",
     ),
     "Files.": (
         PROCESS + "test_open_files_per_watch",

@@ -7,6 +7,7 @@ from typing import Any
 from latchkey_coherence.verdict_cache import Position
 from latchkey_service.coherence.ack_rules import NO_ACKNOWLEDGEMENTS
 from latchkey_service.tokens.bulk import Bulk
+from latchkey_service.tokens.bulk_store import Scan
 from latchkey_service.tokens.confirmation import Call
 from latchkey_service.tokens.filters import Filter
 from latchkey_service.tokens.lifecycle_store import Changed
@@ -25,6 +26,9 @@ class Store:
     def __init__(self) -> None:
         self.writing = self.most = 0
 
+    async def scan(self, *_: Any) -> tuple[Scan, None]:
+        return Scan(1, ["t1"], None), None
+
     async def delete_matching(self, *_: Any) -> tuple[Changed, list[str]]:
         return Changed(POSITION, NOW, None), ["t1"]
 
@@ -42,6 +46,9 @@ class Parts:
 
     async def begin(self, _deadline: float) -> None:
         return None
+
+    async def accept(self, *_: Any) -> None:
+        """Believe every read."""
 
     async def wait(self, *_: Any) -> Any:
         return NO_ACKNOWLEDGEMENTS

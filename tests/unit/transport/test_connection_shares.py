@@ -1,11 +1,9 @@
 """Which connections end when there are too many."""
 
-import pytest
 from latchkey_service.transport.connection_shares import (
     IDLE_SECONDS,
     Held,
     busiest,
-    peer_of,
     surplus,
 )
 
@@ -58,18 +56,3 @@ def test_the_address_with_the_most_connections_loses_first() -> None:
     assert len(ended) == 6
     assert 0 not in ended
     assert len(surplus(connections, 0, 0)) == 10
-
-
-@pytest.mark.parametrize(
-    ("host", "expected"),
-    [
-        ("10.0.0.1", "10.0.0.1"),
-        ("::ffff:10.0.0.1", "10.0.0.1"),
-        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::"),
-        ("2001:db8:1:2::9", "2001:db8:1:2::"),
-        ("fe80::1%eth0", "fe80::"),
-    ],
-)
-def test_addresses(host: str, expected: str) -> None:
-    """An IPv6 network of a host counts as one address, and a mapped IPv4 address as itself."""
-    assert peer_of(host) == expected

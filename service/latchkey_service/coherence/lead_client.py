@@ -1,0 +1,107 @@
+"""A sibling's connection to the lead of its host.
+
+Owns the socket, the wait for answers and its bound. `host_rows` decides when to use it.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+from latchkey_service.coherence.host_messages import LINE_BYTES_MAX, decode, encode
+from latchkey_service.errors import NO_ANSWER, StoreUnavailable
+
+__all__ = ["LeadConnection", "LeadGone"]
+
+
+class LeadGone(Exception):
+    """The lead does not answer, or will stop. The sibling has to take a row of its own."""
+
+
+class LeadConnection:
+    """Asks one question at a time. Event loop only."""
+
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        silence_seconds: float,
+        on_news: Callable[[str], None],
+    ) -> None:
+        self._reader, self._writer = reader, writer
+        self._silence_seconds = silence_seconds
+        # Called with the kind of news: "log", "lease", "closing", or "gone".
+        self._on_news = on_news
+        # At most one answer, and the lines about its progress.
+        self._lines: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        self._task = asyncio.create_task(self._read(), name="lead reader")
+
+    @classmethod
+    async def open(
+        cls,
+        path: str,
+        identity: dict[str, Any],
+        silence_seconds: float,
+        on_news: Callable[[str], None],
+    ) -> "LeadConnection":
+        """Connect and introduce this process. Raises LeadGone."""
+        try:
+            async with asyncio.timeout(silence_seconds):
+                reader, writer = await asyncio.open_unix_connection(path, limit=LINE_BYTES_MAX)
+        except OSError as error:  # TimeoutError included
+            raise LeadGone from error
+        connection = cls(reader, writer, silence_seconds, on_news)
+        try:
+            await connection.ask({"kind": "hello", "identity": identity})
+        except BaseException:
+            connection.drop()
+            raise
+        return connection
+
+    async def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Return the answer. After an error, drop the connection: an answer may arrive late.
+
+        Raises LeadGone if the lead is silent, and StoreUnavailable if it has no lease.
+        """
+        self._write(request)
+        while True:
+            try:
+                async with asyncio.timeout(self._silence_seconds):
+                    answer = await self._lines.get()
+            except TimeoutError:
+                raise LeadGone from None
+            if answer is None or "closing" in answer:
+                raise LeadGone
+            if "unavailable" in answer:
+                raise StoreUnavailable(NO_ANSWER)
+            if "alive" not in answer:
+                return answer
+
+    def release(self) -> None:
+        """Send the lead that this process answers no longer under its lease. Does not wait."""
+        with contextlib.suppress(LeadGone):
+            self._write({"kind": "release"})
+
+    def drop(self) -> None:
+        """Close the connection, after what was written."""
+        self._task.cancel()
+        self._writer.close()
+
+    def _write(self, request: dict[str, Any]) -> None:
+        # uvloop raises RuntimeError for a write after the other end has closed.
+        if self._writer.is_closing():
+            raise LeadGone
+        self._writer.write(encode(request))
+
+    async def _read(self) -> None:
+        try:
+            with contextlib.suppress(ValueError, OSError):
+                while line := await self._reader.readline():
+                    message = decode(line)
+                    if "news" in message:
+                        self._on_news(message["news"])
+                    else:
+                        self._lines.put_nowait(message)
+        finally:
+            self._lines.put_nowait(None)
+        self._on_news("gone")

@@ -1,0 +1,356 @@
+"""A sibling has its row at the lead of its host, or in Postgres while the lead is away."""
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+from latchkey_coherence.lease import server_lease_end
+from latchkey_coherence.verdict_cache import Position, VerdictCache
+from latchkey_service.coherence.client_leases import ClientLeases
+from latchkey_service.coherence.host_lead import HostLead, Renewal
+from latchkey_service.coherence.host_rows import HostRows
+from latchkey_service.coherence.lead_server import LeadServer
+from latchkey_service.coherence.log import Log, Registration
+from latchkey_service.coherence.rows import RowId
+from latchkey_service.coherence.verifier_reports import Report
+from latchkey_service.coherence.verifier_state import VerifierState
+from latchkey_service.errors import StoreUnavailable
+
+from tests.helpers.positions import at
+from tests.helpers.waiting import WAIT_SECONDS, eventually
+from tests.unit.coherence.scene import LEASE_SECONDS, PRIMARY, Scene
+
+REPORT = Report(0, 0, 0, [], 0)
+CLIENTS = Report(3, 2, 1, ["a client"], 0)
+
+
+class Renewer:
+    """The lead's renewer, as far as its server uses it."""
+
+    def __init__(self, scene: Scene) -> None:
+        self.scene = scene
+        self.state = scene.state
+        self.woken = self.reads = 0
+        self.news: list[tuple[Position, str]] = []
+
+    def in_doubt(self) -> bool:
+        return False
+
+    def renew_now(self) -> None: ...
+
+    def wake_to_acknowledge(self) -> None:
+        self.woken += 1
+
+    async def wait_for_lease(self, _deadline: float) -> None:
+        raise StoreUnavailable("away")
+
+    async def read_log_to(self, revision: int, _deadline: float) -> bool:
+        self.reads += 1
+        news, self.news = self.news, []
+        self.scene.apply(*news)
+        return self.state.cache.position.revision >= revision
+
+
+class Postgres:
+    """The sibling's row in Postgres, with the calls in order."""
+
+    address = "db"
+    in_doubt = False
+
+    def __init__(self, scene: Scene) -> None:
+        self.scene = scene
+        self.calls: list[object] = []
+        self.row = RowId("ver_sibling", 0)
+
+    async def get(self) -> None: ...
+
+    async def register(self, *, acknowledge: bool) -> Registration:
+        self.calls.append(("register", acknowledge))
+        self.row = RowId("ver_sibling", self.row.incarnation + 1)
+        position = self.scene.state.cache.position
+        return Registration(position, position.revision if acknowledge else 0, PRIMARY)
+
+    async def read_log(self, applied: Position) -> Log:
+        changes = self.scene.state.recent.after(applied)
+        return Log(changes is not None, PRIMARY, self.scene.state.cache.position, changes or ())
+
+    async def renew(self, applied: Position, acknowledged: int, _report: Report) -> Renewal:
+        self.calls.append(("renew", acknowledged))
+        log = await self.read_log(applied)
+        return Renewal(log.known, log, math.inf)
+
+    def prove(self, _server: object) -> None: ...
+
+    def failed(self, error: Exception) -> None:
+        self.calls.append(error)
+
+    async def remove(self) -> None:
+        # What the lead has on record when the row goes.
+        self.calls.append(("remove", self.scene.state.client_leases.latest_end(-math.inf)))
+
+    async def leave(self, *, remove: bool) -> None:
+        self.calls.append(("leave", remove))
+
+
+class Host:
+    """A lead that listens, and a sibling. Both read the scene's clock."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = str(folder / "lead")
+        self.lead = Scene(at(5))
+        self.incarnation = 1
+        self.renewer = Renewer(self.lead)
+        self.rules = HostLead(self.lead.state, lambda: self.incarnation)
+        self.server = self.new_server()
+        self.postgres = Postgres(self.lead)
+        self.news: list[str] = []
+        self.reader_gone = asyncio.Event()
+        self.state: VerifierState[Any] = VerifierState(
+            VerdictCache(10), ClientLeases(), LEASE_SECONDS
+        )
+        self.rows = HostRows(
+            self.path,
+            {"id": "ver_sibling", "process_id": 7, "start_time": 0.0},
+            LEASE_SECONDS,
+            self.postgres,  # type: ignore[arg-type]
+            lambda: self.lead.now,
+            self.news.append,
+            lambda _host, _server: None,
+            lambda: self.news.append("left Postgres"),
+        )
+
+    def new_server(self) -> LeadServer:
+        return LeadServer(
+            self.path,
+            self.rules,
+            self.renewer,  # type: ignore[arg-type]
+            lambda: self.lead.now,
+            "ver_lead",
+            lambda: "db",
+            lambda: None,
+        )
+
+    async def register(self, *, acknowledge: bool = True) -> None:
+        self.state.register(*await self.rows.register(acknowledge=acknowledge), self.lead.now)
+
+    async def renew(self, report: Report = REPORT) -> bool:
+        """Renew as the lease renewer does. Return whether the lease was renewed."""
+        began, state = self.lead.now, self.state
+        acknowledged = state.acknowledgeable(began)
+        renewed, log, ends = await self.rows.renew(state.cache.position, acknowledged, report)
+        state.apply(log, began)
+        if renewed:
+            state.renew(began, acknowledged, ends)
+            await self.rows.renewed(state)
+        return renewed
+
+    def acknowledgeable(self) -> int:
+        return self.lead.state.acknowledgeable(self.lead.now)
+
+    async def lead_dies(self) -> None:
+        """Close the lead's socket and its connections."""
+        await self.server.stop()
+        await eventually(lambda: "gone" in self.news, "the sibling has noticed")
+
+
+@pytest.fixture
+async def host(tmp_path: Path) -> AsyncIterator[Host]:
+    host = Host(tmp_path)
+    await host.server.start()
+    async with asyncio.timeout(WAIT_SECONDS):
+        yield host
+    host.reader_gone.set()
+    await host.rows.leave(remove=True)
+    await host.server.stop()
+
+
+async def test_a_sibling_shares_the_lease_of_the_lead(host: Host) -> None:
+    """A sibling's lease ends before the lead's, however late it renews, and needs no query."""
+    await host.register()
+    host.lead.now += 1.0
+    assert await host.renew()
+    assert host.lead.state.lease_ends - 0.01 < host.state.lease_ends < host.lead.state.lease_ends
+    assert host.rows.row == ("ver_lead", 1)
+    assert host.postgres.calls == []
+
+
+async def test_the_lead_acknowledges_with_its_siblings(host: Host) -> None:
+    """The lead's row acknowledges no revision that a sibling with a lease has not confirmed."""
+    await host.register()
+    await host.renew()
+    host.lead.apply((at(6), "t"))
+    assert host.acknowledgeable() == 5
+    await host.renew()
+    assert host.state.cache.position == at(6)
+    assert host.acknowledgeable() == 5, "what was sent is not confirmed yet"
+    await host.renew()
+    assert host.acknowledgeable() == 6
+    assert host.renewer.woken
+
+
+async def test_the_lead_outwaits_a_sibling(host: Host) -> None:
+    """A sibling that stops holds up the row until its lease has ended, and counts as outwaited."""
+    await host.register()
+    await host.renew()
+    host.lead.apply((at(6), "t"))
+    assert host.acknowledgeable() == 5
+    host.lead.now = host.lead.state.lease_ends
+    assert host.acknowledgeable() == 6
+    assert host.lead.state.client_leases.processes_outwaited == 1
+    assert host.lead.state.client_leases.outwaited == 0
+
+
+async def test_a_sibling_reads_the_log_through_the_lead(host: Host) -> None:
+    """A sibling that is level with the lead makes the lead read Postgres' log."""
+    await host.register()
+    await host.renew()
+    host.renewer.news = [(at(6), "t")]
+    log = await host.rows.read_log(at(5))
+    assert host.renewer.reads == 1
+    assert [change.token_ids for change in log.changes] == [("t",)]
+
+
+@pytest.mark.parametrize("position", [at(9), Position(5, 77)])
+async def test_an_unknown_position_is_not_renewed(host: Host, position: Position) -> None:
+    """A sibling on another history gets no lease, and what it confirms does not count."""
+    await host.register()
+    await host.renew()
+    host.state.cache.reset(position)
+    host.state.recent.restart(position)
+    assert not await host.renew()
+    assert host.acknowledgeable() == 0
+    assert host.rows.row is None
+
+
+async def test_a_lead_that_has_registered_again_knows_no_sibling(host: Host) -> None:
+    """When the lead has lost its row, its siblings start over too, even at a known position:
+    otherwise a sibling would confirm deletions while others may lack their rows.
+    """
+    await host.register()
+    await host.renew()
+    host.incarnation += 1
+    assert not await host.renew()
+    assert not host.state.registered
+    assert host.state.rows_complete_at == math.inf
+
+
+async def test_a_lead_without_a_lease_does_not_move_siblings(host: Host) -> None:
+    """While Postgres does not answer the lead, its siblings take no rows."""
+    await host.register()
+    await host.renew()
+    host.lead.now = host.lead.state.lease_ends
+    with pytest.raises(StoreUnavailable):
+        await host.renew()
+    assert host.postgres.calls == []
+
+
+async def test_a_sibling_survives_the_death_of_the_lead(host: Host) -> None:
+    """Without its lead, a sibling gets a row that acknowledges nothing, keeps cache and lease, and
+    renews at once.
+    """
+    await host.register()
+    await host.renew()
+    epoch, ends = host.state.epoch, host.state.lease_ends
+    await host.lead_dies()
+    host.lead.now += 0.5
+    assert await host.renew()
+    assert host.postgres.calls == [("register", False), ("renew", 5)]
+    assert host.state.epoch == epoch
+    assert host.state.lease_ends == server_lease_end(host.lead.now, LEASE_SECONDS) > ends
+    assert host.rows.row == ("ver_sibling", 1)
+
+
+async def test_a_silent_lead_is_left(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lead that is stopped costs its siblings a part of a lease, and no verify."""
+    await host.register()
+    await host.renew()
+
+    async def hang(work: Coroutine[Any, Any, Any], *_: object) -> dict[str, Any]:
+        work.close()
+        await host.reader_gone.wait()
+        raise ConnectionResetError
+
+    monkeypatch.setattr(host.server, "_alive_until", hang)
+    host.rows._lead._silence_seconds = 0.05  # type: ignore[union-attr]
+    assert await host.renew()
+    assert host.postgres.calls == [("register", False), ("renew", 5)]
+
+
+async def test_a_lead_that_stops_waits_for_its_siblings(host: Host) -> None:
+    """A lead that stops refuses renewals. Its row stays until each sibling has a row, which was
+    renewed, and has released its lease.
+    """
+    await host.register()
+    await host.renew()
+    host.server.close_to_siblings()
+    await eventually(lambda: "closing" in host.news, "the sibling has heard")
+    assert host.acknowledgeable() == 5
+    leases = host.lead.state.client_leases
+    assert leases.floor(host.lead.now) == 5
+    assert await host.renew()
+    assert host.postgres.calls == [("register", False), ("renew", 5)]
+    await eventually(lambda: leases.floor(host.lead.now) is None, "the lease is released")
+
+
+async def test_a_sibling_returns_to_the_lead(host: Host) -> None:
+    """A sibling goes back without starting over. The lead has the end of its lease on record before
+    its row goes.
+    """
+    await host.register()
+    await host.renew()
+    await host.lead_dies()
+    await host.renew()
+    epoch = host.state.epoch
+    host.server = host.new_server()
+    await host.server.start()
+    host.lead.now += LEASE_SECONDS
+    host.lead.renew()
+    assert await host.renew()
+    assert host.postgres.calls[-1] == ("remove", host.state.lease_ends)
+    assert host.rows.row == ("ver_lead", 1)
+    assert host.state.epoch == epoch
+    assert host.news[-1] == "left Postgres"
+    assert await host.renew()
+    assert host.rows.shared
+
+
+async def test_a_sibling_that_is_behind_does_not_return(host: Host) -> None:
+    """A row stays while the lead has applied more than the sibling has confirmed: the lead's row
+    may have acknowledged that, so nothing else would make its Delete wait for the sibling.
+    """
+    await host.register()
+    await host.renew()
+    await host.lead_dies()
+    await host.renew()
+    host.server = host.new_server()
+    await host.server.start()
+    host.lead.now += LEASE_SECONDS
+    host.lead.renew()
+    host.lead.apply((at(6), "t"))
+    await host.rows._return(host.state)
+    assert not host.rows.shared
+    assert ("remove", host.state.lease_ends) not in host.postgres.calls
+    host.lead.now += LEASE_SECONDS / 2
+    host.lead.renew()
+    await host.renew()
+    assert not host.rows.shared, "applied, and not yet acknowledged"
+    host.lead.now += LEASE_SECONDS / 2
+    await host.renew()
+    assert not host.rows.shared, "a Delete may still read the row"
+    await host.renew()
+    assert host.rows.shared
+
+
+async def test_what_the_row_reports(host: Host) -> None:
+    """The lead's row counts its siblings and their clients, and names each process."""
+    await host.register()
+    await host.renew(CLIENTS)
+    assert host.lead.state.client_leases.count_processes(host.lead.now) == 1
+    assert host.lead.state.client_leases.count_confirmed(0, host.lead.now) == 0
+    assert host.server.counts() == (2, 1)
+    (report,) = host.server.reports()
+    assert (report.id, report.process_id, report.clients) == ("ver_sibling", 7, 3)
+    assert report.acknowledged_revision == 5

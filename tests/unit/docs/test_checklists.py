@@ -1,0 +1,53 @@
+"""The production checklist and the page about accounts name what exists, and state true limits."""
+
+import re
+
+import pytest
+from latchkey_service.access.methods import METHODS
+from latchkey_service.access.policy import parse
+from latchkey_service.identifiers import ACCOUNT_ID
+from latchkey_service.settings.settings import Settings
+
+from tests.helpers.repository import ROOT
+
+ACCOUNTS = (ROOT / "docs/accounts.md").read_text("utf-8")
+PAGES = ("production", "accounts", "troubleshooting", "certificates")
+# Settings of clients, which `Settings` does not have.
+CLIENTS = {"LATCHKEY_TLS_CA", "LATCHKEY_CREDENTIAL_FILE"}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_settings_exist(page: str) -> None:
+    """Each setting that a page names exists."""
+    known = {f"LATCHKEY_{name.upper()}" for name in Settings.model_fields} | CLIENTS
+    named = set(re.findall(r"LATCHKEY_[A-Z_]+[A-Z]", (ROOT / f"docs/{page}.md").read_text("utf-8")))
+    assert named
+    assert named <= known
+
+
+def test_forms_of_account_ids() -> None:
+    """The page states the allowed characters and length, and its examples are account ids."""
+    match = re.search(r"1-(\d+) characters of `([^`]+)`\. So ((?:`[^`]+`[^`]{2,5})+)", ACCOUNTS)
+    assert match is not None
+    assert ACCOUNT_ID.pattern == rf"[{match[2]}]{{1,{match[1]}}}"
+    examples = re.findall(r"`([^`]+)`", match[3])
+    assert len(examples) >= 3
+    assert all(ACCOUNT_ID.fullmatch(example) for example in examples)
+
+
+def test_policy_of_a_console() -> None:
+    """The entry is valid, and permits each call that the console makes, for all accounts."""
+    (text,) = re.findall(r"<!-- test: console policy -->\n```toml\n(.+?)```", ACCOUNTS, re.DOTALL)
+    policy = parse(text)
+    (caller,) = policy.credentials.values()
+    assert caller.name == "console"
+    assert caller.accounts is None
+    assert caller.reports_people
+    sources = (ROOT / "clients/console/latchkey_console").glob("*.py")
+    source = "".join(path.read_text("utf-8") for path in sources)
+    called = set(re.findall(r"client\.([a-z_]+)\(", source)) - {"close"}
+    assert len(called) > 5
+    named = {"list_page": "List"}
+    for method in called:
+        rpc = named.get(method, "".join(part.title() for part in method.split("_")))
+        assert METHODS[f"/latchkey.v1.TokenService/{rpc}"].role == "manager", method
