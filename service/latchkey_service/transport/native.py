@@ -22,7 +22,7 @@ import sys
 import time
 from asyncio import sleep
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, Final, Protocol
 
@@ -190,7 +190,9 @@ class Server(pygrpc_native.aio.Server):
         if self._front is not None and not self._finishing:
             self._finishing = True
             tasks = [call.task for call in self._calls.values() if call.task is not None]
-            stops = [] if self._fallback is None else [self._fallback.stop(grace)]
+            stops: list[Awaitable[Any]] = (
+                [] if self._fallback is None else [self._fallback.stop(grace)]
+            )
             if grace and tasks:
                 stops.append(asyncio.wait(tasks, timeout=grace))
             await asyncio.gather(*stops)
