@@ -190,9 +190,9 @@ class Server(pygrpc_native.aio.Server):
         if self._front is not None and not self._finishing:
             self._finishing = True
             tasks = [call.task for call in self._calls.values() if call.task is not None]
-            stops: list[Awaitable[Any]] = (
-                [] if self._fallback is None else [self._fallback.stop(grace)]
-            )
+            stops: list[Awaitable[Any]] = []
+            if self._fallback is not None:
+                stops.append(self._fallback.stop(grace))
             if grace and tasks:
                 stops.append(asyncio.wait(tasks, timeout=grace))
             await asyncio.gather(*stops)
