@@ -30,8 +30,8 @@ COPY --from=build /opt/latchkey /opt/latchkey
 # LATCHKEY_DATA_DIR holds the generated pepper: mount a volume there, or set LATCHKEY_PEPPER_FILE to
 # a mounted file that belongs to uid 10001 and has mode 0400 or 0600. If the pepper is lost, no
 # token works. With these settings alone the service does not start, because it listens on every
-# address and no policy says who may call. docker-compose.yml shows how to try it, and its comments
-# how to serve other machines.
+# address and no policy says who may call. docker-compose.yml shows how to try it, and
+# docker-compose.serve.yml how to serve other machines.
 ENV PATH=/opt/latchkey/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \

@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 
-.PHONY: help run console demo test check bench history fuzz soak sbom proto manifests lock clean format docs
+.PHONY: help run console demo test check bench history fuzz soak sbom proto manifests image lock clean format docs
 
 help:  ## Show these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -50,6 +50,18 @@ proto: $(VENV)/.dev  ## Generate the stubs from the .proto files
 
 docs: $(VENV)/.dev  ## Build the documentation site into build/site
 	@exec $(PY) -m tests.site
+
+# The same name as in the compose files.
+IMAGE ?= latchkey:$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+image:  ## Build the image with docker, podman or buildah, whichever works (IMAGE=NAME)
+	@for builder in docker podman buildah; do
+	  if command -v $$builder >/dev/null && $$builder info >/dev/null 2>&1; then
+	    echo "Building $(IMAGE) with $$builder"
+	    exec $$builder build --build-arg LATCHKEY_BUILD="$$(git rev-parse --short HEAD 2>/dev/null || true)" --tag $(IMAGE) .
+	  fi
+	done
+	echo "No image builder works here: install docker, podman or buildah, or start docker's daemon." >&2
+	exit 1
 
 manifests:  ## Render the Kubernetes manifests from the Helm chart (needs helm)
 	@mkdir -p build

@@ -10,7 +10,7 @@ __all__ = ["SCHEMAS", "check"]
 SCHEMAS = {
     ".github/workflows/*.yml": "vendor.github-workflows",
     ".github/dependabot.yml": "vendor.dependabot",
-    "docker-compose.yml": "vendor.compose-spec",
+    "docker-compose*.yml": "vendor.compose-spec",
 }
 
 

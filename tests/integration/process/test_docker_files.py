@@ -1,6 +1,7 @@
 """The container files, as far as they can be checked without a container engine."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ from latchkey_service.process.healthcheck import target
 from latchkey_service.settings.settings import ConfigError, load
 
 from tests.checks.distributions import version
+from tests.helpers.programs import run
 from tests.helpers.repository import ROOT
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text("utf-8")
 COMPOSE = (ROOT / "docker-compose.yml").read_text("utf-8")
+FOR_OTHERS = (ROOT / "docker-compose.serve.yml").read_text("utf-8")
 
 
 def arguments(instruction: str) -> list[str]:
@@ -27,18 +30,6 @@ def compose(text: str = COMPOSE) -> dict[str, Any]:
     """Return the compose file's service `latchkey`."""
     service: dict[str, Any] = yaml.safe_load(text)["services"]["latchkey"]
     return service
-
-
-def for_others() -> str:
-    """Return the compose file, changed as its comments describe for serving other machines."""
-    lines = []
-    for line in COMPOSE.splitlines():
-        text = line.strip()
-        if text.startswith(("LATCHKEY_INSECURE_LISTEN:", "LATCHKEY_TRANSPORT:", '- "127')):
-            continue
-        commented = text.startswith(("# LATCHKEY_", "# - "))
-        lines.append(line.replace("# ", "", 1) if commented else line)
-    return "\n".join(lines)
 
 
 def settings_of(service: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,9 +101,9 @@ def test_compose_serves_this_machine_only(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_compose_serves_others_with_tls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the compose file's optional lines, the image's settings are consistent: TLS and a policy
+    """With the compose file for other machines, the settings are consistent: TLS and a policy
     on the published port, plaintext and health only inside the container."""
-    service = compose(for_others())
+    service = compose(FOR_OTHERS)
     settings_of(service, monkeypatch)
     settings = load()
     assert (settings.tls_listen, service["ports"]) == ("0.0.0.0:50052", ["50052:50052"])
@@ -128,15 +119,52 @@ def test_compose_serves_others_with_tls(monkeypatch: pytest.MonkeyPatch) -> None
 def test_image_has_the_version_of_the_distributions() -> None:
     """The compose file and the documents name the image with the version in pyproject.toml."""
     settings = (ROOT / "docs/settings.md").read_text("utf-8")
-    for text in (COMPOSE, settings):
+    for text in (COMPOSE, FOR_OTHERS, settings):
         assert set(re.findall(r"latchkey:(\d[\w.]*)", text)) == {version(ROOT)}
 
 
-def test_compose_persists_its_data() -> None:
+@pytest.mark.parametrize("text", [COMPOSE, FOR_OTHERS])
+def test_compose_persists_its_data(text: str) -> None:
     """Postgres 18's volume is where that image expects it; the pepper has a volume too."""
-    postgres = yaml.safe_load(COMPOSE)["services"]["postgres"]
+    postgres = yaml.safe_load(text)["services"]["postgres"]
     assert re.fullmatch(r"postgres:18\.\d+-[a-z]+", postgres["image"])
     assert postgres["volumes"] == ["postgres-data:/var/lib/postgresql"]
-    assert "latchkey-data:/var/lib/latchkey" in compose()["volumes"]
+    assert "latchkey-data:/var/lib/latchkey" in compose(text)["volumes"]
     assert any("LATCHKEY_DATA_DIR=/var/lib/latchkey" in env for env in arguments("ENV"))
-    assert compose()["depends_on"]["postgres"]["condition"] == "service_healthy"
+    assert compose(text)["depends_on"]["postgres"]["condition"] == "service_healthy"
+
+
+def test_monitoring_is_optional_and_stays_on_this_machine() -> None:
+    """Prometheus and Grafana start only with their profile, and publish ports on loopback only.
+    Every file that the compose file mounts is in the repository."""
+    services = yaml.safe_load(FOR_OTHERS)["services"]
+    for name in ("prometheus", "grafana"):
+        assert services[name]["profiles"] == ["monitoring"]
+        assert all(port.startswith("127.0.0.1:") for port in services[name]["ports"])
+        mounted = [v.partition(":")[0] for v in services[name]["volumes"] if v.startswith("./")]
+        assert mounted
+        assert all((ROOT / path).exists() for path in mounted)
+    prometheus = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text("utf-8"))
+    (job,) = prometheus["scrape_configs"]
+    # The name that the alerts expect, and the port of the metrics.
+    assert job["job_name"] == "latchkey"
+    listen = services["latchkey"]["environment"]["LATCHKEY_METRICS_LISTEN"]
+    assert job["static_configs"] == [{"targets": [f"latchkey:{listen.rpartition(':')[2]}"]}]
+
+
+def test_make_image_says_what_is_missing(tmp_path: Path) -> None:
+    """`make image` uses the first builder that works, and without one names what to install."""
+    for name in ("make", "bash", "sed", "git"):
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    environment = {"PATH": str(tmp_path)}
+    code, said = run(("make", "-C", str(ROOT), "image"), 30, environment)
+    assert code != 0
+    assert "install docker, podman or buildah" in said
+    for name, ends in (("docker", 1), ("buildah", 0)):
+        builder = tmp_path / name
+        builder.write_text(f'#!/bin/bash\necho "{name} $*"\nexit {ends}\n')
+        builder.chmod(0o755)
+    code, said = run(("make", "-C", str(ROOT), "image"), 30, environment)
+    assert code == 0, said
+    assert f"--tag latchkey:{version(ROOT)} ." in said
+    assert "\nbuildah build " in said
