@@ -72,8 +72,7 @@ QUEUED_BYTES_MAX: Final = 32 * 1024 * 1024
 # How many calls may start before new ones are fetched, and how many are fetched at most.
 FETCH_AFTER: Final = 48
 FETCH_MAX: Final = 256
-# Time for the library's thread to send answers on busy cores: a thousand times what it needs on
-# idle ones.
+# For the library's thread to send answers on busy cores. On idle ones it needs a thousandth.
 ANSWERS_OUT_SECONDS: Final = 0.1
 STOPPING_MESSAGE: Final = "The server is stopping. Nothing was done."
 # Delay before retrying to send to a stream whose client has no room; doubles up to the maximum. And
@@ -190,7 +189,7 @@ class Server(pygrpc_native.aio.Server):
         if self._front is not None and not self._finishing:
             self._finishing = True
             tasks = [call.task for call in self._calls.values() if call.task is not None]
-            stops: list[Awaitable[object]] = []
+            stops: list[Awaitable[Any]] = []
             if self._fallback is not None:
                 stops.append(self._fallback.stop(grace))
             if grace and tasks:

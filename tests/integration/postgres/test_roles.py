@@ -99,8 +99,11 @@ FORBIDDEN = [
     # Would end the sealing, and retention.
     "INSERT INTO audit_chain VALUES (9223372036854775807, '{}', '', 'p', '', now())",
     "INSERT INTO audit_chain VALUES (1, '{}', '', 'p', '', 'infinity')",
-    "CREATE TEMP TABLE audit_chain (number bigint); INSERT INTO pg_temp.audit_chain VALUES (8);"
-    " INSERT INTO public.audit_chain VALUES (9, '{}', '', 'p', '', now())",
+    """
+    CREATE TEMP TABLE audit_chain (number bigint);
+    INSERT INTO pg_temp.audit_chain VALUES (8);
+    INSERT INTO public.audit_chain VALUES (9, '{}', '', 'p', '', now());
+    """,
     "UPDATE audit_start SET number = 1",
     "INSERT INTO audit_unsealed VALUES (1)",
     "ALTER TABLE token ADD COLUMN x int",
