@@ -11,7 +11,7 @@ import pytest
 import yaml
 from latchkey_service.settings.settings import load
 
-from tests.helpers.programs import found, missing, run
+from tests.helpers.programs import found, run
 from tests.helpers.repository import ROOT
 
 CHART = ROOT / "deploy" / "helm" / "latchkey"
@@ -23,10 +23,10 @@ EVERYTHING = ("migrations.enabled=true", "metrics.serviceMonitor=true", "securit
 
 
 def helm(*words: str) -> tuple[int, str]:
-    """Run Helm, which the runners of GitHub have."""
+    """Run Helm, which the runners of GitHub have. No package manager of the tests has it."""
     program = found("helm")
     if program is None:
-        missing("Helm is not installed here")
+        pytest.skip("Helm is not installed here")
     return run((str(program), *words), HELM_SECONDS, dict(os.environ))
 
 
