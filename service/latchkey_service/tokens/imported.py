@@ -29,8 +29,8 @@ from latchkey_service.tokens.verdict import CachedToken
 
 __all__ = ["Imported", "ImportedSecrets"]
 
-# Secrets of one caller that wait for a look-up: two full batches of verifies. Most of the queue
-# (`batched_lookup.WAITING_MAX`) stays free for other callers.
+# Digests of one caller that wait for a look-up: two full batches of verifies. A secret has one for
+# each pepper. Most of the queue (`batched_lookup.WAITING_MAX`) stays free for other callers.
 PENDING_MAX: Final = 2_000
 # Longer than the pauses of a program that tries again and again. Bounds what an error in the
 # reasoning above could cost.
@@ -90,10 +90,9 @@ class ImportedSecrets:
 
     async def find(self, secrets: Sequence[Imported], caller: str, deadline: float) -> list[Found]:
         """Look up secrets, in order. Raises Overloaded, and the errors of `LeasedLookup.find`."""
-        with self._admitted(caller, len(secrets)):
-            found = iter(
-                await self._lookup.find([d for one in secrets for d in one.digests], deadline)
-            )
+        digests = [digest for one in secrets for digest in one.digests]
+        with self._admitted(caller, len(secrets), len(digests)):
+            found = iter(await self._lookup.find(digests, deadline))
         results = []
         for secret in secrets:
             candidates = [next(found) for _ in secret.digests]
@@ -105,16 +104,16 @@ class ImportedSecrets:
         return results
 
     @contextlib.contextmanager
-    def _admitted(self, caller: str, count: int) -> Iterator[None]:
+    def _admitted(self, caller: str, secrets: int, digests: int) -> Iterator[None]:
         # A single batch is always admitted if nothing else waits.
-        if self._pending[caller] and self._pending[caller] + count > PENDING_MAX:
-            self.results["rejected"] += count
+        if self._pending[caller] and self._pending[caller] + digests > PENDING_MAX:
+            self.results["rejected"] += secrets
             raise Overloaded("Too many imported secrets are waiting for the database; try again.")
-        self._pending[caller] += count
+        self._pending[caller] += digests
         try:
             yield
         finally:
-            self._pending[caller] -= count
+            self._pending[caller] -= digests
             if not self._pending[caller]:
                 del self._pending[caller]
 

@@ -1,13 +1,14 @@
 """What imported secrets, and made-up ones, cost: look-ups, and what is remembered."""
 
 import asyncio
+import math
 from collections.abc import Sequence
 
 import pytest
 from latchkey_service.coherence.snapshot import Snapshot
 from latchkey_service.errors import Overloaded
 from latchkey_service.tokens.batched_lookup import Found, LeasedLookup
-from latchkey_service.tokens.imported import ABSENT_MAX, ABSENT_SECONDS, PENDING_MAX
+from latchkey_service.tokens.imported import ABSENT_MAX, ABSENT_SECONDS, PENDING_MAX, Imported
 from latchkey_service.tokens.verdict import Scope, Verdict
 from latchkey_service.tokens.verifier import Question
 
@@ -135,6 +136,29 @@ async def test_caller_cannot_fill_the_queue() -> None:
     answered.set()
     assert set(await asyncio.gather(*flood, other)) == {Verdict.UNKNOWN}
     assert await bench.ask("sk_" + "y" * 40, "flooding") is Verdict.UNKNOWN
+
+
+async def test_digests_count_not_secrets() -> None:
+    """With several peppers, a caller may have fewer secrets in the queue: what fills it is the
+    digests, of which a secret has one for each pepper."""
+    bench = Imports()
+    answered = asyncio.Event()
+    find_all = bench.database.find_all
+
+    async def stuck(digests: Sequence[bytes], deadline: float) -> list[Found]:
+        await answered.wait()
+        return await find_all(digests, deadline)
+
+    bench.database.find_all = stuck  # type: ignore[method-assign]  # Postgres is slow
+    many = [Imported(tuple(bytes([n % 256, p] + [0] * 30) for p in range(6))) for n in range(200)]
+    first, second = (
+        asyncio.create_task(bench.imported.find(many, "flooding", math.inf)) for _ in range(2)
+    )
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded):
+        await second
+    answered.set()
+    assert len(await first) == len(many)
 
 
 async def test_stuck_look_ups_of_imported_secrets_delay_no_others() -> None:
