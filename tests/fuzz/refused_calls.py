@@ -87,7 +87,9 @@ class RefusedCalls(Target):
                 window -= len(message)
                 for start in range(0, max(1, len(message)), FRAME_BYTES):
                     piece = message[start : start + FRAME_BYTES]
-                    last = start + FRAME_BYTES >= len(message) and not how & UNENDED
+                    # A message that the window cuts short must not end: that is another fault.
+                    ends = not how & UNENDED and len(message) == len(whole)
+                    last = start + FRAME_BYTES >= len(message) and ends
                     flags = http2.END_STREAM if last else 0
                     sent += http2.Frame(http2.DATA, flags, stream, piece).encoded()
                 if how & RESET:

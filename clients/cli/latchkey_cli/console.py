@@ -4,14 +4,13 @@ The page is a separate package, and needs the libraries of the extra `console`. 
 loads it.
 """
 
-import os
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 from latchkey_console import extra
 
-from latchkey_cli import access, grpc_core
+from latchkey_cli import access
 from latchkey_cli.failures import Exit, Failure
 from latchkey_cli.options import TargetOption
 
@@ -140,8 +139,6 @@ def console(
             Exit.UNEXPECTED,
             code="CONSOLE_NOT_INSTALLED",
         )
-    # Before the following lines, which load gRPC.
-    os.environ.update(grpc_core.ENVIRONMENT)
     access.hand_on(target)
     from latchkey_console import running, settings
 

@@ -1,4 +1,7 @@
-"""The environment for gRPC's core, which reads these variables once, when it loads."""
+"""The environment for gRPC's core, which reads these variables once, when it loads.
+
+`main` sets them before any command runs, because each command may load gRPC.
+"""
 
 import os
 from typing import Final

@@ -1,6 +1,7 @@
 """Assembles the commands of `latchkey` and turns every error into an exit code."""
 
 import contextlib
+import os
 import sys
 from typing import Annotated, Final
 
@@ -12,6 +13,7 @@ from latchkey_cli import (
     bulk,
     changes,
     console,
+    grpc_core,
     importing,
     listing,
     maintenance,
@@ -124,6 +126,7 @@ def _root(
 def main() -> int:
     """Run the tool with `sys.argv` and return its exit code."""
     arguments = sys.argv[1:]
+    os.environ.update(grpc_core.ENVIRONMENT)
     try:
         try:
             output.prepare()

@@ -3,14 +3,13 @@
 The receiver is part of the package of the console, and needs the libraries of its extra.
 """
 
-import os
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 from latchkey_console import extra
 
-from latchkey_cli import access, grpc_core
+from latchkey_cli import access
 from latchkey_cli.failures import Exit, Failure
 from latchkey_cli.options import TargetOption
 
@@ -72,8 +71,6 @@ def receiver(
             Exit.UNEXPECTED,
             code="RECEIVER_NOT_INSTALLED",
         )
-    # Before the following lines, which load gRPC.
-    os.environ.update(grpc_core.ENVIRONMENT)
     access.hand_on(target)
     from latchkey_console.receiver import running, settings
     from latchkey_console.settings import SettingsError

@@ -12,6 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from latchkey_cli import grpc_core
 from latchkey_cli.failures import Exit, Failure
 from latchkey_cli.options import JsonOption
 
@@ -219,4 +220,7 @@ def _become(*arguments: str) -> NoReturn:
     sys.stderr.flush()
     # -P: Python must not import a module from the current folder in place of the service's.
     command = [sys.executable, "-P", "-m", _MODULE, *arguments]
-    os.execv(sys.executable, command)  # noqa: S606 - no shell needed
+    # The service decides by itself what gRPC's core may do.
+    ours = grpc_core.ENVIRONMENT.items()
+    environment = {name: value for name, value in os.environ.items() if (name, value) not in ours}
+    os.execve(sys.executable, command, environment)  # noqa: S606 - no shell needed

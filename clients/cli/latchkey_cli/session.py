@@ -5,19 +5,14 @@ prompt between calls, outside the loop, because a running loop would swallow the
 """
 
 import asyncio
-import os
 import re
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, Final, Self, TypeVar
 
-from latchkey_cli import access, grpc_core, reachability
-
-# Before the next import, which loads gRPC.
-os.environ.update(grpc_core.ENVIRONMENT)
-
 import latchkey
 
+from latchkey_cli import access, reachability
 from latchkey_cli.failures import Exit, Failure
 
 __all__ = ["Doing", "Session"]

@@ -389,7 +389,7 @@ async def test_a_worker_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) 
     keeper = supervisor._Supervisor(settings, "postgresql://h", "127.0.0.1:0", None, None, None)
     refused = 0
 
-    async def spawn(_: str | None) -> asyncio.subprocess.Process:
+    async def spawn(_: str | None, _number: int) -> asyncio.subprocess.Process:
         nonlocal refused
         refused += 1
         if refused < 3:

@@ -22,6 +22,7 @@ class Host:
         self.checks = self.failures = 0
         self.doubt = self.down = False
         self.serving: list[bool] = []
+        self.probe_seconds = 1e9
 
     async def check(self, deadline: float) -> None:
         self.checks += 1
@@ -36,6 +37,7 @@ class Host:
                 lambda: self.doubt,
                 lambda: self.failures,
                 self.serving.append,
+                self.probe_seconds,
             )
         )
 
@@ -44,7 +46,6 @@ class Host:
 async def test_a_sign_of_failure_causes_a_check(monkeypatch: pytest.MonkeyPatch, sign: str) -> None:
     """While all is well there is one check per interval. A failed renewal or look-up causes one
     before the interval ends, and health follows its result."""
-    monkeypatch.setattr(periodic, "PROBE_SECONDS", 1e9)
     host = Host(monkeypatch)
     following = host.begin()
     await eventually(lambda: host.serving == [True], "health is up")
@@ -64,8 +65,8 @@ async def test_a_sign_of_failure_causes_a_check(monkeypatch: pytest.MonkeyPatch,
 
 async def test_an_idle_worker_is_checked_at_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without any sign of failure, the next check comes when the interval ends."""
-    monkeypatch.setattr(periodic, "PROBE_SECONDS", 20)
     host = Host(monkeypatch)
+    host.probe_seconds = 20
     following = host.begin()
     await eventually(lambda: host.checks >= 3, "three checks")
     host.down = True
