@@ -141,7 +141,10 @@ class Headers(Target):
 def _is_shop(metadata: list[tuple[str, Any]]) -> bool:
     """Return whether a call can be from shop: by its credential, or by name through the proxy."""
     values = [(key, value) for key, value in metadata if isinstance(value, str)]
-    if any(key == "authorization" and value[7:] == CREDENTIAL for key, value in values):
+    # White space around a credential is not part of it.
+    if any(
+        key == "authorization" and value[7:].strip(" \t") == CREDENTIAL for key, value in values
+    ):
         return True
     headers = [value.replace("\\", "") for key, value in values if key == forwarded.HEADER]
     if len(headers) != 1 or PROXY not in headers[0]:
