@@ -201,7 +201,7 @@ class Listed:
 
     rows: Sequence[Token]
     following: str
-    """The page token of the rows after these. Empty: there are none."""
+    """The page token of the next rows, or empty on the last page."""
     now: datetime
     use_recorded: bool
     matching: Count = Count(0)

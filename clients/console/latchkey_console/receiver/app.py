@@ -38,7 +38,7 @@ BODY_BYTES_MAX: Final = 2 * 1024 * 1024
 MATCHES_MAX: Final = 10_000
 # The service's limit of secrets in a call.
 BATCH_MAX: Final = 1_000
-# The service's limit of a call is 128 KiB. Each secret adds a few bytes of its own.
+# The service's limit of a call is 128 KiB. Each secret also adds a few bytes.
 BATCH_BYTES_MAX: Final = 100_000
 # No secret is longer. A longer text is not sent to the service.
 _TOKEN_BYTES_MAX: Final = 256

@@ -117,7 +117,7 @@ class Refusal:
             "status": self.status.value,
             "detail": self.detail,
         }
-        # People who call with curl see the next prompt on a line of its own.
+        # People who call with curl see the next prompt on a new line.
         return json.dumps(problem).encode() + b"\n"
 
     @property
