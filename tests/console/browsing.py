@@ -21,6 +21,7 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.ui import Select
 
 from tests.console import tools
 from tests.helpers.repository import ROOT
@@ -152,12 +153,36 @@ class Browser:
 
     def type(self, selector: str, text: str) -> None:
         """Paste a text into a field: the driver cannot type characters that have no key."""
-        self.find(selector).clear()
+
+        def clear() -> bool:
+            self.find(selector).clear()
+            return True
+
+        self.until(clear, f"an empty {selector}")
         if text.isascii():
-            self.find(selector).send_keys(text)
+            self.send(selector, text)
         else:
-            self.find(selector).click()
+            self.click(selector)
             self.cdp("Input.insertText", text=text)
+
+    def send(self, selector: str, *keys: str) -> None:
+        """Send keys to the matching element, once it exists."""
+
+        # The page may replace the element between the two steps. Then no key has arrived yet.
+        def send() -> bool:
+            self.find(selector).send_keys(*keys)
+            return True
+
+        self.until(send, f"keys sent to {selector}")
+
+    def select(self, selector: str, value: str) -> None:
+        """Select the option with this value, once the matching list exists."""
+
+        def select() -> bool:
+            Select(self.find(selector)).select_by_value(value)
+            return True
+
+        self.until(select, f"{value} selected in {selector}")
 
     def press(self, *keys: str) -> None:
         """Press keys at the current focus, even if the page changes between keys."""

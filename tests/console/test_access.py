@@ -55,7 +55,7 @@ def test_full_journey_by_keyboard_alone(browser: Browser, world: World, width: i
             "return document.activeElement === document.body ||"
             " document.querySelector('dialog').contains(document.activeElement)"
         )
-    browser.find("#name").send_keys(Keys.ENTER)
+    browser.send("#name", Keys.ENTER)
     browser.focused("[data-copy]")
     browser.press(Keys.ENTER)
     browser.until(lambda: browser.find("[data-copy]").text != "Copy", "the feedback")

@@ -62,7 +62,7 @@ def test_unreachable_while_loading_more_rows(browser: Browser, world: World) -> 
         browser.focused("#more")
         browser.screen("unreachable-more")
     assert len(browser.all("#rows tr")) == 50
-    browser.find("#more").send_keys(Keys.ENTER)
+    browser.send("#more", Keys.ENTER)
     browser.until(lambda: len(browser.all("#rows tr")) == 60, "all rows")
     browser.gone("#more-failed")
     assert browser.text("#count") == "60 of 60 tokens"

@@ -294,7 +294,7 @@ def test_closed_drawer_keeps_the_input(browser: Browser, world: World) -> None:
     browser.focused("#generate")
     browser.press(Keys.ENTER)
     assert browser.find("#name").get_attribute("value") == "half typed"
-    browser.find("dialog .button:not(.close)").click()
+    browser.click("dialog .button:not(.close)")
     browser.gone("dialog")
     browser.click("#generate")
     assert browser.find("#name").get_attribute("value") == ""

@@ -82,7 +82,7 @@ def test_more_rows_keep_the_scroll_position(browser: Browser, world: World, scri
     browser.driver.refresh()
     assert len(browser.all("#rows tr")) == 100
     # By keyboard, because a click would miss while the browser restores the scroll position.
-    browser.find("#more").send_keys(Keys.ENTER)
+    browser.send("#more", Keys.ENTER)
 
     browser.until(lambda: len(browser.all("#rows tr")) == 121, "all rows")
     assert names(browser)[0] == "made meanwhile"
@@ -137,7 +137,7 @@ def test_out_of_order_answers_show_the_latest_filter(browser: Browser, world: Wo
     with world.relay.failing("List", seconds=0.8, times=1):
         browser.type("#q", "alp")
         browser.until(lambda: world.relay.calls == ["List"], "the slow question")
-        browser.find("#q").send_keys(Keys.BACKSPACE, Keys.BACKSPACE, Keys.BACKSPACE, *"bet")
+        browser.send("#q", Keys.BACKSPACE, Keys.BACKSPACE, Keys.BACKSPACE, *"bet")
         browser.until(lambda: names(browser) == ["beta"], "the answer to the later question")
         slow = browser.driver.execute_async_script("setTimeout(arguments[0], 900, true)")
         assert slow

@@ -69,8 +69,8 @@ def signed(backend: tuple, scratch: Path) -> Iterator[tuple[Console, str, str]]:
 
 def sign_in(browser: Browser, name: str) -> None:
     """Sign in on the provider's pages."""
-    browser.find("[name=login]").send_keys(name)
-    browser.find("[name=password]").send_keys("any")
+    browser.send("[name=login]", name)
+    browser.send("[name=password]", "any")
     browser.click("button[type=submit]")
     # The provider asks for consent once per account.
     consent = "[name=prompt][value=consent]"
