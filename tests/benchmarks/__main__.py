@@ -39,6 +39,7 @@ from tests.benchmarks import (
     sizes,
 )
 from tests.benchmarks.answers import check_ceiling, check_service, remember
+from tests.benchmarks.peers import measure as peers
 from tests.benchmarks.rows import READING, TRANSPORTS, WARM_SECRETS, Row, Sizes, rows
 from tests.benchmarks.seed import Seeded, seed
 
@@ -63,6 +64,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if options.sizes:
         return _compare_sizes(options)
+    if options.peers:
+        return _compare_peers(options)
     cores = processes.cores(options.postgres_core)
     counts = QUICK if options.quick else FULL
     with contextlib.ExitStack() as stack:
@@ -151,6 +154,17 @@ def _compare_sizes(options: argparse.Namespace) -> int:
     output = OUTPUT.with_name("bench-sizes.json")
     document = {"tokens": options.sizes, "calls": [one.document() for one in found]}
     output.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
+    return 0
+
+
+def _compare_peers(options: argparse.Namespace) -> int:
+    rounds = QUICK_ROUNDS if options.quick else peers.ROUNDS
+    with _scratch(options.scratch) as scratch:
+        found, missing = peers.measure(
+            *(scratch, options.postgres_core, asyncio.run, _say), rounds=rounds, only=options.only
+        )
+    _say("", *peers.lines(found, missing))
+    peers.write(found, missing, OUTPUT.with_name("bench-peers.json"))
     return 0
 
 
@@ -314,7 +328,12 @@ def _options() -> argparse.Namespace:
         help="only whether calls take as long among N tokens as among 10,000",
     )
     parser.add_argument(
-        "--scratch", type=Path, metavar="FOLDER", help="for the databases of --sizes"
+        "--peers",
+        action="store_true",
+        help="only beside other products, which are built from their Go modules first",
+    )
+    parser.add_argument(
+        "--scratch", type=Path, metavar="FOLDER", help="for the databases of --sizes and --peers"
     )
     parser.add_argument(
         "--postgres-core",

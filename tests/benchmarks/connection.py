@@ -169,6 +169,7 @@ class Connection:
         *,
         open_loop: bool,
         in_flight_max: int,
+        metadata: Iterable[tuple[str, str]] = (),
     ) -> None:
         host, _, port = address.rpartition(":")
         self._server = host, int(port)
@@ -176,6 +177,7 @@ class Connection:
         fields = [
             *((":method", "POST"), (":scheme", "http"), (":path", path), (":authority", address)),
             *(("content-type", "application/grpc"), ("te", "trailers")),
+            *metadata,
         ]
         if open_loop:
             fields.append(("grpc-timeout", f"{round(outcome.timeout_seconds * 1_000)}m"))

@@ -57,6 +57,7 @@ class Traffic:
     connections: int = 1
     timeout_seconds: float = 10.0
     in_flight_max: int = UNLIMITED
+    metadata: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(slots=True)
@@ -155,6 +156,7 @@ class _Source:
                 self.outcome,
                 open_loop=not self.closed_loop,
                 in_flight_max=traffic.in_flight_max,
+                metadata=traffic.metadata,
             )
             stack.callback(connection.close)
             self.connections.append(connection)

@@ -26,8 +26,11 @@ __all__ = [
     "child",
     "cores",
     "cpu_seconds",
+    "end_with_parent",
+    "ended",
     "latchkey",
     "meter",
+    "on",
     "postgres",
     "spread",
 ]
@@ -116,7 +119,7 @@ class Child:
         if self._process.poll() is None:
             self.thaw()
         self.dismiss()
-        _ended(self._process)
+        ended(self._process)
 
 
 def cores(placing: str) -> Cores:
@@ -136,7 +139,7 @@ def cores(placing: str) -> Cores:
 
 
 @contextlib.contextmanager
-def _on(cores: Collection[int]) -> Iterator[None]:
+def on(cores: Collection[int]) -> Iterator[None]:
     """Run the block on certain cores; processes that it starts stay there."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)
@@ -151,7 +154,7 @@ def postgres(data_dir: Path, core: int) -> Iterator[tuple[str, int]]:
     """Run an embedded Postgres, and yield its URL and the postmaster's pid."""
     server = EmbeddedPostgres(data_dir)
     try:
-        with _on({core}):
+        with on({core}):
             url = server.start()
         assert server.pid is not None, "it has just started"
         yield url, server.pid
@@ -191,7 +194,7 @@ def child(
 ) -> Iterator[Child]:
     """Run one of these benchmarks' scripts."""
     log = scratch / f"{module}.{next(_numbers)}.log"
-    with log.open("wb") as file, _on(cores):
+    with log.open("wb") as file, on(cores):
         process = subprocess.Popen(
             [sys.executable, "-m", f"{__package__}.{module}", *map(str, arguments)],
             stdin=subprocess.PIPE,
@@ -200,7 +203,7 @@ def child(
             cwd=ROOT,
             env=_environment({}),
             start_new_session=True,
-            preexec_fn=_end_with_parent(),  # noqa: PLW1509 - only makes a system call
+            preexec_fn=end_with_parent(),  # noqa: PLW1509 - only makes a system call
         )
     running = Child(module, process, log)
     try:
@@ -267,7 +270,7 @@ def _started(
 ) -> Iterator[tuple[str, int]]:
     """Run a process that prints its address; yield the address and its pid; end it."""
     output = scratch / f"{name}.out"
-    with output.open("wb") as out, (scratch / f"{name}.log").open("wb") as log, _on(cores):
+    with output.open("wb") as out, (scratch / f"{name}.log").open("wb") as log, on(cores):
         process = subprocess.Popen(
             argv,
             stdin=subprocess.DEVNULL,
@@ -277,16 +280,16 @@ def _started(
             env=_environment(environment),
             # Ctrl-C must reach only this process, which shuts the others down.
             start_new_session=True,
-            preexec_fn=_end_with_parent(),  # noqa: PLW1509 - only makes a system call
+            preexec_fn=end_with_parent(),  # noqa: PLW1509 - only makes a system call
         )
     try:
         yield _wait_for_address(process, output, name), process.pid
     finally:
         process.terminate()
-        _ended(process)
+        ended(process)
 
 
-def _ended(process: "subprocess.Popen[bytes]") -> None:
+def ended(process: "subprocess.Popen[bytes]") -> None:
     """Wait, within a bound, for the end of a process that was asked to end."""
     try:
         process.wait(STOP_SECONDS_MAX)
@@ -312,7 +315,7 @@ def _wait_for_address(process: "subprocess.Popen[bytes]", output: Path, name: st
     return match[1]
 
 
-def _end_with_parent() -> Callable[[], None]:
+def end_with_parent() -> Callable[[], None]:
     prctl = ctypes.CDLL(None).prctl  # Before the fork: the child only calls.
 
     def tie() -> None:
