@@ -23,7 +23,15 @@ import pytest
 from latchkey_service.settings.settings import Settings
 
 from tests.helpers.free_ports import free_port
-from tests.helpers.programs import INSTALLS, TOOLS, alone, missing, run
+from tests.helpers.programs import (
+    INSTALLS,
+    TOOLS,
+    alone,
+    found,
+    installed_by_apt,
+    missing,
+    run,
+)
 from tests.helpers.repository import ROOT
 from tests.helpers.servers import fresh_database, serving_as
 from tests.helpers.waiting import eventually
@@ -124,7 +132,14 @@ class Clone:
             yield
 
     @contextlib.asynccontextmanager
-    async def _server(self, code: str, port: int) -> AsyncIterator[None]:
+    async def serving_one(self, page: str, port: str) -> AsyncIterator[asyncio.subprocess.Process]:
+        """Run the server that a page starts on this port."""
+        (code,) = [code for mark, code in blocks(page) if mark == f"serve {port}"]
+        async with self._server(code, int(self._ports[port])) as process:
+            yield process
+
+    @contextlib.asynccontextmanager
+    async def _server(self, code: str, port: int) -> AsyncIterator[asyncio.subprocess.Process]:
         process = await self.bash(f"exec {code}")
         said: list[bytes] = []
 
@@ -144,7 +159,7 @@ class Clone:
 
         try:
             await eventually(accepts, f"a server accepts connections on port {port}")
-            yield
+            yield process
         finally:
             with contextlib.suppress(ProcessLookupError):
                 process.terminate()
@@ -259,6 +274,26 @@ async def test_envoy(clone: Clone) -> None:
     assert re.findall(r"^HTTP/1.1 (\d+)", said, re.MULTILINE) == ["401", "200", "403"]
     assert "orders of acme\n" in said
     assert "www-authenticate: Bearer" in said
+
+
+@INSTALLS
+async def test_nginx(clone: Clone) -> None:
+    """nginx refuses requests as the page says, a client cannot claim another account, and without a
+    decision nobody gets in."""
+    installed_by_apt(lambda: found("nginx") is not None, ["nginx-light"])
+    clone.prepare("nginx")
+    async with contextlib.AsyncExitStack() as stack:
+        deciding = await stack.enter_async_context(clone.serving_one("nginx", "9000"))
+        for port in ("8000", "8080"):
+            await stack.enter_async_context(clone.serving_one("nginx", port))
+        said = await clone.output(commands("nginx"))
+        assert re.findall(r"^HTTP/1.1 (\d+)", said, re.MULTILINE) == ["401", "200", "403"]
+        assert "orders of acme\n" in said
+        assert len(re.findall(r"^(?i:www-authenticate): Bearer", said, re.MULTILINE)) == 2
+        deciding.terminate()
+        await deciding.wait()
+        said = await clone.output("curl -si http://127.0.0.1:8080/orders")
+        assert said.startswith("HTTP/1.1 503")
 
 
 @INSTALLS
