@@ -29,7 +29,7 @@ from tests.benchmarks.peers.servers import (
 
 __all__ = ["Result", "lines", "measure", "write"]
 
-ROUNDS, SECONDS, WARM_UP_SECONDS = 7, 1.2, 0.3
+ROUNDS, SECONDS, WARM_UP_SECONDS = 7, 1.2, 0.6
 IN_FLIGHT = 32
 # The last credentials are deleted, and the rest are checked in the rounds.
 DELETIONS = 20
