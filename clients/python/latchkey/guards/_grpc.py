@@ -155,6 +155,12 @@ def refusal(
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
         # gRPC's own retries read the delay only here (gRFC A6).
         pushback.append(("grpc-retry-pushback-ms", str(math.ceil(delay.ToNanoseconds() / 1e6))))
+    if decision.limit is not None:
+        # As RateLimit-Policy in HTTP.
+        violation = error_details_pb2.QuotaFailure.Violation(
+            subject="token", description=f"the token's rate limit is {decision.limit}"
+        )
+        details.append(error_details_pb2.QuotaFailure(violations=[violation]))
     status = status_pb2.Status(code=code.value[0], message=text)
     for detail in details:
         packed = AnyMessage()

@@ -141,11 +141,7 @@ class Guard:
             unavailable = decision.outcome in (Outcome.UNAVAILABLE, Outcome.RATE_LIMITED)
             raise WebSocketException(_CLOSE_UNAVAILABLE if unavailable else _CLOSE_REFUSED)
         refusal = self._rules.refusal(decision, required, permissions)
-        raise HTTPException(
-            refusal.status.value,
-            refusal.detail,
-            {"Cache-Control": "no-store", **dict(refusal.headers)},
-        )
+        raise HTTPException(refusal.status.value, refusal.detail, dict(refusal.headers))
 
 
 class _Scheme(SecurityBase):
