@@ -48,7 +48,7 @@ def newest_that_works_stays(patch: Patch) -> None:
     retiring = TokenChanger._retiring
 
     def of_working(self: Any, state: Any, _ordinal: int) -> Any:
-        return retiring(self, state, state.secrets[0].ordinal if state.secrets else 0)
+        return retiring(self, state, state.secrets[0].record.ordinal if state.secrets else 0)
 
     patch.setattr(TokenChanger, "_retiring", of_working)
 
