@@ -65,7 +65,7 @@ _DURATION_SECONDS_MAX = 315_576_000_000
 
 # The fields of a filter that can be absent.
 _TimeField = Literal["expires_before", "unused_since", "secret_created_before"]
-_ChoiceField = Literal["can_write", "never_used", "never_expires"]
+_ChoiceField = Literal["can_write", "never_used", "never_expires", "leaked"]
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[object, object]
@@ -365,4 +365,5 @@ def to_filter(message: pb.TokenFilter) -> Filter:
         choice("never_used"),
         choice("never_expires"),
         time("secret_created_before"),
+        choice("leaked"),
     )
