@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
+from google.protobuf import duration_pb2
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_service.tokens import listing, usage_writer
 
@@ -345,7 +346,7 @@ async def test_a_leaked_secret_counts_until_it_has_gone(stub: Any, create: Creat
     await stub.ReportSecret(report, timeout=5)
     assert await found() == ["leaky"]
     named: dict[str, Any] = {"account_id": "acme", "id": created.token.id}
-    await stub.Rotate(pb.RotateRequest(**named, grace={"seconds": 60}), timeout=9)
+    await stub.Rotate(pb.RotateRequest(**named, grace=duration_pb2.Duration(seconds=60)), timeout=9)
     assert await found() == ["leaky"]
     await stub.RetireSecrets(pb.RetireSecretsRequest(**named), timeout=9)
     assert await found() == []

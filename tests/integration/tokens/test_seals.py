@@ -158,7 +158,8 @@ async def test_the_order_of_secrets_cannot_be_changed(
         for name, statement in swaps.items():
             leaked = await create(stub, name)
             named: dict[str, Any] = {"account_id": "acme", "id": leaked.token.id}
-            rotated = await stub.Rotate(pb.RotateRequest(**named, grace={"seconds": 60}), timeout=9)
+            grace = duration_pb2.Duration(seconds=60)
+            rotated = await stub.Rotate(pb.RotateRequest(**named, grace=grace), timeout=9)
             async with session(database_url) as connection:
                 before = await connection.fetch(
                     "SELECT digest, ordinal FROM secret WHERE token_id = $1", leaked.token.id
