@@ -14,6 +14,7 @@ cached, so a verify recognises a new token at once.
 import math
 from collections.abc import Callable, Collection, Sequence
 from hashlib import sha256
+from sys import intern
 from typing import Final, NamedTuple
 
 from latchkey_coherence.rate import Share
@@ -278,11 +279,11 @@ class Verifier:
         if secret.expire_time is not None and secret.expire_time.timestamp() == expires:
             read = read._replace(expire_time=secret.expire_time)
         record = CachedToken(
-            read.id,
-            read.account_id,
-            int(read.scope),
-            expires,
-            self._encode(read),
+            token_id=read.id,
+            account_id=intern(read.account_id),
+            scope=int(read.scope),
+            expires=expires,
+            token=self._encode(read),
             deleted=read.delete_time is not None,
             disabled=read.disable_time is not None,
             # What has ended is not sealed, so its networks may be damaged.
