@@ -273,7 +273,7 @@ class Verifier:
         if read is None or secret is None:
             return Answer(Verdict.UNKNOWN, position=position)
         ended = read.delete_time is not None or secret.retire_time is not None
-        if not ended and not self._guard.trusts(read, secret):
+        if not (ended or found.proven or self._guard.trusts(read, secret)):
             return Answer(Verdict.UNKNOWN, position=position)
         expires = _ends_at(read, secret)
         if secret.expire_time is not None and secret.expire_time.timestamp() == expires:
