@@ -120,7 +120,7 @@ class VerifyCalls:
                 status, delay_seconds = self._reporter.failed(path, context, start, error, caller)
             else:
                 counts.ok += 1
-                # As `Histogram.observe` and `request_id_of`: a call of each would take 4 % longer.
+                # As `Histogram.observe` and `request_id_of`, but a call of each would take longer.
                 took = monotonic() - start
                 # Every warm Verify is in the first bucket.
                 buckets[0 if took <= first else bisect_left(bounds, took)] += 1
