@@ -27,6 +27,7 @@ from latchkey_service.errors import (
     StoreUnsupported,
 )
 from latchkey_service.postgres.circuit_breaker import Attempt, CircuitBreaker
+from latchkey_service.postgres.connection import Connection as PostgresConnection
 from latchkey_service.postgres.hosts import CONNECT_ERRORS, Hosts
 from latchkey_service.postgres.sessions import GENERIC_PLAN, SETTINGS, Pooler, driver_options
 
@@ -87,24 +88,6 @@ DURABLE = """CASE WHEN current_setting('synchronous_commit') IN ('on', 'remote_a
      ELSE set_config('synchronous_commit', 'on', true) IS NOT NULL END"""
 
 
-class _Connection(asyncpg.Connection):
-    """A connection that returns to the pool without a round trip: our statements leave no state."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # Time of its last use, on a clock that also runs while the machine is suspended.
-        self.used_at = boottime()
-        # The generation of the pool when the attempt to connect began.
-        self.generation = 0
-
-    def get_reset_query(self) -> str:
-        return ""
-
-    def touch(self) -> None:
-        """Record that the connection was just used."""
-        self.used_at = boottime()
-
-
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
 
@@ -125,8 +108,10 @@ class Connector:
         randomness: Callable[[], float] = random.random,
         *,
         pooler: Pooler = "none",
+        connection_class: type[PostgresConnection] = PostgresConnection,
     ) -> None:
         self._pooler: Pooler = pooler
+        self._connection_class = connection_class
         self._hosts = Hosts(database_url)
         self.breaker = CircuitBreaker(monotonic, randomness)
         self._failure: BaseException | None = None
@@ -197,7 +182,7 @@ class Connector:
 
     def _options(self) -> dict[str, Any]:
         return {
-            "connection_class": _Connection,
+            "connection_class": self._connection_class,
             "timeout": CONNECT_TIMEOUT_SECONDS,
             "command_timeout": STATEMENT_TIMEOUT_SECONDS,
             "server_settings": {"application_name": "latchkey"},
@@ -241,7 +226,7 @@ class Pool:
             connect=pool._connect,
             min_size=0,
             max_size=POOL_SIZE_MAX,
-            connection_class=_Connection,
+            connection_class=PostgresConnection,
         )
         return pool
 

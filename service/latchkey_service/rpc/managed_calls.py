@@ -19,6 +19,7 @@ from typing import Any, Final, Protocol
 
 import grpc
 
+from latchkey_service import tracing
 from latchkey_service.access import origin
 from latchkey_service.access.authenticator import Authenticator, check_account
 from latchkey_service.access.methods import (
@@ -350,6 +351,7 @@ def _audit_context(
         person=origin.person(metadata) if reports_people else "",
         client_address=origin.client_address(metadata) if proxied else "",
         call_id=call_id,
+        trace_id=tracing.trace_id_of(metadata),
     )
 
 
