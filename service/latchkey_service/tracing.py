@@ -8,6 +8,7 @@ A span that has ended takes no children. So a task that a call leaves behind is 
 """
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -22,6 +23,7 @@ __all__ = [
     "failed",
     "joined",
     "leave",
+    "of_task",
     "parent_in",
     "span",
     "trace_id_of",
@@ -83,9 +85,16 @@ class Span(Protocol):
 _current: ContextVar[Span | None] = ContextVar("latchkey_span", default=None)
 
 
+# Both without a step in Python, because every cold Verify takes them.
+of_task: Final = _current.get
+"""Returns the span of the call that started the current task, even if it has ended, or None."""
+leave: Final = functools.partial(_current.set, None)
+"""Forgets the call that started the current task, which works for others too."""
+
+
 def current() -> Span | None:
     """Return the span in which the current task works, if the call is recorded."""
-    found = _current.get()
+    found = of_task()
     return None if found is None or found.ended else found
 
 
@@ -97,11 +106,6 @@ def within(span: Span) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
-
-
-def leave() -> None:
-    """Forget the call that has started the current task, which works for others too."""
-    _current.set(None)
 
 
 @contextlib.contextmanager
@@ -126,12 +130,12 @@ def span(name: str, attributes: Attributes) -> Iterator[Span | None]:
 
 
 @contextlib.contextmanager
-def joined(spans: Iterable[Span | None]) -> Iterator[None]:
-    """Record what happens in the block for several calls: those whose span is not None.
+def joined(spans: Iterable[Span]) -> Iterator[None]:
+    """Record what happens in the block for several calls, as a part of the first one's trace.
 
-    It becomes part of the first one's trace, and the spans of the others link to it.
+    The spans of the others link to it.
     """
-    found = [each for each in spans if each is not None and not each.ended]
+    found = [each for each in spans if not each.ended]
     if not found:
         yield
         return

@@ -100,7 +100,7 @@ def test_nothing_is_recorded_without_a_call() -> None:
     """A block outside of a recorded call has no span, and the id is that of the metadata."""
     with tracing.span("block", {}) as span:
         assert span is None
-    with tracing.joined([None]):
+    with tracing.joined([]):
         assert tracing.current() is None
     assert tracing.trace_id_of([("traceparent", f"00-{TRACE}-{PARENT}-00")]) == TRACE
     assert tracing.trace_id_of(()) == ""
@@ -135,7 +135,7 @@ def test_a_joined_span_links_with_all_calls() -> None:
     """It belongs to the first call that is recorded and has not ended."""
     ended, first, second = Span(), Span(), Span()
     ended.end()
-    with tracing.joined([None, ended, first, second]), tracing.span("query", {"a": 1}):
+    with tracing.joined([ended, first, second]), tracing.span("query", {"a": 1}):
         pass
     (query,) = first.children
     assert query.links == [second]

@@ -27,7 +27,6 @@ from latchkey_service.errors import (
     StoreUnsupported,
 )
 from latchkey_service.postgres.circuit_breaker import Attempt, CircuitBreaker
-from latchkey_service.postgres.connection import Connection as PostgresConnection
 from latchkey_service.postgres.hosts import CONNECT_ERRORS, Hosts
 from latchkey_service.postgres.sessions import GENERIC_PLAN, SETTINGS, Pooler, driver_options
 
@@ -35,6 +34,7 @@ __all__ = [
     "DURABLE",
     "Connector",
     "DedicatedConnection",
+    "PlainConnection",
     "Pool",
     "require_durable_commit",
     "retry_on_conflict",
@@ -88,6 +88,25 @@ DURABLE = """CASE WHEN current_setting('synchronous_commit') IN ('on', 'remote_a
      ELSE set_config('synchronous_commit', 'on', true) IS NOT NULL END"""
 
 
+class PlainConnection(asyncpg.Connection):
+    """A connection that returns to the pool without a round trip: our statements leave no state."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Time of its last use, on a clock that also runs while the machine is suspended.
+        self.used_at = boottime()
+        # The generation of the pool when the attempt to connect began.
+        self.generation = 0
+
+    def get_reset_query(self) -> str:
+        """Return no statement."""
+        return ""
+
+    def touch(self) -> None:
+        """Record that the connection was just used."""
+        self.used_at = boottime()
+
+
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
 
@@ -108,7 +127,7 @@ class Connector:
         randomness: Callable[[], float] = random.random,
         *,
         pooler: Pooler = "none",
-        connection_class: type[PostgresConnection] = PostgresConnection,
+        connection_class: type[PlainConnection] = PlainConnection,
     ) -> None:
         self._pooler: Pooler = pooler
         self._connection_class = connection_class
@@ -141,10 +160,7 @@ class Connector:
         # A separate task, because the circuit breaker needs the result even if the caller leaves.
         # Otherwise impatient callers would start one attempt after another.
         task = asyncio.create_task(
-            self._hosts.connect(
-                self._settings(settings),
-                **self._options(),
-            ),
+            self._hosts.connect(self._settings(settings), **self._options()),
             name="connect",
         )
         self._attempts[task] = kind
@@ -226,7 +242,7 @@ class Pool:
             connect=pool._connect,
             min_size=0,
             max_size=POOL_SIZE_MAX,
-            connection_class=PostgresConnection,
+            connection_class=PlainConnection,
         )
         return pool
 

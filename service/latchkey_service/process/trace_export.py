@@ -106,7 +106,7 @@ class TraceExport:
         loop, closed = asyncio.get_running_loop(), asyncio.Event()
 
         def close() -> None:
-            self._queue.shutdown()
+            self._queue.shutdown()  # type: ignore[no-untyped-call]  # has no annotations
             with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
                 loop.call_soon_threadsafe(closed.set)
 

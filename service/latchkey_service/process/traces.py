@@ -7,7 +7,8 @@ libraries.
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from latchkey_service.postgres.connection import Connection, TracedConnection
+from latchkey_service.postgres.connections import PlainConnection
+from latchkey_service.postgres.traced_connection import TracedConnection
 from latchkey_service.process.metric_families import Families
 from latchkey_service.rpc.traced_calls import CallTracing
 from latchkey_service.settings.settings import Settings
@@ -25,7 +26,7 @@ class Traces:
         self, settings: Settings, instance_id: str, monotonic: Callable[[], float]
     ) -> None:
         self.calls: CallTracing | None = None
-        self.connection_class = Connection
+        self.connection_class: type[PlainConnection] = PlainConnection
         self.export: TraceExport | None = None
         if settings.traces == "on":
             from latchkey_service.process import trace_export  # noqa: PLC0415 - loads the libraries

@@ -131,7 +131,8 @@ def configure(format_: Format, level: str) -> None:
 
 def _add_trace_id(_logger: Any, _method: str, fields: Any) -> Any:
     """Add the id of the call's trace to each line of the call."""
-    if (span := tracing.current()) is not None:
+    span = tracing.of_task()
+    if span is not None and not span.ended:
         fields.setdefault("trace_id", span.trace_id)
     return fields
 

@@ -19,7 +19,8 @@ def problems(traces: str, environment: Mapping[str, str], library: str = _LIBRAR
     found = []
     if not _is_installed(library):
         found.append(
-            "LATCHKEY_TRACES: needs the extra 'tracing': pip install 'latchkey-service[tracing]'"
+            "LATCHKEY_TRACES: needs the libraries of the extra 'tracing'; in the clone,"
+            " pip install './service[tracing]' installs them"
         )
     name = next((each for each in _PROTOCOLS if environment.get(each)), None)
     if name is not None and environment[name] != _PROTOCOL:

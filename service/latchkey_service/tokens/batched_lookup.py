@@ -88,7 +88,7 @@ class _Waiter:
         self.future = future
         self.deadline = deadline
         # Of the call, if it is recorded.
-        self.span = tracing.current()
+        self.span = tracing.of_task()
 
     def fail(self, error: Exception) -> None:
         if not self.future.done():
@@ -298,7 +298,8 @@ class _LookupConnection:
                 d for waiter in batch if not waiter.future.done() for d in waiter.digests
             ]:
                 connection = await self._connection.get()
-                with tracing.joined(waiter.span for waiter in batch):
+                spans = [waiter.span for waiter in batch if waiter.span is not None]
+                with tracing.joined(spans) if spans else contextlib.nullcontext():
                     rows = await _find(connection, wanted)
                 _deliver(rows, batch)
         except Exception as failure:  # noqa: BLE001 - every waiter raises it

@@ -9,6 +9,7 @@ So a deposed primary issues calls no longer than the leases that it granted last
 """
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -66,7 +67,7 @@ class _Waiter:
         self.wants = wants
         self.future = future
         # Of the call, if it is recorded.
-        self.span = tracing.current()
+        self.span = tracing.of_task()
 
 
 class RateDraws:
@@ -165,7 +166,8 @@ class RateDraws:
                 # after they were issued.
                 sent = self._clock()
                 self.statements += 1
-                with tracing.joined(waiter.span for waiter in batch):
+                spans = [waiter.span for waiter in batch if waiter.span is not None]
+                with tracing.joined(spans) if spans else contextlib.nullcontext():
                     issued, snapshot = await draw_all(connection, wants)
                 await self._reads.accept(snapshot, began, limit)
         except TimeoutError:

@@ -14,9 +14,8 @@ def test_without_traces_nothing_is_needed() -> None:
 @pytest.mark.parametrize("library", ["no_such_library.trace_exporter", "json.no_such_module"])
 def test_a_missing_extra_is_named(library: str) -> None:
     """One sentence says how to install it."""
-    assert problems("on", {}, library) == [
-        "LATCHKEY_TRACES: needs the extra 'tracing': pip install 'latchkey-service[tracing]'"
-    ]
+    (problem,) = problems("on", {}, library)
+    assert problem.startswith("LATCHKEY_TRACES: needs the libraries of the extra 'tracing'")
 
 
 @pytest.mark.parametrize(

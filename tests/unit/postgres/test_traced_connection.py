@@ -1,7 +1,7 @@
 """What the span of a statement says about it."""
 
 import pytest
-from latchkey_service.postgres.connection import summary_of
+from latchkey_service.postgres.traced_connection import summary_of
 from latchkey_service.tokens.token_table import FIND_BY_DIGEST
 
 

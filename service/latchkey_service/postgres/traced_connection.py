@@ -1,16 +1,14 @@
-"""The class of all connections to Postgres, and the one that records its statements as spans."""
+"""A connection that records its statements as spans. Used only if traces are on."""
 
 import contextlib
 import functools
 import re
 from typing import Any, Final, NamedTuple
 
-import asyncpg
-from latchkey_coherence.lease import boottime
-
 from latchkey_service import tracing
+from latchkey_service.postgres.connections import PlainConnection
 
-__all__ = ["Connection", "TracedConnection", "summary_of"]
+__all__ = ["TracedConnection", "summary_of"]
 
 _CHANGE: Final = re.compile(r"\b(INSERT|UPDATE|DELETE)\s+(?:INTO\s+|FROM\s+)?(?!SET\b)([a-z_]\w*)")
 _READ: Final = re.compile(r"\b(?:FROM|JOIN)\s+([a-z_]\w*)(?![\w(])")
@@ -24,30 +22,8 @@ _SUMMARY_LENGTH_MAX: Final = 255
 _SUMMARIES_MAX: Final = 512
 
 
-class Connection(asyncpg.Connection):
-    """A connection that returns to the pool without a round trip: our statements leave no state."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # Time of its last use, on a clock that also runs while the machine is suspended.
-        self.used_at = boottime()
-        # The generation of the pool when the attempt to connect began.
-        self.generation = 0
-
-    def get_reset_query(self) -> str:
-        """Return no statement to run when the connection returns to the pool."""
-        return ""
-
-    def touch(self) -> None:
-        """Record that the connection was just used."""
-        self.used_at = boottime()
-
-
-class TracedConnection(Connection):
-    """A connection whose statements are spans of the call that makes them.
-
-    A class apart, so that a service without traces does not pay for this.
-    """
+class TracedConnection(PlainConnection):
+    """A connection whose statements are spans of the call that makes them."""
 
     async def execute(self, query: str, *args: Any, **options: Any) -> Any:
         """Record the statement and execute it."""
