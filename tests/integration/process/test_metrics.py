@@ -21,7 +21,7 @@ from tests.helpers.metrics import OPENMETRICS, Reading, scrape
 from tests.helpers.service_process import Service, service
 from tests.helpers.waiting import WAIT_SECONDS, eventually
 
-# Exist only with a policy, with TLS, with a webhook and with traces; tests/contract/test_metrics.py,
+# Exist only with a policy, TLS, a webhook and traces; tests/contract/test_metrics.py,
 # tests/integration/tokens/test_events.py and tests/contract/test_traces.py cover them.
 CONDITIONAL = {
     "latchkey_webhook_deliveries",
