@@ -172,7 +172,8 @@ FAILURES: list[tuple[bytes, str, str, str, bool]] = [
 async def test_failures_have_their_status(recorded: Recorded, channel: grpc.aio.Channel) -> None:
     """A call that fails has its gRPC status and reason, and never the text of an exception."""
     pool, method = recorded.server.metrics.pool, f"{SERVICE}/Get"
-    acquire, get = pool._acquire, channel.unary_unary(f"/{method}")
+    get: Any = channel.unary_unary(f"/{method}")
+    acquire = pool._acquire
     for number, (data, fault, code, reason, is_error) in enumerate(FAILURES, start=1):
         started = asyncio.Event()
 

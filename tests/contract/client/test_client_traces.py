@@ -1,7 +1,7 @@
 """The client library and the guards continue the application's trace."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class Application:
 
 
 @pytest.fixture
-def app(monkeypatch: pytest.MonkeyPatch) -> Iterator[Application]:
+def app(monkeypatch: pytest.MonkeyPatch) -> Application:
     # The global provider of a process can be set only once.
     application = Application()
     monkeypatch.setattr(_tracing, "_tracer", application.tracer)

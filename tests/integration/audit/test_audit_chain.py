@@ -52,7 +52,7 @@ async def three_batches(pool: Pool) -> AuditSealer:
     """Make batches of two entries each, with the ids 1 to 6."""
     sealer = sealer_on(pool)
     for _ in range(3):
-        await AuditTable(pool).insert([entry(), entry()])
+        await AuditTable(pool).insert([entry(), entry()._replace(trace_id="a" * 32)])
         await sealer.seal()
     return sealer
 
@@ -108,6 +108,18 @@ MOVED = (
 TAMPERING = {
     "an entry is changed": (
         "UPDATE audit SET caller = 'x' WHERE id = 3",
+        "batch 2: its entries (3, 4) or those before were changed",
+    ),
+    "a trace id is changed": (
+        "UPDATE audit SET trace_id = repeat('b', 32) WHERE id = 4",
+        "batch 2: its entries (3, 4) or those before were changed",
+    ),
+    "a trace id is removed": (
+        "UPDATE audit SET trace_id = '' WHERE id = 4",
+        "batch 2: its entries (3, 4) or those before were changed",
+    ),
+    "a trace id is added": (
+        "UPDATE audit SET trace_id = repeat('a', 32) WHERE id = 3",
         "batch 2: its entries (3, 4) or those before were changed",
     ),
     "an entry is removed": (
