@@ -68,6 +68,7 @@ class Presented(NamedTuple):
     forwarded_for: Sequence[str]
     required_scope: Scope | None
     permissions: Collection[str]
+    traceparent: Sequence[str]
 
 
 class CallRules:
@@ -114,7 +115,11 @@ class CallRules:
 
     def presented(self, method: str, metadata: Any) -> Presented:
         """Return what a call of `method` presents, and what the method requires."""
-        found: dict[str, list[str]] = {"authorization": [], "x-forwarded-for": []}
+        found: dict[str, list[str]] = {
+            "authorization": [],
+            "x-forwarded-for": [],
+            "traceparent": [],
+        }
         if self._api_key_header is not None:
             found[self._api_key_header] = []
         for key, value in metadata or ():
@@ -129,6 +134,7 @@ class CallRules:
             found["x-forwarded-for"],
             self._scopes.get(method, self._required_scope),
             self._permissions.get(method, self._required_permissions),
+            found["traceparent"],
         )
 
 

@@ -134,6 +134,7 @@ class Guard:
             api_keys=self._rules.api_keys(request),
             client_address=self._rules.client_address(request),
             permissions=permissions,
+            traceparent=request.header("traceparent"),
         )
         if decision.outcome is Outcome.ALLOWED and decision.token is not None:
             return decision.token
