@@ -39,6 +39,7 @@ from latchkey_service.rpc.verify_calls import put_rate_limit, put_token
 from latchkey_service.tokens.assembly import Management
 from latchkey_service.tokens.confirmation import Call
 from latchkey_service.tokens.filters import Filter
+from latchkey_service.tokens.finding import Query as FindQuery
 from latchkey_service.tokens.listing import Query
 from latchkey_service.tokens.management import NewToken
 from latchkey_service.tokens.receipt_table import Deletion
@@ -87,6 +88,7 @@ class TokenService(pb_grpc.TokenServiceServicer):
         self._lifecycle = management.lifecycle
         self._bulk = management.bulk
         self._listing = management.listing
+        self._finding = management.finding
         self._importer = management.importer
         self._watch_sessions = watch_sessions
         self._usage_table = usage_table
@@ -157,15 +159,21 @@ class TokenService(pb_grpc.TokenServiceServicer):
     ) -> pb.GetUsageResponse:
         deadline = current_call.get().deadline
         token = await self._tokens.get(request.account_id, request.id, deadline)
-        today = datetime.fromtimestamp(self._unix_time(), UTC).date()
         response = pb.GetUsageResponse()
-        for usage in await self._usage_table.by_caller(token.id, today):
-            message = response.callers.add(caller=usage.caller)
-            message.first_used_time.FromDatetime(usage.first_time)
-            message.last_used_time.FromDatetime(usage.last_time)
-            for day, count in usage.days:
-                start = message.days.add(count=count).start_time
-                start.seconds = (day.toordinal() - _EPOCH.toordinal()) * 86_400
+        await self._put_usage(token.id, response)
+        return response
+
+    async def Find(self, request: pb.FindRequest, context: "Context") -> pb.FindResponse:
+        query = FindQuery(request.id, request.hint, request.page_size, request.page_token)
+        page = await self._finding.find(query, current_call.get().deadline)
+        response = pb.FindResponse(next_page_token=page.next_page_token)
+        for record in page.records:
+            found = response.tokens.add()
+            put_token(record, found.token)
+            if record.delete_time is not None:
+                found.delete_time.FromDatetime(record.delete_time)
+        if request.id and page.records:
+            await self._put_usage(request.id, response)
         return response
 
     async def GetLimits(
@@ -215,6 +223,18 @@ class TokenService(pb_grpc.TokenServiceServicer):
         response = pb.DeleteResponse()
         put_receipt(deletion, response.receipt)
         return response
+
+    async def _put_usage(
+        self, token_id: str, response: pb.GetUsageResponse | pb.FindResponse
+    ) -> None:
+        today = datetime.fromtimestamp(self._unix_time(), UTC).date()
+        for usage in await self._usage_table.by_caller(token_id, today):
+            message = response.callers.add(caller=usage.caller)
+            message.first_used_time.FromDatetime(usage.first_time)
+            message.last_used_time.FromDatetime(usage.last_time)
+            for day, count in usage.days:
+                start = message.days.add(count=count).start_time
+                start.seconds = (day.toordinal() - _EPOCH.toordinal()) * 86_400
 
 
 def call_of(call: ManagedCall, *, wait: bool = True) -> Call:
