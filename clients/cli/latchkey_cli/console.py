@@ -48,6 +48,14 @@ def console(
             "Header in which a sign-in proxy sends the account ID, such as jane@example.com.",
         ),
     ] = None,
+    accounts_header: Annotated[
+        str | None,
+        _option(
+            "ACCOUNTS_HEADER",
+            "NAME",
+            "Header in which the proxy sends all accounts of a person, separated by commas.",
+        ),
+    ] = None,
     person_header: Annotated[
         str | None,
         _option(
@@ -89,6 +97,22 @@ def console(
             default=True,
         ),
     ] = "sub",
+    oidc_accounts_claim: Annotated[
+        str | None,
+        _option(
+            "OIDC_ACCOUNTS_CLAIM",
+            "NAME",
+            "Claim that lists all accounts of a person, who then switches between them.",
+        ),
+    ] = None,
+    oidc_accounts_key: Annotated[
+        str | None,
+        _option(
+            "OIDC_ACCOUNTS_KEY",
+            "NAME",
+            "If that claim is a list of objects: their key with the account ID, such as id.",
+        ),
+    ] = None,
     listen: Annotated[
         str, _option("LISTEN", "HOST:PORT", "Address on which the page listens.", default=True)
     ] = "127.0.0.1:50080",
@@ -150,12 +174,15 @@ def console(
                 target=target,
                 account=account,
                 account_header=account_header,
+                accounts_header=accounts_header,
                 person_header=person_header,
                 trusted_proxies=tuple(trusted_proxy or ()),
                 oidc_issuer=oidc_issuer,
                 oidc_client_id=oidc_client_id,
                 oidc_client_secret=_secret(oidc_client_secret_file),
                 oidc_claim=oidc_claim,
+                oidc_accounts_claim=oidc_accounts_claim,
+                oidc_accounts_key=oidc_accounts_key,
                 product_name=product_name,
                 api_example_url=api_example_url,
                 support_url=support_url,

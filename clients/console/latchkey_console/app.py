@@ -18,6 +18,8 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from latchkey_console.accounts import NotChosen, ProxyAccounts, choose
+from latchkey_console.choosing import Choosing
 from latchkey_console.failures import Trouble
 from latchkey_console.frame import Frame
 from latchkey_console.identity import FixedAccount, Identity, NotSignedIn, ProxyHeader, Refused
@@ -64,7 +66,8 @@ def make_app(
     if settings.account is not None:
         identity = FixedAccount(settings.account)
     elif settings.proxy is not None:
-        identity = ProxyHeader(settings.proxy)
+        several = settings.proxy.several
+        identity = ProxyAccounts(settings.proxy) if several else ProxyHeader(settings.proxy)
     elif settings.openid is not None:
         identity = openid = OpenId(settings.openid, settings.public_url, monotonic)
     else:
@@ -76,6 +79,7 @@ def make_app(
     pages = Pages(frame, displays)
     lifecycle = Lifecycle(frame, displays)
     selection = Selection(frame)
+    choosing = Choosing(frame, renderer)
     errors = _Errors(renderer, openid)
 
     @contextlib.asynccontextmanager
@@ -97,6 +101,8 @@ def make_app(
         *lifecycle.routes(),
         *selection.routes(),
     ]
+    if settings.has_accounts:
+        routes += choosing.routes()
     if openid is not None:
         routes += _SignIn(openid, seals, renderer).routes()
     secure = settings.https
@@ -116,6 +122,7 @@ def make_app(
         ],
         exception_handlers={
             NotSignedIn: errors.not_signed_in,
+            NotChosen: choosing.not_chosen,
             Refused: errors.refused,
             HTTPException: errors.http,
             Exception: errors.unexpected,
@@ -170,9 +177,14 @@ class _SignIn:
         except BadForm:
             fields = {}
         try:
-            account_id = self._openid.viewer(request).account_id
+            viewer = self._openid.viewer(request)
         except NotSignedIn:
             return RedirectResponse("/signed-out", 303)
+        try:
+            account_id = choose(viewer, fields.get("account", "")).account_id
+        except NotChosen:
+            # The form of the page on which the visitor chooses.
+            account_id = ""
         if not self._seals.is_csrf(fields.get("csrf", ""), session_id(request), account_id):
             raise Refused(403, "You are still signed in", "Go back and use the Sign out button.")
         url = await self._openid.end(request)
@@ -219,7 +231,7 @@ class _Errors:
         """Explain why the request was refused."""
         if not isinstance(error, Refused):
             raise error
-        action = ("Try again", "/sign-in") if self._openid else None
+        action = error.action or (("Try again", "/sign-in") if self._openid else None)
         return self._renderer.message(
             Trouble(error.status, error.title, error.text),
             None,

@@ -97,6 +97,10 @@ class Renderer:
             response.headers["retry-after"] = str(trouble.retry_seconds)
         return response
 
+    def accounts(self, context: Mapping[str, Any]) -> Response:
+        """Return the page on which the visitor chooses an account."""
+        return self._html("accounts.html", {**context, "dialog": None}, 200)
+
     def fragment(self, name: str, context: Mapping[str, Any]) -> Response:
         """Return a template without the frame."""
         return self._html(name, context, 200)
