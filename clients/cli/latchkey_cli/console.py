@@ -56,6 +56,14 @@ def console(
             "Header in which the proxy sends all accounts of a person, separated by commas.",
         ),
     ] = None,
+    groups_header: Annotated[
+        str | None,
+        _option(
+            "GROUPS_HEADER",
+            "NAME",
+            "With --operator-group: header in which the proxy sends a person's groups.",
+        ),
+    ] = None,
     person_header: Annotated[
         str | None,
         _option(
@@ -113,6 +121,24 @@ def console(
             "If that claim is a list of objects: their key with the account ID, such as id.",
         ),
     ] = None,
+    operator_group: Annotated[
+        list[str] | None,
+        _option(
+            "OPERATOR_GROUP",
+            "NAME",
+            "Serve the operators' view instead, to people in this group; may be repeated. In the "
+            "environment variable, separate several with spaces.",
+        ),
+    ] = None,
+    oidc_groups_claim: Annotated[
+        str,
+        _option(
+            "OIDC_GROUPS_CLAIM",
+            "NAME",
+            "With --operator-group: claim that lists a person's groups.",
+            default=True,
+        ),
+    ] = "groups",
     listen: Annotated[
         str, _option("LISTEN", "HOST:PORT", "Address on which the page listens.", default=True)
     ] = "127.0.0.1:50080",
@@ -154,6 +180,9 @@ def console(
     LATCHKEY_CONSOLE_OIDC_ISSUER, and so on. Only --target differs: it is
     LATCHKEY_TARGET.
 
+    With --operator-group, it serves the operators' view: find a token of any
+    account, the audit log, and the servers. It changes nothing.
+
     The page keeps open forms and sign-ins in memory: run only one process.
     """
     if not extra.is_installed():
@@ -175,6 +204,7 @@ def console(
                 account=account,
                 account_header=account_header,
                 accounts_header=accounts_header,
+                groups_header=groups_header,
                 person_header=person_header,
                 trusted_proxies=tuple(trusted_proxy or ()),
                 oidc_issuer=oidc_issuer,
@@ -183,6 +213,8 @@ def console(
                 oidc_claim=oidc_claim,
                 oidc_accounts_claim=oidc_accounts_claim,
                 oidc_accounts_key=oidc_accounts_key,
+                oidc_groups_claim=oidc_groups_claim,
+                operator_groups=tuple(operator_group or ()),
                 product_name=product_name,
                 api_example_url=api_example_url,
                 support_url=support_url,

@@ -3,13 +3,11 @@
 from typing import Final
 
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
-from latchkey_console.accounts import NotChosen
-from latchkey_console.failures import Trouble
 from latchkey_console.frame import Frame
-from latchkey_console.rendering import Renderer, is_part
+from latchkey_console.rendering import Renderer
 
 __all__ = ["Choosing"]
 
@@ -43,18 +41,4 @@ class Choosing:
             "text": text,
             "searchable": len(accounts) >= SEARCH_FROM,
         }
-        return self._renderer.accounts(context)
-
-    async def not_chosen(self, request: Request, error: Exception) -> Response:
-        """Let the visitor choose, or report that a submitted form had no effect."""
-        if not isinstance(error, NotChosen):
-            raise error
-        if request.method in ("GET", "HEAD") and not is_part(request):
-            return RedirectResponse("/accounts", 303)
-        message = Trouble(
-            400,
-            "Choose an account first",
-            "Nothing was changed. This request does not say which of your accounts it is for.",
-        )
-        action = ("Choose an account", "/accounts")
-        return self._renderer.message(message, None, part=is_part(request), action=action)
+        return self._renderer.view("accounts.html", context)

@@ -116,6 +116,7 @@ class ProxyHeader:
         self._header = settings.header
         self._person_header = settings.person_header
         self._trusted = settings.trusted
+        self.operators = settings.operators
 
     def viewer(self, request: Request) -> Viewer:
         """Return the account that the header names. Raises Refused."""

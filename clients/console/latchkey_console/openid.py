@@ -18,7 +18,9 @@ from starlette.responses import Response
 
 from latchkey_console.accounts import accounts_of
 from latchkey_console.expiring import Expiring
+from latchkey_console.groups import is_member
 from latchkey_console.identity import NotSignedIn, Refused, Viewer, invalid_account_id
+from latchkey_console.operators import not_an_operator
 from latchkey_console.protection import new_session, session_id
 from latchkey_console.settings import OpenIdSettings, is_account_id
 
@@ -44,6 +46,12 @@ class _SignIn:
     id_token: str | None
     person: str
 
+    @property
+    def whose(self) -> str:
+        """The accounts, for the log, or an operator's name."""
+        accounts = self.accounts or (self.account_id,)
+        return f"account {', '.join(accounts)}" if any(accounts) else f"operator {self.person}"
+
 
 class OpenId:
     """Identifies visitors by their sign-in with the provider."""
@@ -60,9 +68,7 @@ class OpenId:
             client_secret=settings.client_secret and settings.client_secret.reveal(),
             server_metadata_url=f"{settings.issuer.rstrip('/')}/.well-known/openid-configuration",
             client_kwargs={
-                "scope": "openid"
-                if settings.claim == "sub" and settings.accounts_claim is None
-                else "openid profile email",
+                "scope": "openid" if settings.needs_only_the_subject else "openid profile email",
                 "code_challenge_method": "S256",
                 "timeout": PROVIDER_SECONDS,
                 **({} if settings.client_secret else {"token_endpoint_auth_method": "none"}),
@@ -132,11 +138,16 @@ class OpenId:
         )
         # A full store evicts the oldest sign-in. That visitor signs in again with one redirect.
         self._sign_ins.put(new_session(request), sign_in)
-        _log.info("signed in: account %s", ", ".join(accounts or (account_id,)))
+        _log.info("signed in: %s", sign_in.whose)
 
     def _accounts(self, claims: Mapping[str, Any]) -> tuple[str, tuple[str, ...] | None]:
         """Return the account, or if the provider sends a list, all accounts. Raises Refused."""
         settings = self._settings
+        if settings.operators:
+            if not is_member(claims.get(settings.groups_claim), settings.operators):
+                _log.warning("sign-in refused: %s is not an operator", _person(claims))
+                raise not_an_operator()
+            return "", None
         if settings.accounts_claim is not None:
             try:
                 found = claims.get(settings.accounts_claim, [])
@@ -163,7 +174,7 @@ class OpenId:
         new_session(request)
         if sign_in is None:
             return None
-        _log.info("signed out: account %s", ", ".join(sign_in.accounts or (sign_in.account_id,)))
+        _log.info("signed out: %s", sign_in.whose)
         try:
             metadata = await self._provider.load_server_metadata()
             if "end_session_endpoint" not in metadata:

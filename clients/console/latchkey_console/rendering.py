@@ -97,9 +97,9 @@ class Renderer:
             response.headers["retry-after"] = str(trouble.retry_seconds)
         return response
 
-    def accounts(self, context: Mapping[str, Any]) -> Response:
-        """Return the page on which the visitor chooses an account."""
-        return self._html("accounts.html", {**context, "dialog": None}, 200)
+    def view(self, name: str, context: Mapping[str, Any], status: int = 200) -> Response:
+        """Return a whole page that has no dialog."""
+        return self._html(name, {**context, "dialog": None}, status)
 
     def fragment(self, name: str, context: Mapping[str, Any]) -> Response:
         """Return a template without the frame."""

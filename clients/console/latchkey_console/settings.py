@@ -12,6 +12,8 @@ from urllib.parse import SplitResult, urlsplit
 
 from latchkey import Secret
 
+from latchkey_console import groups
+
 __all__ = [
     "Brand",
     "OpenIdSettings",
@@ -27,6 +29,7 @@ __all__ = [
 LISTEN: Final = "127.0.0.1:50080"
 TARGET: Final = "127.0.0.1:50051"
 CLAIM: Final = "sub"
+GROUPS_CLAIM: Final = "groups"
 PRODUCT: Final = "Latchkey"
 PRODUCT_LENGTH_MAX: Final = 64
 API_URL: Final = "https://api.example.com/"
@@ -57,6 +60,8 @@ class ProxySettings:
     person_header: str | None = None
     several: bool = False
     """Whether `header` holds all accounts of a visitor, separated by commas."""
+    operators: frozenset[str] = frozenset()
+    """If not empty, `header` holds groups, and only people in one of these may enter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,14 @@ class OpenIdSettings:
     """The claim with all accounts of a visitor, in place of `claim`."""
     accounts_key: str | None = None
     """If that claim is a list of objects: their key with the account."""
+    groups_claim: str = GROUPS_CLAIM
+    operators: frozenset[str] = frozenset()
+    """If not empty, only people with one of these in `groups_claim` may enter."""
+
+    @property
+    def needs_only_the_subject(self) -> bool:
+        """Whether the claim `sub` suffices, which every ID token has."""
+        return self.claim == CLAIM and self.accounts_claim is None and not self.operators
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +147,11 @@ class Settings:
         return f"__Host-latchkey-{port}" if self.https else f"latchkey-console-{port}"
 
     @property
+    def is_for_operators(self) -> bool:
+        """Whether to serve the operators' view in place of the API Tokens page."""
+        return any(way is not None and way.operators for way in (self.proxy, self.openid))
+
+    @property
     def has_accounts(self) -> bool:
         """Whether visitors may have several accounts."""
         several = self.proxy is not None and self.proxy.several
@@ -153,6 +171,7 @@ def make(
     account: str | None = None,
     account_header: str | None = None,
     accounts_header: str | None = None,
+    groups_header: str | None = None,
     person_header: str | None = None,
     trusted_proxies: tuple[str, ...] = (),
     oidc_issuer: str | None = None,
@@ -161,6 +180,8 @@ def make(
     oidc_claim: str = CLAIM,
     oidc_accounts_claim: str | None = None,
     oidc_accounts_key: str | None = None,
+    oidc_groups_claim: str = GROUPS_CLAIM,
+    operator_groups: tuple[str, ...] = (),
     product_name: str = PRODUCT,
     api_example_url: str = API_URL,
     support_url: str | None = None,
@@ -173,6 +194,7 @@ def make(
             ("--account", account),
             ("--account-header", account_header),
             ("--accounts-header", accounts_header),
+            ("--groups-header", groups_header),
             ("--oidc-issuer", oidc_issuer),
         )
         if value is not None
@@ -196,15 +218,19 @@ def make(
                 f"--account lets in everyone who can reach {listen}, so it works on loopback only, "
                 f"such as --listen {LISTEN}. Elsewhere, use --account-header or --oidc-issuer"
             )
-    header = account_header if accounts_header is None else accounts_header
+    headers = (account_header, accounts_header, groups_header)
+    header = next((name for name in headers if name is not None), None)
+    has_account = oidc_accounts_claim is not None or oidc_claim != CLAIM
+    try:
+        operators = groups.checked(operator_groups, chosen[0], has_account=has_account)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
     if trusted_proxies and header is None:
         raise SettingsError("--trusted-proxy requires --account-header or --accounts-header")
     if person_header is not None and header is None:
         raise SettingsError("--person-header requires --account-header or --accounts-header")
-    if accounts_header is not None and person_header is None:
-        raise SettingsError(
-            "--accounts-header requires --person-header: the audit log must say who acted"
-        )
+    if header is not None and account_header is None and person_header is None:
+        raise SettingsError(f"{chosen[0]} requires --person-header: the audit log names the person")
     if oidc_issuer is None and oidc_accounts_claim is not None:
         raise SettingsError("--oidc-accounts-claim requires --oidc-issuer")
     if oidc_accounts_key is not None and oidc_accounts_claim is None:
@@ -220,7 +246,7 @@ def make(
         proxy=(
             None
             if header is None
-            else _proxy(header, person_header, trusted_proxies, several=accounts_header is not None)
+            else _proxy(chosen[0], header, person_header, trusted_proxies, operators)
         ),
         openid=(
             None
@@ -229,6 +255,8 @@ def make(
                 _openid(oidc_issuer, oidc_client_id, oidc_client_secret, oidc_claim),
                 accounts_claim=_claim("--oidc-accounts-claim", oidc_accounts_claim),
                 accounts_key=_claim("--oidc-accounts-key", oidc_accounts_key),
+                groups_claim=_claim("--oidc-groups-claim", oidc_groups_claim) or GROUPS_CLAIM,
+                operators=operators,
             )
         ),
         brand=_brand(product_name, api_example_url, support_url),
@@ -334,14 +362,14 @@ def _claim(option: str, name: str | None) -> str | None:
 
 
 def _proxy(
-    header: str, person_header: str | None, trusted: tuple[str, ...], *, several: bool
+    option: str,
+    header: str,
+    person_header: str | None,
+    trusted: tuple[str, ...],
+    operators: frozenset[str],
 ) -> ProxySettings:
     if not _HEADER_NAME.fullmatch(header):
-        option, example = (
-            ("--accounts-header", "X-Forwarded-Groups")
-            if several
-            else ("--account-header", "X-Forwarded-User")
-        )
+        example = "X-Forwarded-" + ("User" if option == "--account-header" else "Groups")
         raise SettingsError(f"{option}: give a header name, such as {example}")
     if person_header is not None and not _HEADER_NAME.fullmatch(person_header):
         raise SettingsError("--person-header: give a header name, such as X-Forwarded-Email")
@@ -366,7 +394,8 @@ def _proxy(
         header.lower(),
         tuple(networks),
         None if person_header is None else person_header.lower(),
-        several,
+        option == "--accounts-header",
+        operators,
     )
 
 

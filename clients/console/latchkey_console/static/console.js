@@ -343,12 +343,15 @@
   const minute = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
   const exact = new Intl.DateTimeFormat(undefined, { dateStyle: "long", timeStyle: "long" });
 
+  const seconds = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "medium" });
+
   function times(from) {
     for (const time of all("time", from)) {
       const at = new Date(time.dateTime);
       if (Number.isNaN(at.getTime())) continue;
       time.title = exact.format(at);
-      const text = "full" in time.dataset ? time.title : minute.format(at);
+      const short = "seconds" in time.dataset ? seconds : minute;
+      const text = "full" in time.dataset ? time.title : short.format(at);
       // Keeps "8:45 PM" on one line.
       time.textContent = text.replace(/(\d)\s(?=\D+$)/, "$1\u00a0");
     }
