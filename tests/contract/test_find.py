@@ -17,9 +17,11 @@ from tests.helpers.rich_status import refusal
 from tests.helpers.waiting import eventually
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from latchkey_proto.v1.token_service_pb2_grpc import TokenServiceAsyncStub
 
-    from tests.conftest import Create
+    Create = Callable[..., Awaitable[pb.CreateResponse]]
 
 FIND = "/latchkey.v1.TokenService/Find"
 
@@ -37,7 +39,9 @@ async def test_a_token_by_its_id(stub: TokenServiceAsyncStub, create: Create) ->
 
     async def used() -> Any:
         answer = await stub.Find(pb.FindRequest(id=created.token.id), timeout=5)
-        return answer if answer.callers else None
+        # The two are read one after the other.
+        (token,) = answer.tokens
+        return answer if answer.callers and token.token.HasField("last_used_time") else None
 
     answer = await eventually(used, "a recorded use")
     got = await stub.Get(pb.GetRequest(account_id="globex", id=created.token.id), timeout=5)
@@ -76,8 +80,11 @@ async def test_old_secrets_and_deleted_tokens_are_found(
     for hint in (created.token.hint, rotated.token.hint):
         assert await found(stub, hint=hint) == [created.token.id]
     deleted = await stub.Delete(pb.DeleteRequest(**named), timeout=8)
-    for fields in ({"id": created.token.id}, {"hint": created.token.hint}):
-        (one,) = (await stub.Find(pb.FindRequest(**fields), timeout=5)).tokens
+    for request in (
+        pb.FindRequest(id=created.token.id),
+        pb.FindRequest(hint=created.token.hint),
+    ):
+        (one,) = (await stub.Find(request, timeout=5)).tokens
         assert one.delete_time == deleted.receipt.commit_time
         assert one.token.name == created.token.name
 
