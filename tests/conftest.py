@@ -85,7 +85,7 @@ TESTS = Path(__file__).parent
 FAULTS = TESTS / "faults"
 # What starts first: groups, which one worker runs, and folders, those that take longest before the
 # others. A worker must not have a long one left when the others have finished.
-GROUPS_FIRST = ("faults", "browser", "history", "failover", "soak")
+GROUPS_FIRST = ("faults", "browser", "recovery", "history", "failover", "soak")
 FIRST = (*GROUPS_FIRST, "fuzz", "integration", "contract", "console")
 # Fixtures that install a program where it is missing.
 INSTALLING = {"axe", "grpcurl", "one_browser", "pgbouncer", "signed"}
