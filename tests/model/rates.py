@@ -121,7 +121,7 @@ def receives(s: State, w: World) -> Iterator[State]:
         if "13 calls are counted from the answer" in w.broken:
             left = w.share_ticks
         trusted = one.lease != NO_LEASE and question.issued_by == one.database
-        if "13 draws without a lease" in w.broken:
+        if {"13 draws without a lease", "13 a lease is checked only before the draw"} & w.broken:
             trusted = question.issued_by == one.database
         if "13 a draw of another history counts" in w.broken:
             trusted = one.lease != NO_LEASE
@@ -283,6 +283,7 @@ BROKEN = (
     _broken("13 a verifier begins with a burst", 8),
     _broken("13 a restarted verifier counts its calls again from zero", 18),
     _broken("13 draws without a lease", 28, **LEASES),
+    _broken("13 a lease is checked only before the draw", 30, **LEASES),
     _broken("13 a draw of another history counts", 29, **LEASES),
     _broken("13 a failover adds nothing", 16, **LEASES),
 )
