@@ -66,7 +66,8 @@ class LimitedSteps:
         self.clients[number] = Client(client.world)
 
     def _all_verify(self, times_max: int) -> None:
-        for one in (*self.clients, *self.servers):
+        everybody: list[Client | Server] = [*self.clients, *self.servers]
+        for one in everybody:
             self._verify(one, self.random.randint(0, times_max))
         self.reads_arrive()
 

@@ -12,13 +12,13 @@ from collections.abc import Callable, Coroutine, Generator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from latchkey._shares import ShareQuestion
+from latchkey_coherence import rate
 from latchkey_coherence.rate import SHARE_SECONDS, Draw, RateLimit
+from latchkey_service.coherence.reads import ReadBegan, Standing
 from latchkey_service.coherence.snapshot import Snapshot
-from latchkey_service.coherence.verifier_state import ReadBegan, Standing
 from latchkey_service.coherence.watch_events import IssuedCalls, WantedCalls
 from latchkey_service.coherence.watch_sessions import WatchSession
 from latchkey_service.errors import StoreUnavailable
-from latchkey_service.tokens import rate_draws
 from latchkey_service.tokens.rate_draws import Drawn, RateDraws
 from latchkey_service.tokens.rate_table import Want
 from latchkey_service.tokens.token_rates import TokenRates
@@ -142,7 +142,7 @@ class ServerRates:
         if asked >= state.lease_ends:
             fail()
             return
-        began = state.begin_read()
+        began = ReadBegan.now(state)
 
         def receive(issued: Draw, snapshot: Snapshot) -> None:
             if not self._server.alive:
@@ -151,7 +151,7 @@ class ServerRates:
                 self.reconnect()
                 self._world.count("draws refused")
                 fail()
-            elif clock() >= (ends := rate_draws.share_end(asked)):
+            elif clock() >= (ends := rate.share_end(asked)):
                 fail()
             else:
                 self._world.count("drawn")
@@ -172,7 +172,7 @@ class ServerRates:
         """Return whether a draw counts. One that is ahead of the log does not, for simplicity."""
         state = self._server.state
         leased = self._server.clock() < state.lease_ends
-        return leased and state.standing(snapshot, began) is Standing.BELIEVED
+        return leased and began.standing(snapshot, state) is Standing.BELIEVED
 
 
 def verify_in_client(client: Client) -> None:

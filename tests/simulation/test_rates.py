@@ -11,7 +11,6 @@ import pytest
 from latchkey import _shares
 from latchkey_coherence import rate
 from latchkey_coherence.rate import Draw, RateLimit, Share
-from latchkey_service.tokens import rate_draws
 
 from tests.simulation.database import Database
 from tests.simulation.rates import Meter, ServerRates
@@ -97,7 +96,7 @@ def accept_under_a_lease(self: ServerRates, _snapshot: Any, _began: Any) -> bool
 MUTANTS: dict[str, list[tuple[Any, str, Any]]] = {
     "a draw leaves no trace": [(Database, "draw", draw_without_a_trace)],
     "calls do not end": [
-        (rate_draws, "share_end", lambda began: began + 60.0),
+        (rate, "share_end", lambda began: began + 60.0),
         (_shares, "share_end", lambda began, seconds: began + 60.0),
     ],
     "a call is spent and kept": [(Share, "spend", spend_and_keep)],
