@@ -33,7 +33,11 @@ __all__ = [
 # before it fills the memory.
 STATES_MAX = 1_500_000
 # Names that a trace gives to the members of a field with several objects of one kind.
-EACH = {"servers": ("server A", "server B"), "databases": ("old primary", "new primary")}
+EACH = {
+    "servers": ("server A", "server B"),
+    "verifiers": ("verifier A", "verifier B"),
+    "databases": ("old primary", "new primary"),
+}
 
 
 class Violation(NamedTuple):

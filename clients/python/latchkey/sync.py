@@ -128,14 +128,11 @@ class Verifier:
         self,
         secret: str | Secret,
         scope: Scope | None = None,
-        *,
         client_address: str = "",
         permissions: Collection[str] = (),
     ) -> Verification | None:
         """Answer at once, as `latchkey.Verifier.verify_nowait` does, or return None."""
-        return self._verifier.verify_nowait(
-            secret, scope, client_address=client_address, permissions=permissions
-        )
+        return self._verifier.verify_nowait(secret, scope, client_address, permissions)
 
     def stats(self) -> VerifierStats:
         """Return the verifier's state: whether it answers from its cache, why not, and counters."""

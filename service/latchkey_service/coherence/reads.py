@@ -104,3 +104,8 @@ class LeasedReads:
             # Either side may lag. The next renewal shows which one.
             self._renewer.wake()
             raise StoreUnavailable(CHANGING_OVER)
+
+    def require_lease(self) -> None:
+        """Raise StoreUnavailable if the process has no lease at this moment."""
+        if self._clock() >= self._state.lease_ends:
+            raise StoreUnavailable(CHANGING_OVER)

@@ -4,8 +4,8 @@ Draws that arrive while a statement is under way share the next one. Owns the qu
 connection. It does not own the buckets (`rate_table.py`), or the shares in which calls are kept
 until they are spent (`latchkey_coherence.rate`).
 
-A draw is accepted only if it reached the database on which this process's lease stands (rule 12).
-So a deposed primary issues calls no longer than the leases that it granted last.
+A draw is accepted only under a lease, and if it reached the database on which the lease stands
+(rule 12). So a deposed primary issues calls no longer than the leases that it granted last.
 """
 
 import asyncio
@@ -170,6 +170,8 @@ class RateDraws:
                 with tracing.joined(spans) if spans else contextlib.nullcontext():
                     issued, snapshot = await draw_all(connection, wants)
                 await self._reads.accept(snapshot, began, limit)
+                # Without this, a deposed primary could issue calls for a second after the lease.
+                self._reads.require_lease()
         except TimeoutError:
             raise Unavailable(TOO_LATE) from None
         ends = share_end(sent)
