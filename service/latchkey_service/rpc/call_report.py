@@ -228,38 +228,34 @@ class CallReporter:
         self,
         path: str,
         seconds: float | None,
-        error: LatchkeyError | None = None,
+        error: Exception | None = None,
         peer: str = "",
     ) -> tuple[StatusParts, float]:
         """Count a call that is rejected before it starts.
 
         Returns what `failed` returns. `seconds` is how long the caller waits; None means no limit.
-        Without an `error`, the call is rejected because too many others wait. `peer` is the address
-        of the caller.
+        Without an `error`, the call is rejected because too many others wait. An error that is not
+        ours means that the call could not be handled. `peer` is the address of the caller.
         """
         if error is None:
             error = Overloaded("Too many calls are waiting to start; try again shortly.")
         counts = self._counts.method(path)
         counts.started += 1
-        counts.codes[code_of(error).name] += 1
-        self._counts.failures[error.reason] += 1
+        code, reason = code_of(error).name, reason_of(error)
+        counts.codes[code] += 1
+        self._counts.failures[reason] += 1
         request_id = next(NEW_IDS)
-        code = code_of(error).name
         if METHODS.get(path, OPEN).audited and not isinstance(error, Overloaded):
             entry = AuditContext.of("", path, peer, request_id, "", "", call_id=request_id)
-            logged = self._audit.record(entry, code, error.reason)
+            logged = self._audit.record(entry, code, reason)
         else:
-            logged = self._audit.should_log("", path, error.reason)
+            logged = self._audit.should_log("", path, reason)
         if logged:
-            self._log.log(
-                level_of(code, error.reason),
-                "call",
-                request_id=request_id,
-                method=path,
-                code=code,
-                reason=error.reason,
-                peer=peer,
-            )
+            fields: dict[str, Any] = {"reason": reason, "peer": peer}
+            if not isinstance(error, LatchkeyError):
+                fields["exc_info"] = _without_values(error)
+            level = level_of(code, reason)
+            self._log.log(level, "call", request_id=request_id, method=path, code=code, **fields)
         if isinstance(error, Unauthenticated):
             delay_seconds = self.anonymous_delay_seconds()
         else:
