@@ -131,8 +131,8 @@ class ConnectionGuard:
                     continue
                 try:
                     await loop.run_in_executor(inspector, self._inspect_reliably)
-                except OSError as error:
-                    logger().error("connection check failed", error=error.strerror)
+                except Exception as error:  # noqa: BLE001 - the next check may succeed
+                    logger().error("connection check failed", error=type(error).__name__)
                 files_then = files - self._closing
                 inspected_at = time.monotonic()
                 rest = REST_FACTOR * (inspected_at - now)
@@ -168,14 +168,18 @@ class ConnectionGuard:
         # Keyed by inode: the number of a closed file is reused at once.
         self._sockets = {inode: seen for inode, seen in self._sockets.items() if inode in files}
         for inode, end in _own(files, [inode for inode in files if inode not in self._sockets]):
-            listener = self._listener_of(end)
-            self._sockets[inode] = _SocketState(listener, now, self._peer_of(listener, end))
+            # A socket that cannot be examined keeps no other from being examined. It is looked at
+            # again the next time.
+            with contextlib.suppress(OSError):
+                listener = self._listener_of(end)
+                self._sockets[inode] = _SocketState(listener, now, self._peer_of(listener, end))
         ours = [inode for inode, seen in self._sockets.items() if seen.listener is not None]
         ended: dict[int, str] = {}
         for inode, end in _own(files, ours):
-            reason = self._stuck(self._sockets[inode], end, now)
-            if reason is not None:
-                ended[inode] = reason
+            with contextlib.suppress(OSError):
+                reason = self._stuck(self._sockets[inode], end, now)
+                if reason is not None:
+                    ended[inode] = reason
         self.connections = len(ours)
         self._room = sys.maxsize
         for listener in self._listeners:
