@@ -10,7 +10,9 @@ the database at once, and the queue for these slots is short:
   accepted call takes at most a few times as long as it does alone, under any load. This lasts until
   no call has been rejected for `CALM_SECONDS`.
 - A call whose deadline would pass in the queue is rejected at once.
-- Callers take turns, and a full queue makes room for a caller that has less than its share.
+- Callers take turns, and a full queue makes room for a caller that has less than its share. The
+  total has shares too, because most calls in it are Deletes whose change stands: they cannot make
+  room. One of n callers may have 1/(n+1) of it, so a further one always finds room.
 - Calls that only take rights away (removals) go before others, and have their own room. While other
   calls wait, every fourth slot is theirs: anyone who may delete could stop them otherwise.
 
@@ -78,13 +80,16 @@ class ConcurrencyLimiter:
     """Slots for the calls of one role, and the queue for them. Event loop only.
 
     At most `count` calls hold a slot. At most `total_max` calls are present: this includes those in
-    the queue, and those that have released their slot to wait for something else.
+    the queue, and those that have released their slot to wait for something else. Calls without a
+    caller's name, as without a policy, share the whole.
     """
 
     def __init__(self, count: int, total_max: int, monotonic: Callable[[], float]) -> None:
         self._count = self._free = count
         self._total_max = total_max
         self._total = 0
+        # The present calls of each caller.
+        self._present: dict[str, int] = {}
         self._monotonic = monotonic
         # By a number. A future with a result means that its call now holds a slot.
         self._queue: FairQueue[asyncio.Future[None]] = FairQueue(sys.maxsize)
@@ -115,13 +120,21 @@ class ConcurrencyLimiter:
         Raises Overloaded, or StoreUnavailable if the database hangs. Changes nothing for others:
         the call may still be refused for another reason.
         """
-        if self._total >= self._total_max:
+        if self._total >= self._total_max or self._has_its_share(caller):
             raise self._rejection()
         if self._free:
             return
         queue, full = self._room(removal=removal)
         if full and not queue.yields_to(caller):
             raise self._rejection()
+
+    def _has_its_share(self, caller: str) -> bool:
+        """Return whether a caller has as many calls present as it may."""
+        if not caller:
+            return False
+        present = self._present.get(caller, 0)
+        callers = len(self._present) + (not present)
+        return present >= self._total_max // (callers + 1)
 
     def _room(self, *, removal: bool) -> tuple[FairQueue[asyncio.Future[None]], bool]:
         """Return the queue for a call that arrives now, and whether it is full."""
@@ -139,7 +152,7 @@ class ConcurrencyLimiter:
 
     async def acquire(self, seconds: float, caller: str, removal: bool) -> float:  # noqa: FBT001 - from Slot
         """Wait for a slot. Return the time at which the call acquired it."""
-        self._total += 1
+        self._enter(caller)
         try:
             # Overtaking the queue would starve it.
             if self._free and not self.queued:
@@ -147,7 +160,7 @@ class ConcurrencyLimiter:
             else:
                 await self._wait(seconds, caller, removal=removal)
         except BaseException:
-            self._total -= 1
+            self.leave(caller)
             raise
         return self._monotonic()
 
@@ -163,9 +176,16 @@ class ConcurrencyLimiter:
             self._call_seconds += SMOOTHING * (held_seconds - self._call_seconds)
         self._pass_on()
 
-    def leave(self) -> None:
-        """Leave the limiter after the call has ended."""
+    def leave(self, caller: str) -> None:
+        """Leave the limiter after a call of `caller` has ended."""
         self._total -= 1
+        left = self._present[caller] = self._present[caller] - 1
+        if not left:
+            del self._present[caller]
+
+    def _enter(self, caller: str) -> None:
+        self._total += 1
+        self._present[caller] = self._present.get(caller, 0) + 1
 
     async def _wait(self, seconds: float, caller: str, *, removal: bool) -> None:
         if not self.queued:
@@ -254,7 +274,7 @@ class Slot:
         traceback: TracebackType | None,
     ) -> None:
         self._release(error)
-        self._limiter.leave()
+        self._limiter.leave(self._caller)
 
     def release(self) -> None:
         """Release the slot before the call ends, because the call now only waits."""
