@@ -1,7 +1,6 @@
 """Assembles the commands of `latchkey` and turns every error into an exit code."""
 
 import contextlib
-import os
 import sys
 from typing import Annotated, Final
 
@@ -13,7 +12,6 @@ from latchkey_cli import (
     bulk,
     changes,
     console,
-    grpc_core,
     importing,
     listing,
     maintenance,
@@ -126,7 +124,6 @@ def _root(
 def main() -> int:
     """Run the tool with `sys.argv` and return its exit code."""
     arguments = sys.argv[1:]
-    os.environ.update(grpc_core.ENVIRONMENT)
     try:
         try:
             output.prepare()

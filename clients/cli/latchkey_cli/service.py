@@ -220,7 +220,4 @@ def _become(*arguments: str) -> NoReturn:
     sys.stderr.flush()
     # -P: Python must not import a module from the current folder in place of the service's.
     command = [sys.executable, "-P", "-m", _MODULE, *arguments]
-    # The service decides by itself what gRPC's core may do.
-    ours = grpc_core.ENVIRONMENT.items()
-    environment = {name: value for name, value in os.environ.items() if (name, value) not in ours}
-    os.execve(sys.executable, command, environment)  # noqa: S606 - no shell needed
+    os.execve(sys.executable, command, grpc_core.for_the_service())  # noqa: S606 - no shell needed
