@@ -33,6 +33,7 @@ from latchkey_service.errors import (
 from latchkey_service.rpc.admission import RejectionPacer
 from latchkey_service.rpc.call_context import CallContext
 from latchkey_service.rpc.counters import UNARY, Counts
+from latchkey_service.rpc.refused_calls import RefusedCalls
 from latchkey_service.settings.logs import logger
 
 __all__ = [
@@ -48,11 +49,6 @@ __all__ = [
 
 REQUEST_ID_LENGTH_MAX = 64
 Metadata = Iterable[tuple[str, str | bytes]] | None
-# Answers to callers without an identity. grpcio needs 0.1 ms for each, so this takes some 2 % of a
-# core. Until its answer, a call takes one of its connection's places, so a flood with as many
-# connections as one address may have cannot make much more than a thousand calls in a second.
-ANONYMOUS_PER_SECOND = 200
-ANONYMOUS_SECONDS_MAX = 30.0
 # Delay of an answer to a caller above its rate limit, which keeps it from retrying at once.
 LIMITED_SECONDS_MAX = 0.25
 
@@ -65,7 +61,7 @@ class CallReporter:
         self._audit = audit
         self._monotonic = monotonic
         self._pacer = RejectionPacer()
-        self._anonymous_pacer = RejectionPacer(ANONYMOUS_PER_SECOND, ANONYMOUS_SECONDS_MAX)
+        self.refused = RefusedCalls(monotonic)
         self._log: structlog.stdlib.BoundLogger = logger()
 
     def failed(
@@ -125,13 +121,6 @@ class CallReporter:
         status = status_of(error, request_id, random.random())  # noqa: S311 - to spread retries
         return status, 0.0 if delayed else self._delay_seconds(error, context)
 
-    def anonymous_delay_seconds(self) -> float:
-        """Return the delay before a caller without an identity is refused, and count it.
-
-        The deadline does not matter: a flood of calls with short ones must not be faster.
-        """
-        return self._anonymous_pacer.delay_seconds(self._monotonic())
-
     def started(self, path: str) -> None:
         """Count a call that starts. Each must be reported again when it ends."""
         self._counts.method(path).started += 1
@@ -162,7 +151,7 @@ class CallReporter:
         if isinstance(error, Overloaded):
             return self._pacer.delay_seconds(self._monotonic(), context.time_remaining())
         if isinstance(error, Unauthenticated):
-            return self.anonymous_delay_seconds()
+            return self.refused.delay_seconds()
         return 0.0
 
     def succeeded(
@@ -257,7 +246,7 @@ class CallReporter:
             level = level_of(code, reason)
             self._log.log(level, "call", request_id=request_id, method=path, code=code, **fields)
         if isinstance(error, Unauthenticated):
-            delay_seconds = self.anonymous_delay_seconds()
+            delay_seconds = self.refused.delay_seconds()
         else:
             delay_seconds = self._pacer.delay_seconds(self._monotonic(), seconds)
         status = status_of(error, request_id, random.random())  # noqa: S311 - to spread retries

@@ -253,9 +253,7 @@ class ManagedCalls:
         """
 
         async def refuse(_messages: Any, context: CallContext) -> None:
-            delay_seconds = self._reporter.anonymous_delay_seconds()
-            if delay_seconds:
-                await asyncio.sleep(delay_seconds)
+            await self._reporter.refused.wait(context.peer())
             context.set_code(grpc.StatusCode.UNIMPLEMENTED)
             context.set_details("Method not found!")
 
@@ -276,9 +274,7 @@ class ManagedCalls:
             start = self._monotonic()
             counts.started += 1
             # First, so that a flood that arrives at once takes little time from other calls.
-            delay_seconds = self._reporter.anonymous_delay_seconds()
-            if delay_seconds:
-                await asyncio.sleep(delay_seconds)
+            await self._reporter.refused.wait(context.peer())
             try:
                 caller = authenticator.authorize(path, context).name
                 # The policy has changed since.

@@ -73,6 +73,8 @@ ROOM_SECONDS_MAX: Final = 0.25
 UNREAD_SECONDS: Final = 20.0
 # Cancellations that overtook their calls; more than are ever in flight.
 CANCELLED_MAX: Final = 2_000
+# Rejections that wait. Further ones go out at once, which costs less here than in grpcio.
+DELAYED_MAX: Final = 30_000
 # After the library failed to pass on a batch, so that a lasting cause does not use a whole core.
 DISPATCH_AGAIN_SECONDS: Final = 0.1
 
@@ -132,6 +134,8 @@ class Server(pygrpc_native.aio.Server):
         self._in_turn = False
         # Calls started since the last fetch.
         self._begun = 0
+        # Rejections that wait for their time.
+        self._delayed = 0
 
     async def start(self) -> None:
         """Start serving."""
@@ -401,6 +405,10 @@ class Server(pygrpc_native.aio.Server):
         call_id, path, seconds = event[1], self._table[event[2]][0], seconds_left(event)
         status, delay_seconds = self._reject_call(path, seconds, error, peer=event[5][1])
 
+        def fail_late() -> None:
+            self._delayed -= 1
+            fail()
+
         def fail() -> None:
             assert self._front is not None, "it has started"  # noqa: S101 - for the type checker
             self._front.fail(
@@ -410,7 +418,8 @@ class Server(pygrpc_native.aio.Server):
                 trailing_metadata=sendable(status.trailing_metadata),
             )
 
-        if delay_seconds:
-            asyncio.get_running_loop().call_later(delay_seconds, fail)
+        if delay_seconds and self._delayed < DELAYED_MAX:
+            self._delayed += 1
+            asyncio.get_running_loop().call_later(delay_seconds, fail_late)
         else:
             fail()

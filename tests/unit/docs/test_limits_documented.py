@@ -9,11 +9,11 @@ from latchkey_service.access.methods import METHODS
 from latchkey_service.access.rates import DEFAULT_PER_SECOND
 from latchkey_service.coherence.use_reports import USES_IN_REPORT_MAX
 from latchkey_service.coherence.watch_sessions import WATCH_SESSIONS_MAX
-from latchkey_service.rpc import admission, call_report, managed_calls, streams
+from latchkey_service.rpc import admission, managed_calls, refused_calls, streams
 from latchkey_service.settings.settings import Settings
 from latchkey_service.tokens.batched_lookup import BUSY, STANDING, WAITING_MAX
 from latchkey_service.tokens.usage import USES_PENDING_MAX
-from latchkey_service.transport import connection_shares, native, transports
+from latchkey_service.transport import connection_shares, native, native_queues, transports
 
 from tests.helpers.repository import ROOT
 
@@ -173,13 +173,13 @@ ROWS: dict[str, tuple[tuple[str, ...], tuple[object, ...]]] = {
     ),
     "refusals of calls without an identity, and of unknown methods": (
         (
-            FAIR + "test_anonymous_refusals_are_paced",
+            "tests/unit/rpc/test_refused_calls.py::test_refusals_are_paced",
             HOSTILE + "test_anonymous_calls_do_not_delay_known_callers",
         ),
         (
-            call_report.ANONYMOUS_PER_SECOND,
+            refused_calls.PER_SECOND,
             admission.REJECTIONS_AT_ONCE,
-            f"{call_report.ANONYMOUS_SECONDS_MAX:g}",
+            f"{refused_calls.SECONDS_MAX:g}",
         ),
     ),
     "calls that wait to start": (
@@ -188,7 +188,7 @@ ROWS: dict[str, tuple[tuple[str, ...], tuple[object, ...]]] = {
             LANES + "test_health_checks_are_bounded",
             LANES + "test_the_bytes_of_a_queue_are_bounded",
         ),
-        (native.STANDING, native.BURST, native.QUEUED_BYTES_MAX // MIB),
+        (native_queues.STANDING, native_queues.BURST, native_queues.QUEUED_BYTES_MAX // MIB),
     ),
     "management calls": (
         (

@@ -11,13 +11,7 @@ from latchkey_service.access.methods import ROTATE, UPDATE
 from latchkey_service.access.policy import parse
 from latchkey_service.access.rates import RateLimits
 from latchkey_service.errors import LatchkeyError, Overloaded, RateLimited
-from latchkey_service.rpc.admission import BURST, REJECTIONS_AT_ONCE, ConcurrencyLimiter
-from latchkey_service.rpc.call_report import (
-    ANONYMOUS_PER_SECOND,
-    ANONYMOUS_SECONDS_MAX,
-    CallReporter,
-)
-from latchkey_service.rpc.counters import Counts
+from latchkey_service.rpc.admission import BURST, ConcurrencyLimiter
 from latchkey_service.rpc.removals import may_narrow
 
 from tests.helpers.callers import policy_text
@@ -194,18 +188,6 @@ def test_removals_are_charged_apart() -> None:
             limits.spend("manager", 1, 5.0, removal=removal)
         with pytest.raises(RateLimited):
             limits.spend("manager", 1, 5.0, removal=removal)
-
-
-def test_anonymous_refusals_are_paced() -> None:
-    """A burst of calls without an identity is refused at once. The others wait their turn, at the
-    documented rate, but none for longer than the maximum."""
-    audit: Any = None
-    reporter = CallReporter(Counts(), audit, lambda: 1_000.0)
-    delays = [reporter.anonymous_delay_seconds() for _ in range(20_000)]
-    assert delays[:REJECTIONS_AT_ONCE] == [0.0] * REJECTIONS_AT_ONCE
-    rate = 1 / (delays[REJECTIONS_AT_ONCE + 2] - delays[REJECTIONS_AT_ONCE + 1])
-    assert rate == pytest.approx(ANONYMOUS_PER_SECOND)
-    assert max(delays) == pytest.approx(ANONYMOUS_SECONDS_MAX, abs=0.1)
 
 
 class Waiting:

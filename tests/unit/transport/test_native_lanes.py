@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 from latchkey_service.access.methods import METHODS
 from latchkey_service.errors import Unauthenticated
-from latchkey_service.transport import native_queues
+from latchkey_service.transport import native, native_queues
 
+from tests.helpers.waiting import eventually
 from tests.unit.transport.fronts import (
     BATCH,
     CREATE,
@@ -61,6 +62,18 @@ async def test_a_full_queue_is_shared() -> None:
     await turn()
     await turn()
     assert len([number for number in one.started if number < 0]) >= 3
+
+
+async def test_delayed_rejections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a limited number of rejections waits for its time. Further ones go out at once."""
+    monkeypatch.setattr(native, "DELAYED_MAX", 3)
+    one = server()
+    one.delay_seconds = 0.01
+    one.come(VERIFY, range(native_queues.VERIFIES_IN_TURN), by("a"))
+    one.come(VERIFY, range(100, 105))
+    assert [number for number, _ in one.front.failed] == [103, 104]
+    await eventually(lambda: len(one.front.failed) == 5, "all are rejected")
+    assert one._delayed == 0
 
 
 async def test_removals_go_first() -> None:
