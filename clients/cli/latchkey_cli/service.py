@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+from latchkey_console import grpc_core
 
-from latchkey_cli import grpc_core
 from latchkey_cli.failures import Exit, Failure
 from latchkey_cli.options import JsonOption
 
