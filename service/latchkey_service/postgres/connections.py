@@ -26,6 +26,7 @@ from latchkey_service.errors import (
     StoreUnavailable,
     StoreUnsupported,
 )
+from latchkey_service.loop_delay import reason_for
 from latchkey_service.postgres.circuit_breaker import Attempt, CircuitBreaker
 from latchkey_service.postgres.hosts import CONNECT_ERRORS, Hosts
 from latchkey_service.postgres.sessions import GENERIC_PLAN, SETTINGS, Pooler, driver_options
@@ -395,7 +396,7 @@ def translate_errors() -> Iterator[None]:
         asyncpg.InternalClientError,  # the same, if it ended between two messages
         OSError,  # TimeoutError included
     ) as error:
-        raise StoreUnavailable(NO_ANSWER) from error
+        raise StoreUnavailable(reason_for(error)) from error
 
 
 @contextlib.contextmanager

@@ -151,6 +151,9 @@ FAMILIES: Final[Mapping[str, Family]] = {
         "gauge", (), "time until the server's certificate expires; negative: expired"
     ),
     "latchkey_event_loop_tasks": Family("gauge", (), "tasks of the event loop"),
+    "latchkey_event_loop_delay_seconds": Family(
+        "gauge", (), "longest delay of the event loop in the last 15 seconds"
+    ),
     "latchkey_log_lines_dropped": Family(
         "counter", (), "log lines that were dropped because nobody read them"
     ),

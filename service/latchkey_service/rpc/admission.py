@@ -84,13 +84,21 @@ class ConcurrencyLimiter:
     caller's name, as without a policy, share the whole.
     """
 
-    def __init__(self, count: int, total_max: int, monotonic: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        count: int,
+        total_max: int,
+        monotonic: Callable[[], float],
+        answering: Callable[[], float] | None = None,
+    ) -> None:
         self._count = self._free = count
         self._total_max = total_max
         self._total = 0
         # The present calls of each caller.
         self._present: dict[str, int] = {}
         self._monotonic = monotonic
+        # Stands still while the event loop is late, which is not the fault of the database.
+        self._answering = answering or monotonic
         # By a number. A future with a result means that its call now holds a slot.
         self._queue: FairQueue[asyncio.Future[None]] = FairQueue(sys.maxsize)
         self._removals: FairQueue[asyncio.Future[None]] = FairQueue(sys.maxsize)
@@ -98,8 +106,8 @@ class ConcurrencyLimiter:
         self._removals_in_a_row = 0
         self._numbers = itertools.count()
         self._queue_limit = QueueLimit(count * STANDING, count * BURST)
-        # When a call last succeeded, or the queue formed; and whether the last call failed because
-        # of the database.
+        # When a call last succeeded, or the queue formed, by the clock `_answering`; and whether
+        # the last call failed because of the database.
         self._progress_at = 0.0
         self._failing = False
         self._call_seconds = 0.0
@@ -171,8 +179,8 @@ class ConcurrencyLimiter:
             self._failing = True
         elif not isinstance(error, asyncio.CancelledError):
             self._failing = False
-            self._progress_at = self._monotonic()
-            held_seconds = self._progress_at - since
+            self._progress_at = self._answering()
+            held_seconds = self._monotonic() - since
             self._call_seconds += SMOOTHING * (held_seconds - self._call_seconds)
         self._pass_on()
 
@@ -190,7 +198,7 @@ class ConcurrencyLimiter:
     async def _wait(self, seconds: float, caller: str, *, removal: bool) -> None:
         if not self.queued:
             # The queue was empty, so nothing is stuck yet.
-            self._progress_at = self._monotonic()
+            self._progress_at = self._answering()
         queue, full = self._room(removal=removal)
         ahead = queue.ahead_of(caller)
         if not removal:
@@ -238,7 +246,7 @@ class ConcurrencyLimiter:
 
     def _rejection(self, message: str = TOO_MANY) -> LatchkeyError:
         longest = max(STUCK_SECONDS, STUCK_CALLS * self._call_seconds)
-        hangs = self.queued and self._monotonic() - self._progress_at > longest
+        hangs = self.queued and self._answering() - self._progress_at > longest
         stuck = self._failing or hangs
         return StoreUnavailable(NO_ANSWER) if stuck else Overloaded(message)
 

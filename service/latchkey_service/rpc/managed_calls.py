@@ -42,6 +42,7 @@ from latchkey_service.errors import (
     code_of,
     reason_of,
 )
+from latchkey_service.loop_delay import WATCH
 from latchkey_service.rpc.admission import ConcurrencyLimiter, Slot
 from latchkey_service.rpc.call_context import CallContext
 from latchkey_service.rpc.call_report import NEW_IDS, CallReporter, end_with, given_id
@@ -140,7 +141,8 @@ class ManagedCalls:
         self._monotonic = monotonic
         self._clock = clock
         self.limiters = {
-            role: ConcurrencyLimiter(*size, monotonic) for role, size in CONCURRENCY_LIMITS.items()
+            role: ConcurrencyLimiter(*size, monotonic, WATCH.clock)
+            for role, size in CONCURRENCY_LIMITS.items()
         }
 
     def handler(
