@@ -134,8 +134,8 @@ class Server(pygrpc_native.aio.Server):
         self._in_turn = False
         # Calls started since the last fetch.
         self._begun = 0
-        # Rejections that wait for their time.
-        self._delayed = 0
+        # Rejections that wait for their time, by call.
+        self._delayed: dict[int, asyncio.TimerHandle] = {}
 
     async def start(self) -> None:
         """Start serving."""
@@ -201,7 +201,10 @@ class Server(pygrpc_native.aio.Server):
         """Queue, reject or remove a call. Add events that must not wait to `at_once`."""
         kind, call_id, method_id = event[0], event[1], event[2]
         if kind == EVENT_CANCEL:
-            if not self._queues.remove(call_id):
+            if (rejection := self._delayed.pop(call_id, None)) is not None:
+                # Its client has left. The rest of the delay would only use memory.
+                rejection.cancel()
+            elif not self._queues.remove(call_id):
                 at_once.append(event)
             return
         if self._cancelled and call_id in self._cancelled:
@@ -406,7 +409,7 @@ class Server(pygrpc_native.aio.Server):
         status, delay_seconds = self._reject_call(path, seconds, error, peer=event[5][1])
 
         def fail_late() -> None:
-            self._delayed -= 1
+            del self._delayed[call_id]
             fail()
 
         def fail() -> None:
@@ -418,8 +421,8 @@ class Server(pygrpc_native.aio.Server):
                 trailing_metadata=sendable(status.trailing_metadata),
             )
 
-        if delay_seconds and self._delayed < DELAYED_MAX:
-            self._delayed += 1
-            asyncio.get_running_loop().call_later(delay_seconds, fail_late)
+        if delay_seconds and len(self._delayed) < DELAYED_MAX:
+            loop = asyncio.get_running_loop()
+            self._delayed[call_id] = loop.call_later(delay_seconds, fail_late)
         else:
             fail()

@@ -73,7 +73,24 @@ async def test_delayed_rejections_are_bounded(monkeypatch: pytest.MonkeyPatch) -
     one.come(VERIFY, range(100, 105))
     assert [number for number, _ in one.front.failed] == [103, 104]
     await eventually(lambda: len(one.front.failed) == 5, "all are rejected")
-    assert one._delayed == 0
+    assert one._delayed == {}
+
+
+async def test_rejections_of_clients_that_left_are_dropped() -> None:
+    """A client that leaves before its delayed rejection takes no memory any more. Its rejection is
+    not sent."""
+    one = server()
+    one.delay_seconds = 30.0
+    one.come(VERIFY, range(native_queues.VERIFIES_IN_TURN), by("a"))
+    one.come(VERIFY, range(100, 103))
+    timers = list(one._delayed.values())
+    assert len(timers) == 3
+    one.leave(101)
+    assert [timer.cancelled() for timer in timers] == [False, True, False]
+    assert set(one._delayed) == {100, 102}
+    assert not one._cancelled
+    for timer in timers:
+        timer.cancel()
 
 
 async def test_removals_go_first() -> None:
