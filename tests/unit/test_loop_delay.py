@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -145,7 +146,7 @@ def test_time_outs_of_a_busy_process_are_explained(monkeypatch: pytest.MonkeyPat
 def test_the_doctor_names_a_late_loop(monkeypatch: pytest.MonkeyPatch, status: str) -> None:
     """A service that answers late is overloaded, whatever it reports of itself."""
     clock = iter((0.0, 1.2))
-    monkeypatch.setattr(doctor_listeners.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(doctor_listeners, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr(doctor_listeners, "_closed", lambda *_: None)
     monkeypatch.setattr(doctor_listeners, "ask", lambda _: status)
     found = doctor_listeners._plaintext("127.0.0.1:50051")

@@ -2,13 +2,14 @@
 
 import asyncio
 import sys
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from latchkey_service.access.authenticator import ActivePolicy
 from latchkey_service.access.policy import Policy
-from latchkey_service.process import metrics_server, periodic, worker_process
+from latchkey_service.process import periodic, worker_process
 from latchkey_service.process.metrics_server import WorkerReports
 from latchkey_service.transport import connection_guard
 from latchkey_service.transport.transports import Limits
@@ -70,7 +71,7 @@ def test_a_broken_pipe_counts_as_unread() -> None:
 
 async def test_metrics_of_other_workers_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a worker prints by mistake in place of its metrics costs only its own metrics."""
-    reports: Any = WorkerReports(3, "1.0", metrics_server.Counter())
+    reports: Any = WorkerReports(3, "1.0", Counter())
     lines = {0: 5, 1: [["no_such_metric", []]], 2: []}
 
     async def ask(worker: int) -> Any:
