@@ -11,10 +11,13 @@ from latchkey_service.errors import BUSY, NO_ANSWER, Overloaded, StoreUnavailabl
 from latchkey_service.loop_delay import LATE_SECONDS, TICK_SECONDS, LoopWatch
 from latchkey_service.process import doctor_listeners
 from latchkey_service.rpc.admission import BURST, ConcurrencyLimiter
+from latchkey_service.secret_format import Keyring, Pepper
 from latchkey_service.tokens.batched_lookup import WAITING_MAX, Lookup
 from structlog.testing import capture_logs
 
 from tests.helpers.waiting import eventually
+
+KEYRING = Keyring([Pepper(bytes(32))])
 
 
 class Loop:
@@ -118,7 +121,7 @@ async def test_look_ups_blame_the_right_part(late: bool, error: type[Exception])
     async def connect() -> Any:
         await blocked.wait()
 
-    lookup = Lookup(connect, lambda: loop.now, loop.watch.clock)
+    lookup = Lookup(connect, lambda: loop.now, KEYRING, loop.watch.clock)
     first = lookup._enqueue([b"d"] * 1_000, loop.now + 10)
     await asyncio.sleep(0)
     await asyncio.sleep(0)
