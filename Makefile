@@ -107,7 +107,7 @@ LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --python 
   --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate \
   --no-emit-package latchkey-proto --no-emit-package latchkey-client --constraint requirements/pins.in
 lock: $(VENV)/.dev  ## Resolve the dependencies again (ARGS=--upgrade to upgrade them)
-	@$(LOCK) $(PROJECTS) --extra embedded --extra console requirements/build.in -o requirements/run.txt $(ARGS)
-	@$(LOCK) $(PROJECTS) --constraint requirements/run.txt -o requirements/service.txt $(ARGS)
+	@$(LOCK) $(PROJECTS) --extra embedded --extra console --extra tracing requirements/build.in -o requirements/run.txt $(ARGS)
+	@$(LOCK) $(PROJECTS) --extra tracing --constraint requirements/run.txt -o requirements/service.txt $(ARGS)
 	@$(LOCK) $(PROJECTS) --all-extras requirements/build.in --group pyproject.toml:dev \
 	  --constraint requirements/run.txt -o requirements/dev.txt $(ARGS)

@@ -237,15 +237,17 @@ async def own_address(settings: Settings) -> AsyncIterator[str]:
 async def shared_servers(
     postgres_url: str, template_url: str, pepper_file: Path
 ) -> AsyncIterator[Callable[..., Awaitable[tuple[str, asyncpg.Connection[asyncpg.Record]]]]]:
-    """Servers that tests share, one for each transport and lease length, each with a connection to
-    its database."""
-    started: dict[tuple[str, float], tuple[str, asyncpg.Connection[asyncpg.Record]]] = {}
+    """Servers that tests share, one for each transport, lease length and prefixes of imported
+    secrets, each with a connection to its database."""
+    started: dict[
+        tuple[str, float, str | None], tuple[str, asyncpg.Connection[asyncpg.Record]]
+    ] = {}
     async with contextlib.AsyncExitStack() as stack:
 
         async def shared(
-            transport: str, lease_seconds: float = 3.0
+            transport: str, lease_seconds: float = 3.0, imported_prefixes: str | None = None
         ) -> tuple[str, asyncpg.Connection[asyncpg.Record]]:
-            key = (transport, lease_seconds)
+            key = (transport, lease_seconds, imported_prefixes)
             if key not in started:
                 name = f"shared_{transport}_{len(started)}"
                 await execute(postgres_url, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
@@ -253,7 +255,12 @@ async def shared_servers(
                 connection = await asyncpg.connect(url)
                 stack.push_async_callback(connection.close)
                 settings = make_settings(url, pepper_file, transport)
-                settings = settings.model_copy(update={"lease_seconds": lease_seconds})
+                settings = settings.model_copy(
+                    update={
+                        "lease_seconds": lease_seconds,
+                        "imported_prefixes": imported_prefixes,
+                    }
+                )
                 address = await stack.enter_async_context(serving(settings))
                 started[key] = (address, connection)
             return started[key]

@@ -136,7 +136,12 @@ class Creations:
             return NotMade(AlreadyExists("A live token of the account has this name."))
         try:
             created = await self._client.create(
-                account_id, new.name, new.scope, expire_time=new.expire_time, ttl=new.ttl
+                account_id,
+                new.name,
+                new.scope,
+                expire_time=new.expire_time,
+                ttl=new.ttl,
+                rate_limit=new.rate_limit,
             )
         except LatchkeyError as error:
             # If the name was free a moment ago, the lost Create may have taken it since.

@@ -299,14 +299,18 @@ async def _findings(
 
     async def count(kind: review.Kind) -> review.Finding | None:
         async with at_once:
-            page = await client.list_page(
-                account_id,
-                kind.selects(now),
-                order=kind.order,
-                include_total_size=True,
-                page_size=1,
-                timeout_seconds=CALL_SECONDS,
-            )
+            try:
+                page = await client.list_page(
+                    account_id,
+                    kind.selects(now),
+                    order=kind.order,
+                    include_total_size=True,
+                    page_size=1,
+                    timeout_seconds=CALL_SECONDS,
+                )
+            except InvalidArgument:
+                # A server of an earlier release does not know the filter of each kind.
+                return None
         found = _count(page)
         if not page.tokens:
             return None

@@ -620,6 +620,7 @@ class TokenFilter(_message.Message):
     NEVER_USED_FIELD_NUMBER: _builtins.int
     NEVER_EXPIRES_FIELD_NUMBER: _builtins.int
     SECRET_CREATED_BEFORE_FIELD_NUMBER: _builtins.int
+    LEAKED_FIELD_NUMBER: _builtins.int
     scope: Global___Scope.ValueType
     """Tokens with exactly this scope."""
     name_contains: _builtins.str
@@ -639,6 +640,10 @@ class TokenFilter(_message.Message):
     """true: tokens without a recorded use. false: tokens with one."""
     never_expires: _builtins.bool
     """true: tokens without an expire_time. false: tokens with one."""
+    leaked: _builtins.bool
+    """true: tokens with a secret that was reported as leaked, and that works or is
+    the newest one. false: all others.
+    """
     @_builtins.property
     def label(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Tokens that have all of these labels, with these values: up to 16."""
@@ -677,19 +682,24 @@ class TokenFilter(_message.Message):
         never_used: _builtins.bool | None = ...,
         never_expires: _builtins.bool | None = ...,
         secret_created_before: _timestamp_pb2.Timestamp | None = ...,
+        leaked: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_can_write", b"_can_write", "_never_expires", b"_never_expires", "_never_used", b"_never_used", "can_write", b"can_write", "expires_before", b"expires_before", "never_expires", b"never_expires", "never_used", b"never_used", "secret_created_before", b"secret_created_before", "unused_since", b"unused_since"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_can_write", b"_can_write", "_leaked", b"_leaked", "_never_expires", b"_never_expires", "_never_used", b"_never_used", "can_write", b"can_write", "expires_before", b"expires_before", "leaked", b"leaked", "never_expires", b"never_expires", "never_used", b"never_used", "secret_created_before", b"secret_created_before", "unused_since", b"unused_since"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_can_write", b"_can_write", "_never_expires", b"_never_expires", "_never_used", b"_never_used", "can_write", b"can_write", "expires_before", b"expires_before", "ids", b"ids", "label", b"label", "name_contains", b"name_contains", "never_expires", b"never_expires", "never_used", b"never_used", "scope", b"scope", "search", b"search", "secret_created_before", b"secret_created_before", "state", b"state", "unused_since", b"unused_since"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_can_write", b"_can_write", "_leaked", b"_leaked", "_never_expires", b"_never_expires", "_never_used", b"_never_used", "can_write", b"can_write", "expires_before", b"expires_before", "ids", b"ids", "label", b"label", "leaked", b"leaked", "name_contains", b"name_contains", "never_expires", b"never_expires", "never_used", b"never_used", "scope", b"scope", "search", b"search", "secret_created_before", b"secret_created_before", "state", b"state", "unused_since", b"unused_since"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__can_write: _TypeAlias = _typing.Literal["can_write"]  # noqa: Y015
     _WhichOneofArgType__can_write: _TypeAlias = _typing.Literal["_can_write", b"_can_write"]  # noqa: Y015
+    _WhichOneofReturnType__leaked: _TypeAlias = _typing.Literal["leaked"]  # noqa: Y015
+    _WhichOneofArgType__leaked: _TypeAlias = _typing.Literal["_leaked", b"_leaked"]  # noqa: Y015
     _WhichOneofReturnType__never_expires: _TypeAlias = _typing.Literal["never_expires"]  # noqa: Y015
     _WhichOneofArgType__never_expires: _TypeAlias = _typing.Literal["_never_expires", b"_never_expires"]  # noqa: Y015
     _WhichOneofReturnType__never_used: _TypeAlias = _typing.Literal["never_used"]  # noqa: Y015
     _WhichOneofArgType__never_used: _TypeAlias = _typing.Literal["_never_used", b"_never_used"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__can_write) -> _WhichOneofReturnType__can_write | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__leaked) -> _WhichOneofReturnType__leaked | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__never_expires) -> _WhichOneofReturnType__never_expires | None: ...
     @_typing.overload

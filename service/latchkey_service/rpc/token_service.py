@@ -65,7 +65,7 @@ _DURATION_SECONDS_MAX = 315_576_000_000
 
 # The fields of a filter that can be absent.
 _TimeField = Literal["expires_before", "unused_since", "secret_created_before"]
-_ChoiceField = Literal["can_write", "never_used", "never_expires"]
+_ChoiceField = Literal["can_write", "never_used", "never_expires", "leaked"]
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[object, object]
@@ -156,10 +156,11 @@ class TokenService(pb_grpc.TokenServiceServicer):
         self, request: pb.GetUsageRequest, context: "Context"
     ) -> pb.GetUsageResponse:
         deadline = current_call.get().deadline
-        token = await self._tokens.get(request.account_id, request.id, deadline)
         today = datetime.fromtimestamp(self._unix_time(), UTC).date()
         response = pb.GetUsageResponse()
-        for usage in await self._usage_table.by_caller(token.id, today):
+        for usage in await self._tokens.usage(
+            self._usage_table, request.account_id, request.id, today, deadline
+        ):
             message = response.callers.add(caller=usage.caller)
             message.first_used_time.FromDatetime(usage.first_time)
             message.last_used_time.FromDatetime(usage.last_time)
@@ -364,4 +365,5 @@ def to_filter(message: pb.TokenFilter) -> Filter:
         choice("never_used"),
         choice("never_expires"),
         time("secret_created_before"),
+        choice("leaked"),
     )

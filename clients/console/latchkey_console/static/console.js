@@ -274,10 +274,10 @@
   // Keeps the form's input for the next time it opens, unless the user pressed Cancel.
   function close(dialog, { keep = true } = {}) {
     const form = one("form[action='/tokens']:has(#name)", dialog);
-    const { name, scope, expiry, date } = form?.elements ?? {};
+    const { name, scope, expiry, date, rate } = form?.elements ?? {};
     if (form) {
       draft = keep
-        ? { name: name.value, scope: scope.value, expiry: expiry.value, date: date.value }
+        ? { name: name.value, scope: scope.value, expiry: expiry.value, date: date.value, rate: rate.value }
         : null;
     }
     if (location.pathname !== "/") {
