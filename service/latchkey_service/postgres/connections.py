@@ -1,8 +1,7 @@
 """Connections to Postgres: pooling, time-outs and the translation of driver errors.
 
 Bounds every wait for Postgres and translates every driver error by class or SQLSTATE, so other
-rooms need not know asyncpg's exceptions. Does not own SQL: see `tokens/token_store.py`,
-`coherence/verifier_table.py` and `audit/audit_table.py`.
+rooms need not know asyncpg's exceptions. Does not own SQL: see `tokens/token_store.py`.
 """
 
 import asyncio
