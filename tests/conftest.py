@@ -29,6 +29,7 @@ from latchkey_service.tokens.token_store import TokenStore
 
 from tests.helpers.databases import drop_database
 from tests.helpers.fork_server import Forked, fork_server
+from tests.helpers.forked_service import forks_services
 from tests.helpers.measured import (
     data_file,
     pytest_runtest_protocol,  # noqa: F401 - pytest calls the hook
@@ -84,7 +85,7 @@ TESTS = Path(__file__).parent
 FAULTS = TESTS / "faults"
 # What starts first: groups, which one worker runs, and folders, those that take longest before the
 # others. A worker must not have a long one left when the others have finished.
-GROUPS_FIRST = ("faults", "browser", "history", "failover", "soak")
+GROUPS_FIRST = ("faults", "browser", "recovery", "history", "failover", "soak")
 FIRST = (*GROUPS_FIRST, "fuzz", "integration", "contract", "console")
 # Fixtures that install a program where it is missing.
 INSTALLING = {"axe", "grpcurl", "one_browser", "pgbouncer", "signed"}
@@ -160,6 +161,13 @@ def forked(scratch: Path, pytestconfig: pytest.Config) -> Iterator[Forked]:
     """Commands that run a Python module in a process that has imported it already."""
     with fork_server(scratch, *PRELOADED, data=data_file(pytestconfig)) as command:
         yield command
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_services(scratch: Path) -> Iterator[None]:
+    """Services start as forks of a process that has imported them."""
+    with forks_services(scratch / "services"):
+        yield
 
 
 @pytest.fixture(scope="session")

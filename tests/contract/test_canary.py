@@ -83,6 +83,10 @@ async def test_the_secret_never_leaks(logs, channel, create, database_url, monke
         yield "GetUsage", pb.GetUsageRequest(account_id=value, id=value)
         yield "GetUsage", pb.GetUsageRequest(account_id="acme", id=created.token.id)
         yield "GetLimits", pb.GetLimitsRequest(account_id=value)
+        yield "Find", pb.FindRequest(id=value)
+        yield "Find", pb.FindRequest(hint=value)
+        yield "Find", pb.FindRequest(hint=value[:16], page_token=value)
+        yield "Find", pb.FindRequest(id=created.token.id)
         row = pb.ImportedToken(account_id="acme", name="row", scope=pb.SCOPE_READ, hint=value[:16])
         for field in ("account_id", "name", "description", "hint"):
             wrong = pb.ImportedToken()
@@ -154,7 +158,7 @@ async def test_the_secret_never_leaks(logs, channel, create, database_url, monke
         await attempt(method, message.SerializeToString(), metadata=(("x-request-id", secret),))
     for method in (
         *("Create", "Get", "GetUsage", "List", "Delete", "DeleteAll", "Verify", "BatchVerify"),
-        *("GetLimits", "Import", "Update", "Disable", "Enable", "Rotate", "RetireSecrets"),
+        *("GetLimits", "Find", "Import", "Update", "Disable", "Enable", "Rotate", "RetireSecrets"),
         *("RevokeSecret", "ReportSecret"),
     ):
         await attempt(method, b"\xff" + secret.encode())

@@ -60,6 +60,7 @@ class MethodName(enum.StrEnum):
     REPORT_SECRET = "report-secret"  # noqa: S105 - the name of a method
     DELETE_ALL = "delete-all"
     GET_USAGE = "get-usage"
+    FIND = "find"
 
 
 def audit(

@@ -82,6 +82,8 @@ class Filter:
     """The order that the visitor chose. None: the usual one."""
     start: str = ""
     """The page token of the first row. Empty: the list begins at its beginning."""
+    account: str = ""
+    """The account, if the visitor has several. Every URL and every form names it."""
     at: datetime | None = None
     """The time from which the review counts its days, if `start` belongs to an earlier one."""
 
@@ -128,6 +130,7 @@ class Filter:
         The names differ from those of `TokenForm`, because forms carry both.
         """
         fields = {
+            "account": self.account,
             "q": self.text,
             "access": self.scope.value if self.scope else "",
             "state": self.state.value if self.state else "",

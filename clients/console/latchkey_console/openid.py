@@ -16,8 +16,11 @@ from joserfc.errors import JoseError
 from starlette.requests import Request
 from starlette.responses import Response
 
+from latchkey_console.accounts import accounts_of
 from latchkey_console.expiring import Expiring
+from latchkey_console.groups import is_member
 from latchkey_console.identity import NotSignedIn, Refused, Viewer, invalid_account_id
+from latchkey_console.operators import not_an_operator
 from latchkey_console.protection import new_session, session_id
 from latchkey_console.settings import OpenIdSettings, is_account_id
 
@@ -39,8 +42,15 @@ ID_TOKEN_LENGTH_MAX: Final = 8_192
 @dataclass(frozen=True, slots=True)
 class _SignIn:
     account_id: str
+    accounts: tuple[str, ...] | None
     id_token: str | None
     person: str
+
+    @property
+    def whose(self) -> str:
+        """The accounts, for the log, or an operator's name."""
+        accounts = self.accounts or (self.account_id,)
+        return f"account {', '.join(accounts)}" if any(accounts) else f"operator {self.person}"
 
 
 class OpenId:
@@ -58,7 +68,7 @@ class OpenId:
             client_secret=settings.client_secret and settings.client_secret.reveal(),
             server_metadata_url=f"{settings.issuer.rstrip('/')}/.well-known/openid-configuration",
             client_kwargs={
-                "scope": "openid" if settings.claim == "sub" else "openid profile email",
+                "scope": "openid" if settings.needs_only_the_subject else "openid profile email",
                 "code_challenge_method": "S256",
                 "timeout": PROVIDER_SECONDS,
                 **({} if settings.client_secret else {"token_endpoint_auth_method": "none"}),
@@ -70,7 +80,12 @@ class OpenId:
         sign_in = self._sign_ins.get(session_id(request))
         if sign_in is None:
             raise NotSignedIn
-        return Viewer(sign_in.account_id, can_sign_out=True, person=sign_in.person)
+        return Viewer(
+            sign_in.account_id,
+            can_sign_out=True,
+            person=sign_in.person,
+            accounts=sign_in.accounts,
+        )
 
     async def begin(self, request: Request) -> Response:
         """Return the redirect to the provider. Raises Refused if it cannot be reached."""
@@ -111,25 +126,44 @@ class OpenId:
         claims = tokens.get("userinfo")
         if not claims:
             raise _failed("the answer has no id token")
-        account_id = claims.get(self._settings.claim)
-        if not isinstance(account_id, str) or not is_account_id(account_id):
-            _log.warning(
-                "sign-in refused: claim %s is not a valid account id", self._settings.claim
-            )
-            raise invalid_account_id(
-                f"You are signed in, but the provider's claim “{self._settings.claim}” is not a "
-                "valid account ID."
-            )
+        # If this sign-in is refused, an earlier one of this browser must not outlast it.
+        self._sign_ins.pop(session_id(request))
+        account_id, accounts = self._accounts(claims)
         id_token = tokens.get("id_token", "")
         sign_in = _SignIn(
             account_id,
+            accounts,
             id_token if len(id_token) <= ID_TOKEN_LENGTH_MAX else None,
             _person(claims),
         )
-        self._sign_ins.pop(session_id(request))
         # A full store evicts the oldest sign-in. That visitor signs in again with one redirect.
         self._sign_ins.put(new_session(request), sign_in)
-        _log.info("signed in: account %s", account_id)
+        _log.info("signed in: %s", sign_in.whose)
+
+    def _accounts(self, claims: Mapping[str, Any]) -> tuple[str, tuple[str, ...] | None]:
+        """Return the account, or if the provider sends a list, all accounts. Raises Refused."""
+        settings = self._settings
+        if settings.operators:
+            if not is_member(claims.get(settings.groups_claim), settings.operators):
+                _log.warning("sign-in refused: %s is not an operator", _person(claims))
+                raise not_an_operator()
+            return "", None
+        if settings.accounts_claim is not None:
+            try:
+                found = claims.get(settings.accounts_claim, [])
+                return "", accounts_of(found, settings.accounts_key)
+            except Refused as refused:
+                claim = settings.accounts_claim
+                _log.warning("sign-in refused: claim %s: %s", claim, refused.title)
+                raise
+        account_id = claims.get(settings.claim)
+        if not isinstance(account_id, str) or not is_account_id(account_id):
+            _log.warning("sign-in refused: claim %s is not a valid account id", settings.claim)
+            raise invalid_account_id(
+                f"You are signed in, but the provider's claim “{settings.claim}” is not a "
+                "valid account ID."
+            )
+        return account_id, None
 
     async def end(self, request: Request) -> str | None:
         """Sign the session out here and return the provider's sign-out URL, or None without one.
@@ -140,7 +174,7 @@ class OpenId:
         new_session(request)
         if sign_in is None:
             return None
-        _log.info("signed out: account %s", sign_in.account_id)
+        _log.info("signed out: %s", sign_in.whose)
         try:
             metadata = await self._provider.load_server_metadata()
             if "end_session_endpoint" not in metadata:

@@ -10,6 +10,7 @@ import secrets
 from dataclasses import replace
 from datetime import datetime
 from typing import Final
+from urllib.parse import urlencode
 
 import latchkey
 from starlette.requests import Request
@@ -22,6 +23,7 @@ from latchkey_console.failures import Trouble, is_refusal, trouble
 from latchkey_console.forms import NewToken, TokenForm, expiries, last_day
 from latchkey_console.frame import Frame, Notice, Visit, read_fields, rows_context, unchanged
 from latchkey_console.identity import NotSignedIn
+from latchkey_console.settings import is_account_id
 from latchkey_console.showing import Displays
 
 __all__ = ["Pages"]
@@ -86,7 +88,7 @@ class Pages:
         try:
             visit = self._frame.visit(request, fields)
         except NotSignedIn:
-            self._keep_draft(request, form)
+            self._keep_draft(request, form, fields.get("account", ""))
             raise
         mark = self._frame.mark(fields, visit)
         if mark is None:
@@ -169,10 +171,12 @@ class Pages:
         self._frame.leave(visit, notice)
         return RedirectResponse(f"/{visit.filter.query}", 303)
 
-    def _keep_draft(self, request: Request, form: TokenForm) -> None:
+    def _keep_draft(self, request: Request, form: TokenForm, account: str) -> None:
         """Keep the form's input until after the sign-in; names do not belong in cookies."""
         request.session["draft"] = draft = secrets.token_urlsafe(12)
-        request.session["return"] = "/new"
+        # The sign-in checks the account again.
+        named = f"?{urlencode({'account': account})}" if is_account_id(account) else ""
+        request.session["return"] = f"/new{named}"
         self._drafts.put(draft, form)
 
     async def _form(

@@ -5,12 +5,14 @@ strangers in.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Final
 from urllib.parse import SplitResult, urlsplit
 
 from latchkey import Secret
+
+from latchkey_console import groups
 
 __all__ = [
     "Brand",
@@ -27,6 +29,7 @@ __all__ = [
 LISTEN: Final = "127.0.0.1:50080"
 TARGET: Final = "127.0.0.1:50051"
 CLAIM: Final = "sub"
+GROUPS_CLAIM: Final = "groups"
 PRODUCT: Final = "Latchkey"
 PRODUCT_LENGTH_MAX: Final = 64
 API_URL: Final = "https://api.example.com/"
@@ -55,6 +58,10 @@ class ProxySettings:
     header: str
     trusted: tuple[Network, ...]
     person_header: str | None = None
+    several: bool = False
+    """Whether `header` holds all accounts of a visitor, separated by commas."""
+    operators: frozenset[str] = frozenset()
+    """If not empty, `header` holds groups, and only people in one of these may enter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +72,18 @@ class OpenIdSettings:
     client_id: str
     client_secret: Secret | None
     claim: str
+    accounts_claim: str | None = None
+    """The claim with all accounts of a visitor, in place of `claim`."""
+    accounts_key: str | None = None
+    """If that claim is a list of objects: their key with the account."""
+    groups_claim: str = GROUPS_CLAIM
+    operators: frozenset[str] = frozenset()
+    """If not empty, only people with one of these in `groups_claim` may enter."""
+
+    @property
+    def needs_only_the_subject(self) -> bool:
+        """Whether the claim `sub` suffices, which every ID token has."""
+        return self.claim == CLAIM and self.accounts_claim is None and not self.operators
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +147,17 @@ class Settings:
         return f"__Host-latchkey-{port}" if self.https else f"latchkey-console-{port}"
 
     @property
+    def is_for_operators(self) -> bool:
+        """Whether to serve the operators' view in place of the API Tokens page."""
+        return any(way is not None and way.operators for way in (self.proxy, self.openid))
+
+    @property
+    def has_accounts(self) -> bool:
+        """Whether visitors may have several accounts."""
+        several = self.proxy is not None and self.proxy.several
+        return several or (self.openid is not None and self.openid.accounts_claim is not None)
+
+    @property
     def https(self) -> bool:
         """Whether browsers connect over TLS, so that cookies can require it."""
         return self.public_url.startswith("https:")
@@ -140,12 +170,18 @@ def make(
     target: str = TARGET,
     account: str | None = None,
     account_header: str | None = None,
+    accounts_header: str | None = None,
+    groups_header: str | None = None,
     person_header: str | None = None,
     trusted_proxies: tuple[str, ...] = (),
     oidc_issuer: str | None = None,
     oidc_client_id: str | None = None,
     oidc_client_secret: str | None = None,
     oidc_claim: str = CLAIM,
+    oidc_accounts_claim: str | None = None,
+    oidc_accounts_key: str | None = None,
+    oidc_groups_claim: str = GROUPS_CLAIM,
+    operator_groups: tuple[str, ...] = (),
     product_name: str = PRODUCT,
     api_example_url: str = API_URL,
     support_url: str | None = None,
@@ -157,6 +193,8 @@ def make(
         for name, value in (
             ("--account", account),
             ("--account-header", account_header),
+            ("--accounts-header", accounts_header),
+            ("--groups-header", groups_header),
             ("--oidc-issuer", oidc_issuer),
         )
         if value is not None
@@ -168,8 +206,9 @@ def make(
             else "no way to identify visitors"
         )
         raise SettingsError(
-            f"{what}: give exactly one of --account (to try it here), --account-header (behind a "
-            "sign-in proxy) and --oidc-issuer (to sign in with OpenID Connect)"
+            f"{what}: give exactly one of --account (to try it here), --account-header or "
+            "--accounts-header (behind a sign-in proxy) and --oidc-issuer (to sign in with OpenID "
+            "Connect)"
         )
     if account is not None:
         if not is_account_id(account):
@@ -179,10 +218,25 @@ def make(
                 f"--account lets in everyone who can reach {listen}, so it works on loopback only, "
                 f"such as --listen {LISTEN}. Elsewhere, use --account-header or --oidc-issuer"
             )
-    if trusted_proxies and account_header is None:
-        raise SettingsError("--trusted-proxy requires --account-header")
-    if person_header is not None and account_header is None:
-        raise SettingsError("--person-header requires --account-header")
+    headers = (account_header, accounts_header, groups_header)
+    header = next((name for name in headers if name is not None), None)
+    has_account = oidc_accounts_claim is not None or oidc_claim != CLAIM
+    try:
+        operators = groups.checked(operator_groups, chosen[0], has_account=has_account)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    if trusted_proxies and header is None:
+        raise SettingsError("--trusted-proxy requires --account-header or --accounts-header")
+    if person_header is not None and header is None:
+        raise SettingsError("--person-header requires --account-header or --accounts-header")
+    if header is not None and account_header is None and person_header is None:
+        raise SettingsError(f"{chosen[0]} requires --person-header: the audit log names the person")
+    if oidc_issuer is None and oidc_accounts_claim is not None:
+        raise SettingsError("--oidc-accounts-claim requires --oidc-issuer")
+    if oidc_accounts_key is not None and oidc_accounts_claim is None:
+        raise SettingsError("--oidc-accounts-key requires --oidc-accounts-claim")
+    if oidc_accounts_claim is not None and oidc_claim != CLAIM:
+        raise SettingsError("--oidc-claim and --oidc-accounts-claim exclude each other")
     return Settings(
         host=host,
         port=port,
@@ -191,13 +245,19 @@ def make(
         account=account,
         proxy=(
             None
-            if account_header is None
-            else _proxy(account_header, person_header, trusted_proxies)
+            if header is None
+            else _proxy(chosen[0], header, person_header, trusted_proxies, operators)
         ),
         openid=(
             None
             if oidc_issuer is None
-            else _openid(oidc_issuer, oidc_client_id, oidc_client_secret, oidc_claim)
+            else replace(
+                _openid(oidc_issuer, oidc_client_id, oidc_client_secret, oidc_claim),
+                accounts_claim=_claim("--oidc-accounts-claim", oidc_accounts_claim),
+                accounts_key=_claim("--oidc-accounts-key", oidc_accounts_key),
+                groups_claim=_claim("--oidc-groups-claim", oidc_groups_claim) or GROUPS_CLAIM,
+                operators=operators,
+            )
         ),
         brand=_brand(product_name, api_example_url, support_url),
     )
@@ -295,9 +355,22 @@ def _split(url: str) -> SplitResult | None:
     return parts
 
 
-def _proxy(header: str, person_header: str | None, trusted: tuple[str, ...]) -> ProxySettings:
+def _claim(option: str, name: str | None) -> str | None:
+    if name == "":
+        raise SettingsError(f"{option}: give a name, such as accounts")
+    return name
+
+
+def _proxy(
+    option: str,
+    header: str,
+    person_header: str | None,
+    trusted: tuple[str, ...],
+    operators: frozenset[str],
+) -> ProxySettings:
     if not _HEADER_NAME.fullmatch(header):
-        raise SettingsError("--account-header: give a header name, such as X-Forwarded-User")
+        example = "X-Forwarded-" + ("User" if option == "--account-header" else "Groups")
+        raise SettingsError(f"{option}: give a header name, such as {example}")
     if person_header is not None and not _HEADER_NAME.fullmatch(person_header):
         raise SettingsError("--person-header: give a header name, such as X-Forwarded-Email")
     if not trusted:
@@ -321,6 +394,8 @@ def _proxy(header: str, person_header: str | None, trusted: tuple[str, ...]) -> 
         header.lower(),
         tuple(networks),
         None if person_header is None else person_header.lower(),
+        option == "--accounts-header",
+        operators,
     )
 
 

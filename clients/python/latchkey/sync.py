@@ -224,6 +224,7 @@ class Client:
     create = _blocking(_client.Client.create)
     get = _blocking(_client.Client.get)
     get_usage = _blocking(_client.Client.get_usage)
+    find = _blocking(_client.Client.find)
     get_limits = _blocking(_client.Client.get_limits)
     import_tokens = _blocking(_client.Client.import_tokens)
     list_page = _blocking(_client.Client.list_page)

@@ -87,7 +87,8 @@ _BY_CALLER = f"""
 SELECT h.revision, h.mark, h.timeline, t.id, u.caller, u.first_time, u.last_time, d.day, d.count
   FROM {SNAPSHOT}
   LEFT JOIN token t
-    ON t.account_id = $1 AND t.id = $2 AND t.delete_time IS NULL
+    ON t.id = $2
+   AND ($1::text IS NULL OR t.account_id = $1 AND t.delete_time IS NULL)
   LEFT JOIN LATERAL (
        SELECT x.caller, min(x.first_time) AS first_time, max(x.last_time) AS last_time
          FROM token_usage x
@@ -139,11 +140,12 @@ class UsageTable:
 
     @retry_on_conflict
     async def by_caller(
-        self, account_id: str, token_id: str, today: date
+        self, account_id: str | None, token_id: str, today: date
     ) -> tuple[list[CallerUsage] | None, Snapshot]:
         """Return who used the account's live token, and the snapshot of the read.
 
-        The most recent caller comes first. None: the account has no such token.
+        Without an account, the token may be any account's, and may be deleted. The most recent
+        caller comes first. None: there is no such token.
         """
         oldest = date.fromordinal(today.toordinal() - DAYS_MAX)
         async with self._pool.session() as session:
