@@ -1,7 +1,6 @@
 """Assembles the commands of `latchkey` and turns every error into an exit code."""
 
 import contextlib
-import os
 import sys
 from typing import Annotated, Final
 
@@ -14,7 +13,6 @@ from latchkey_cli import (
     changes,
     console,
     find,
-    grpc_core,
     importing,
     listing,
     maintenance,
@@ -128,7 +126,6 @@ def _root(
 def main() -> int:
     """Run the tool with `sys.argv` and return its exit code."""
     arguments = sys.argv[1:]
-    os.environ.update(grpc_core.ENVIRONMENT)
     try:
         try:
             output.prepare()

@@ -218,6 +218,25 @@ class AuditLog:
                 "audit entries not written", entries=len(self._waiting), calls_without=without_entry
             )
 
+    async def _insert_singly(self, batch: list[NewEntry]) -> tuple[list[NewEntry], int]:
+        """Write the entries of a batch that was refused, each alone.
+
+        Return those that are done, and how many of these are lost. If the database becomes
+        unavailable, the rest is kept.
+        """
+        done = lost = 0
+        for entry in batch:
+            try:
+                await self._table.insert([entry])
+            except StoreUnavailable:
+                break
+            except Exception:  # noqa: BLE001 - the caller logs the first error of the batch
+                lost += 1
+            done += 1
+        self.lost += lost
+        self.written += done - lost
+        return batch[:done], lost
+
     @property
     def _full(self) -> bool:
         return len(self._waiting) >= WAITING_MAX
@@ -300,8 +319,8 @@ class AuditLog:
             self._failing = True
             return False
         except Exception as error:  # noqa: BLE001 - one bad batch must not hold up the others
-            self._log.error("audit entries lost", entries=len(batch), error=type(error).__name__)
-            self.lost += len(batch)
+            batch, lost = await self._insert_singly(batch)
+            self._log.error("audit entries lost", entries=lost, error=type(error).__name__)
         else:
             self.written += len(batch)
         self._failing = False

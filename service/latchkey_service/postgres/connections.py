@@ -1,8 +1,7 @@
 """Connections to Postgres: pooling, time-outs and the translation of driver errors.
 
 Bounds every wait for Postgres and translates every driver error by class or SQLSTATE, so other
-rooms need not know asyncpg's exceptions. Does not own SQL: see `tokens/token_store.py`,
-`coherence/verifier_table.py` and `audit/audit_table.py`.
+rooms need not know asyncpg's exceptions. Does not own SQL: see `tokens/token_store.py`.
 """
 
 import asyncio
@@ -26,6 +25,7 @@ from latchkey_service.errors import (
     StoreUnavailable,
     StoreUnsupported,
 )
+from latchkey_service.loop_delay import reason_for
 from latchkey_service.postgres.circuit_breaker import Attempt, CircuitBreaker
 from latchkey_service.postgres.hosts import CONNECT_ERRORS, Hosts
 from latchkey_service.postgres.sessions import GENERIC_PLAN, SETTINGS, Pooler, driver_options
@@ -396,7 +396,7 @@ def translate_errors() -> Iterator[None]:
         asyncpg.InternalClientError,  # the same, if it ended between two messages
         OSError,  # TimeoutError included
     ) as error:
-        raise StoreUnavailable(NO_ANSWER) from error
+        raise StoreUnavailable(reason_for(error)) from error
 
 
 @contextlib.contextmanager

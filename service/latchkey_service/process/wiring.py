@@ -37,6 +37,7 @@ from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.coherence.verifier_state import VerifierState
 from latchkey_service.coherence.verifier_table import Identity, VerifierTable
 from latchkey_service.coherence.watch_sessions import WatchSessions
+from latchkey_service.loop_delay import WATCH
 from latchkey_service.postgres.connections import Connector, Pool
 from latchkey_service.process.announcements import Announcements
 from latchkey_service.process.host_sharing import HostSharing
@@ -299,7 +300,7 @@ async def running(
         active_policy.replace(policies.parse(latest))
     await server.start()
     # These run until then too, because calls during the stop are audited, and use tokens.
-    lasts = [begin(audit.run()), begin(usage.run()), begin(server.guard.run())]
+    lasts = [begin(audit.run()), begin(usage.run()), begin(server.guard.run()), begin(WATCH.run())]
     background = [
         follow_verifier(
             verifier.check,

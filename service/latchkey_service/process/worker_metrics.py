@@ -19,6 +19,7 @@ from latchkey_service.coherence.lease_renewer import LeaseRenewer
 from latchkey_service.coherence.notify_listener import Notifications, NotifyListener
 from latchkey_service.coherence.primary import Primary
 from latchkey_service.coherence.watch_sessions import WatchSessions
+from latchkey_service.loop_delay import WATCH
 from latchkey_service.postgres.connections import POOL_SIZE_MAX, Connector, Pool
 from latchkey_service.process.announcements import Announcements
 from latchkey_service.process.metric_families import FAMILIES, Families
@@ -86,6 +87,7 @@ class WorkerMetrics:
         self.announcements.add_metrics(found)
         self.traces.add_metrics(found)
         found.add("latchkey_event_loop_tasks", len(asyncio.all_tasks()))
+        found.add("latchkey_event_loop_delay_seconds", WATCH.longest_seconds())
         process_metrics(found)
         return found
 

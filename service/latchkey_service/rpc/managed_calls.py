@@ -43,6 +43,7 @@ from latchkey_service.errors import (
     code_of,
     reason_of,
 )
+from latchkey_service.loop_delay import WATCH
 from latchkey_service.rpc.admission import ConcurrencyLimiter, Slot
 from latchkey_service.rpc.call_context import CallContext
 from latchkey_service.rpc.call_report import (
@@ -148,7 +149,8 @@ class ManagedCalls:
         self._monotonic = monotonic
         self._clock = clock
         self.limiters = {
-            role: ConcurrencyLimiter(*size, monotonic) for role, size in CONCURRENCY_LIMITS.items()
+            role: ConcurrencyLimiter(*size, monotonic, WATCH.clock)
+            for role, size in CONCURRENCY_LIMITS.items()
         }
 
     def handler(
@@ -261,9 +263,7 @@ class ManagedCalls:
         """
 
         async def refuse(_messages: Any, context: CallContext) -> None:
-            delay_seconds = self._reporter.anonymous_delay_seconds()
-            if delay_seconds:
-                await asyncio.sleep(delay_seconds)
+            await self._reporter.refused.wait(context.peer())
             context.set_code(grpc.StatusCode.UNIMPLEMENTED)
             context.set_details("Method not found!")
 
@@ -284,9 +284,7 @@ class ManagedCalls:
             start = self._monotonic()
             counts.started += 1
             # First, so that a flood that arrives at once takes little time from other calls.
-            delay_seconds = self._reporter.anonymous_delay_seconds()
-            if delay_seconds:
-                await asyncio.sleep(delay_seconds)
+            await self._reporter.refused.wait(context.peer())
             try:
                 caller = authenticator.authorize(path, context).name
                 # The policy has changed since.

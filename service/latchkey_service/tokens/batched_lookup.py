@@ -31,6 +31,7 @@ from latchkey_service.errors import (
     Unavailable,
 )
 from latchkey_service.histogram import Histogram
+from latchkey_service.loop_delay import WATCH
 from latchkey_service.postgres.connections import (
     DedicatedConnection,
     retry_on_conflict,
@@ -111,8 +112,12 @@ class Lookup:
         connect: "Callable[[], Awaitable[Connection]]",
         monotonic: Callable[[], float],
         keyring: Keyring,
+        answering: Callable[[], float] = WATCH.clock,
     ) -> None:
         self._monotonic = monotonic
+        # Stands still while the event loop is late, which is not the fault of the database.
+        self._answering = answering
+        self._asked_at = 0.0
         # Kept: get_running_loop() asks the kernel for the process id each time (Python 3.11).
         self._loop = asyncio.get_running_loop()
         self._lookup_connection = _LookupConnection(connect, Sealer(keyring.peppers))
@@ -177,7 +182,7 @@ class Lookup:
         if self._waiting_digests + len(digests) > WAITING_MAX or (
             more > 0 and self._is_too_long(more, now)
         ):
-            if self._query_began is not None and now - self._query_began > STUCK_SECONDS:
+            if self._query_began is not None and self._answering() - self._asked_at > STUCK_SECONDS:
                 raise StoreUnavailable(NO_ANSWER)
             raise Overloaded("Too many verifies are waiting for the database; try again shortly.")
         if now + self._expected_wait_seconds() > deadline:
@@ -206,7 +211,7 @@ class Lookup:
         try:
             while self._waiting:
                 batch = self._next_batch()
-                self._query_began = self._monotonic()
+                self._query_began, self._asked_at = self._monotonic(), self._answering()
                 if len(batch) < BUSY:
                     self._queue_limit.empty(self._query_began)
                 self.batch_sizes.observe(sum(len(waiter.digests) for waiter in batch))
