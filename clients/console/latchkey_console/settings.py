@@ -5,16 +5,24 @@ strangers in.
 """
 
 import re
-from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
-from typing import Final
-from urllib.parse import SplitResult, urlsplit
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from ipaddress import IPv4Network, IPv6Network, ip_network
+from pathlib import Path
+from typing import Final, TypeVar
+from urllib.parse import urlsplit
 
 from latchkey import Secret
 
+from latchkey_console.appearance import Logo, read_logo, read_theme
+from latchkey_console.state import read_keys
+from latchkey_console.urls import SettingsError, https_or_loopback, is_loopback, origin, split
+
 __all__ = [
     "Brand",
+    "Embedding",
     "OpenIdSettings",
+    "Peer",
     "ProxySettings",
     "Settings",
     "SettingsError",
@@ -33,16 +41,15 @@ API_URL: Final = "https://api.example.com/"
 
 # As the contract defines it (`account_id` in token_service.proto).
 _ACCOUNT_ID: Final = re.compile(r"[A-Za-z0-9._:@|+=/~-]{1,128}")
-_HOST_NAME: Final = re.compile(r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*\.?")
 _HEADER_NAME: Final = re.compile(r"[A-Za-z0-9-]{1,64}")
 _EXAMPLE_URL: Final = re.compile(r"https?://[A-Za-z0-9._~:/\[\]-]{1,200}")
 _LISTEN: Final = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})")
 
+_BASE_PATH: Final = re.compile(r"(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)+")
+BASE_PATH_LENGTH_MAX: Final = 200
+
 Network = IPv4Network | IPv6Network
-
-
-class SettingsError(ValueError):
-    """A setting is invalid. The message names it and says what to do."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +75,14 @@ class OpenIdSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class Peer:
+    """Another process of this console, or a name with the addresses of several."""
+
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
 class Brand:
     """What the page says about the platform whose tokens it manages."""
 
@@ -77,11 +92,15 @@ class Brand:
     """The address of the platform's API in the examples."""
     support_url: str | None = None
     """Where the link "Get help" leads. Without it there is no link."""
+    logo: Logo | None = None
+    """The picture in the header, in place of Latchkey's icon."""
+    theme: str | None = None
+    """A style sheet with the colours, fonts and corners of the product."""
 
     @property
     def icon(self) -> bool:
-        """Whether to show Latchkey's icon, which another product does not want."""
-        return self.product == PRODUCT
+        """Whether to show a picture in the header. Another product does not want Latchkey's."""
+        return self.logo is not None or self.product == PRODUCT
 
     @property
     def api_host(self) -> str:
@@ -90,6 +109,18 @@ class Brand:
         port = parts.port or (443 if parts.scheme == "https" else 80)
         host = parts.hostname or ""
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """The page's place in a product."""
+
+    base_path: str = ""
+    """The path below which the page is served, such as /settings/tokens. Empty: at the root."""
+    header: bool = True
+    """Whether the page has its own header."""
+    frame_ancestors: tuple[str, ...] = ()
+    """The origins whose pages may frame this page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +136,23 @@ class Settings:
     proxy: ProxySettings | None = None
     openid: OpenIdSettings | None = None
     brand: Brand = Brand()
+    embedding: Embedding = Embedding()
+    state_keys: tuple[bytes, ...] = field(default=(), repr=False)
+    """The keys that the console's processes share. Empty: this is the only process."""
+    peers: tuple[Peer, ...] = ()
+    """Where the other processes listen."""
+
+    @property
+    def home_url(self) -> str:
+        """The URL of the page, without a trailing slash."""
+        return f"{self.public_url}{self.embedding.base_path}"
 
     @property
     def hosts(self) -> frozenset[str]:
         """The Host values to accept. Any other is DNS rebinding or a wrong address."""
         parts = urlsplit(self.public_url)
         hosts = {parts.netloc.lower()}
-        if _is_loopback(parts.hostname or ""):
+        if is_loopback(parts.hostname or ""):
             port = "" if parts.port is None else f":{parts.port}"
             hosts |= {f"{name}{port}" for name in ("127.0.0.1", "localhost", "[::1]")}
         return frozenset(hosts)
@@ -125,7 +166,11 @@ class Settings:
         """
         port = urlsplit(self.public_url).port or (443 if self.https else 80)
         # The prefix stops other hosts of the domain from setting this cookie (RFC 6265bis §4.1.3).
-        return f"__Host-latchkey-{port}" if self.https else f"latchkey-console-{port}"
+        if not self.https:
+            return f"latchkey-console-{port}"
+        # It allows no other path than /. The other prefix stops only plain http.
+        prefix = "__Secure-" if self.embedding.base_path else "__Host-"
+        return f"{prefix}latchkey-{port}"
 
     @property
     def https(self) -> bool:
@@ -149,6 +194,13 @@ def make(
     product_name: str = PRODUCT,
     api_example_url: str = API_URL,
     support_url: str | None = None,
+    logo: Path | None = None,
+    theme_css: Path | None = None,
+    base_path: str = "",
+    header: bool = True,
+    frame_ancestors: tuple[str, ...] = (),
+    state_key_file: Path | None = None,
+    peers: tuple[str, ...] = (),
 ) -> Settings:
     """Return the settings. Raises SettingsError."""
     host, port = listening_address(listen, LISTEN)
@@ -174,7 +226,7 @@ def make(
     if account is not None:
         if not is_account_id(account):
             raise SettingsError("--account: give 1-128 characters of A-Za-z0-9._:@|+=/~-")
-        if not _is_loopback(host):
+        if not is_loopback(host):
             raise SettingsError(
                 f"--account lets in everyone who can reach {listen}, so it works on loopback only, "
                 f"such as --listen {LISTEN}. Elsewhere, use --account-header or --oidc-issuer"
@@ -183,6 +235,8 @@ def make(
         raise SettingsError("--trusted-proxy requires --account-header")
     if person_header is not None and account_header is None:
         raise SettingsError("--person-header requires --account-header")
+    if peers and state_key_file is None:
+        raise SettingsError("--peer requires --state-key-file, which all processes share")
     return Settings(
         host=host,
         port=port,
@@ -199,21 +253,22 @@ def make(
             if oidc_issuer is None
             else _openid(oidc_issuer, oidc_client_id, oidc_client_secret, oidc_claim)
         ),
-        brand=_brand(product_name, api_example_url, support_url),
+        brand=replace(
+            _brand(product_name, api_example_url, support_url),
+            logo=_from_file("--logo", read_logo, logo),
+            theme=_from_file("--theme-css", read_theme, theme_css),
+        ),
+        embedding=Embedding(
+            _base_path(base_path), header, tuple(map(_frame_ancestor, frame_ancestors))
+        ),
+        state_keys=_from_file("--state-key-file", read_keys, state_key_file) or (),
+        peers=tuple(map(_peer, peers)),
     )
 
 
 def is_account_id(text: str) -> bool:
     """Return whether `text` is an account id as the contract defines it."""
     return _ACCOUNT_ID.fullmatch(text) is not None
-
-
-def https_or_loopback(url: str) -> bool:
-    """Return whether `url` is a URL with https, or with http on loopback."""
-    parts = _split(url)
-    if parts is None or not parts.hostname or "@" in parts.netloc:
-        return False
-    return parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(parts.hostname))
 
 
 def listening_address(value: str, example: str) -> tuple[str, int]:
@@ -226,13 +281,13 @@ def listening_address(value: str, example: str) -> tuple[str, int]:
 
 def _public_url(value: str | None, host: str, port: int, *, alone: bool) -> str:
     if value is None:
-        if not _is_loopback(host):
+        if not is_loopback(host):
             raise SettingsError(
                 "--public-url: give the address that browsers use, such as "
                 "https://tokens.example.com"
             )
-        return _origin("http", host, port)
-    parts = _split(value)
+        return origin("http", host, port)
+    parts = split(value)
     if (
         parts is None
         or parts.scheme not in ("http", "https")
@@ -246,53 +301,14 @@ def _public_url(value: str | None, host: str, port: int, *, alone: bool) -> str:
         raise SettingsError(
             "--public-url: give only scheme and host, such as https://tokens.example.com"
         )
-    if parts.scheme == "http" and not _is_loopback(parts.hostname):
+    if parts.scheme == "http" and not is_loopback(parts.hostname):
         raise SettingsError(
             "--public-url: use https; plain http is allowed on loopback only, because it would "
             "send secrets over the network unencrypted"
         )
-    if alone and not _is_loopback(parts.hostname):
+    if alone and not is_loopback(parts.hostname):
         raise SettingsError("--public-url requires --account-header or --oidc-issuer")
-    return _origin(parts.scheme, parts.hostname, parts.port)
-
-
-def _origin(scheme: str, host: str, port: int | None) -> str:
-    """Return the origin as browsers write it."""
-    shown = _as_browsers_have_it(host)
-    # Browsers omit the scheme's default port.
-    usual = 443 if scheme == "https" else 80
-    return f"{scheme}://{shown}" + ("" if port in (None, usual) else f":{port}")
-
-
-def _as_browsers_have_it(host: str) -> str:
-    """Return a host as browsers write it: lower case, shortest address form, name in ASCII.
-
-    Raises SettingsError if `host` is not a valid host.
-    """
-    try:
-        address = ip_address(host)
-    except ValueError:
-        pass
-    else:
-        return f"[{address.compressed}]" if address.version == 6 else address.compressed
-    try:
-        # RFC 3490. Browsers use newer IDNA rules, which give the same result for common names.
-        name = host.encode("idna").decode("ascii").lower()
-    except UnicodeError:
-        name = ""
-    if not _HOST_NAME.fullmatch(name):
-        raise SettingsError(f"--public-url: {host} is not a valid host")
-    return name
-
-
-def _split(url: str) -> SplitResult | None:
-    """Return a URL's parts, or None if it is invalid, as with bad brackets or a bad port."""
-    try:
-        parts = urlsplit(url)
-        _ = parts.port
-    except ValueError:
-        return None
-    return parts
+    return origin(parts.scheme, parts.hostname, parts.port)
 
 
 def _proxy(header: str, person_header: str | None, trusted: tuple[str, ...]) -> ProxySettings:
@@ -325,7 +341,7 @@ def _proxy(header: str, person_header: str | None, trusted: tuple[str, ...]) -> 
 
 
 def _openid(issuer: str, client_id: str | None, secret: str | None, claim: str) -> OpenIdSettings:
-    parts = _split(issuer)
+    parts = split(issuer)
     if (
         parts is None
         or parts.scheme not in ("http", "https")
@@ -334,7 +350,7 @@ def _openid(issuer: str, client_id: str | None, secret: str | None, claim: str) 
         or parts.fragment
     ):
         raise SettingsError("--oidc-issuer: give the issuer URL from the provider's discovery")
-    if parts.scheme == "http" and not _is_loopback(parts.hostname):
+    if parts.scheme == "http" and not is_loopback(parts.hostname):
         raise SettingsError("--oidc-issuer: must use https, except on loopback")
     if not client_id:
         raise SettingsError("--oidc-client-id: give this page's client ID at the provider")
@@ -348,7 +364,7 @@ def _brand(product: str, api_url: str, support_url: str | None) -> Brand:
     if not 1 <= len(product) <= PRODUCT_LENGTH_MAX or not product.isprintable():
         raise SettingsError(f"--product-name: give 1-{PRODUCT_LENGTH_MAX} visible characters")
     # It appears in a command that people paste into a shell.
-    parts = _split(api_url)
+    parts = split(api_url)
     if _EXAMPLE_URL.fullmatch(api_url) is None or parts is None or not parts.hostname:
         raise SettingsError(f"--api-example-url: give an http or https URL, such as {API_URL}")
     if support_url is not None and not support_url.startswith(("https://", "http://", "mailto:")):
@@ -358,11 +374,32 @@ def _brand(product: str, api_url: str, support_url: str | None) -> Brand:
     return Brand(product, api_url, support_url)
 
 
-def _is_loopback(host: str) -> bool:
-    if host.lower() == "localhost":
-        return True
+def _base_path(value: str) -> str:
+    path = value.rstrip("/")
+    if path and (len(path) > BASE_PATH_LENGTH_MAX or _BASE_PATH.fullmatch(path) is None):
+        raise SettingsError("--base-path: give a plain path, such as /settings/tokens")
+    return path
+
+
+def _frame_ancestor(value: str) -> str:
+    parts = split(value)
+    if parts is None or not https_or_loopback(value) or parts.path not in ("", "/") or parts.query:
+        raise SettingsError(
+            f"--frame-ancestor {value}: give the origin of the page that frames this one, such as "
+            "https://app.example.com"
+        )
+    return origin(parts.scheme, parts.hostname or "", parts.port)
+
+
+def _peer(value: str) -> Peer:
+    match = _LISTEN.fullmatch(value)
+    if match is None or not 1 <= int(match[3]) <= 65_535:
+        raise SettingsError(f"--peer {value}: give HOST:PORT, such as console-2.internal:50080")
+    return Peer(match[1] or match[2], int(match[3]))
+
+
+def _from_file(option: str, read: Callable[[Path], T], path: Path | None) -> T | None:
     try:
-        address: IPv4Address | IPv6Address = ip_address(host)
-    except ValueError:
-        return False
-    return address.is_loopback
+        return None if path is None else read(path)
+    except ValueError as error:
+        raise SettingsError(f"{option}: {error}") from None

@@ -80,6 +80,16 @@ class Scripted:
         self._call("get")
         return self.token
 
+    async def create(
+        self, account_id: str, name: str, scope: latchkey.Scope, **fields: Any
+    ) -> latchkey.CreatedToken:
+        self._call("create", name=name, **fields)
+        new = secret(f"new{len(self.called('create'))}", 0)
+        self.token = replace(self.token, name=name, scope=scope, hint=new.hint, secrets=(new,))
+        return latchkey.CreatedToken(
+            token=self.token, secret=latchkey.Secret(f"lk{'_'}{new.hint[-4:]}"), receipt=None
+        )
+
     async def get_usage(
         self, account_id: str, token_id: str, **_: Any
     ) -> tuple[latchkey.CallerUsage, ...]:
@@ -133,13 +143,19 @@ class Scripted:
 
 @asynccontextmanager
 async def console(
-    client: Scripted, monotonic: Callable[[], float] = lambda: 0.0
+    client: Scripted,
+    monotonic: Callable[[], float] = lambda: 0.0,
+    now: Callable[[], datetime] = lambda: NOW,
+    **options: Any,
 ) -> AsyncIterator[httpx.AsyncClient]:
-    """Run the console for the account acme at NOW, and yield an HTTP client that keeps cookies."""
+    """Run the console for the account acme at NOW, and yield an HTTP client that keeps cookies.
+
+    `options` are further settings.
+    """
     app = make_app(
-        settings.make(target="127.0.0.1:1", account="acme"),
+        settings.make(**{"target": "127.0.0.1:1", "account": "acme"} | options),
         client=cast("latchkey.Client", client),
-        now=lambda: NOW,
+        now=now,
         monotonic=monotonic,
     )
     transport = httpx.ASGITransport(app, raise_app_exceptions=True, client=("127.0.0.1", 40_000))
