@@ -65,7 +65,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    do_GET = do_POST = do_HEAD = _forward
+    do_GET = do_POST = do_HEAD = _forward  # noqa: N815 - the names that http.server looks up
 
 
 @contextmanager

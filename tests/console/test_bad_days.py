@@ -102,7 +102,7 @@ def test_busy_while_creating(browser: Browser, world: World) -> None:
 
 
 @pytest.mark.answers(503)
-def test_lost_answer_is_found_and_has_another_secret(browser: Browser, world: World, script: bool) -> None:
+def test_lost_token_gets_another_secret(browser: Browser, world: World, script: bool) -> None:
     """A token whose Create answer was lost is found by name, and gets a secret that works."""
     world.create("existing")
     browser.open("/new")

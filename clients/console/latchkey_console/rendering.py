@@ -84,7 +84,7 @@ class Renderer:
         self._templates.globals |= {
             "base": self._base,
             "brand": brand,
-            "header": embedding.header,
+            "has_header": embedding.header,
             "logo": f"{static}/{brand.logo.name if brand.logo else 'icon.svg'}",
             "static": static,
             "theme": None if brand.theme is None else f"{static}/{_THEME}",

@@ -159,7 +159,11 @@ KEY = base64.b64encode(OLD)
     ("content", "mode", "words"),
     [
         (b"", 0o600, "one key or two"),
-        (b"\n".join([KEY, base64.b64encode(NEW), base64.b64encode(OTHER)]), 0o600, "one key or two"),
+        (
+            b"\n".join([KEY, base64.b64encode(NEW), base64.b64encode(OTHER)]),
+            0o600,
+            "one key or two",
+        ),
         (b"a" * 5_000, 0o600, "one key or two"),
         (KEY + b"\n" + KEY, 0o600, "the same key twice"),
         (b"hunter2", 0o600, "not 32 bytes in base64"),
