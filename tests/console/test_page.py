@@ -32,6 +32,7 @@ def test_nothing_is_where_one_looks_for_close(browser: Browser, world: World, wi
         "const found = document.elementFromPoint(box.right - 36, box.top + 36);"
         "return found.closest('a, button, img, svg')?.outerHTML ?? ''"
     )
+    browser.focused("#name")
     assert "Close" in browser.js(corner)
     add(browser, "pictured")
     shown_secret(browser)
@@ -49,17 +50,17 @@ def test_delete_buttons_are_quiet_until_they_are_meant(browser: Browser, world: 
     under the pointer and with the focus. Only the last question has a red button."""
     token = world.create("existing").token
     browser.open()
-    for delete, neighbour in (
-        (f"#{token.id} [data-act=delete]", f"#{token.id} [data-act=replace]"),
-        ("dialog #delete", "dialog .close"),
-    ):
+
+    def is_quiet(delete: str, neighbour: str) -> None:
         browser.find(delete)
         quiet = browser.js(COLOURS, delete)
         assert quiet == browser.js(COLOURS, neighbour)
         ActionChains(browser.driver).move_to_element(browser.find(delete)).perform()
-        assert browser.js(COLOURS, delete) != quiet
-        ActionChains(browser.driver).move_to_element(browser.find("h1, h2")).perform()
-        browser.click(f"#{token.id} .name") if "dialog" not in delete else None
+        browser.until(lambda: browser.js(COLOURS, delete) != quiet, "the colours under the pointer")
+
+    is_quiet(f"#{token.id} [data-act=delete]", f"#{token.id} [data-act=replace]")
+    browser.click(f"#{token.id} .name")
+    is_quiet("dialog #delete", "dialog .close")
     browser.send("dialog #delete", Keys.ENTER)
     browser.find("#confirm")
     loud = browser.js(COLOURS, "#confirm")
@@ -90,7 +91,7 @@ def test_receipts_have_date_and_time(browser: Browser, world: World, script: boo
     moment = MOMENT if script else r"[0-9]{1,2} [A-Z][a-z]{2} [0-9]{4}, [0-9:]{8} UTC"
 
     def receipt() -> None:
-        assert re.search(rf"Receipt: revision [0-9]+, committed {moment}$", browser.text("#notice"))
+        assert re.search(rf"Receipt: revision [0-9]+, committed {moment}( ×)?$", browser.text("#notice"))
 
     browser.open(f"/disable?id={tokens['a'].id}")
     browser.click("#confirm")

@@ -119,16 +119,16 @@ class Peers:
 
     async def _exchange(self, ended: Mapping[str, int]) -> None:
         addresses = await asyncio.gather(*map(_addresses, self._peers))
-        async with httpx2.AsyncClient(timeout=PEER_SECONDS, trust_env=False) as client:
+        async with httpx2.AsyncClient(timeout=PEER_SECONDS, trust_env=False) as http:
             await asyncio.gather(
-                *(self._ask(client, url, ended) for urls in addresses for url in urls)
+                *(self._ask(http, url, ended) for urls in addresses for url in urls)
             )
 
-    async def _ask(self, client: httpx2.AsyncClient, url: str, ended: Mapping[str, int]) -> None:
+    async def _ask(self, http: httpx2.AsyncClient, url: str, ended: Mapping[str, int]) -> None:
         try:
             async with asyncio.timeout(PEER_SECONDS):
                 sealed = self._asks.seal({"ended": ended})
-                answer = await client.post(f"{url}{self._path}", content=sealed)
+                answer = await http.post(f"{url}{self._path}", content=sealed)
         except (httpx2.HTTPError, TimeoutError) as error:
             _log.warning("peer %s does not answer: %s", url, type(error).__name__)
             return
