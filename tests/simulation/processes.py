@@ -17,8 +17,9 @@ from latchkey_service.coherence.ack_rules import (
     DeadVerifierDetector,
 )
 from latchkey_service.coherence.client_leases import ClientLeases
+from latchkey_service.coherence.reads import ReadBegan, Standing
 from latchkey_service.coherence.snapshot import Snapshot
-from latchkey_service.coherence.verifier_state import Log, ReadBegan, Standing, VerifierState
+from latchkey_service.coherence.verifier_state import Log, VerifierState
 from latchkey_service.coherence.watch_sessions import WatchSession
 
 from tests.simulation.database import LEASE_SECONDS
@@ -153,7 +154,7 @@ class Server:
         if known is not None:
             answer(known.live, state.cache.position)
             return
-        began = state.begin_read()
+        began = ReadBegan.now(state)
         database = self.lookup_database = self.world.session(self.lookup_database)
         live, snapshot = token_id not in database.deleted, database.snapshot()
 
@@ -173,7 +174,7 @@ class Server:
     ) -> None:
         if not self.alive:
             return
-        standing = self.state.standing(snapshot, began)
+        standing = began.standing(snapshot, self.state)
         if standing is Standing.AHEAD and again:
             # The look-up waits for the log, which the renewer's session reads.
             self.world.count("ahead")

@@ -123,9 +123,9 @@ async def running(
     pool = await Pool.open(connector)
     # Reads a file, so before the worker gives up root.
     announcements = Announcements(settings, pool, _now)
-    lookup = Lookup(connector.connect_with_generic_plans, boottime)
+    lookup = Lookup(connector.connect_with_generic_plans, boottime, keyring)
     # Connects when the first imported secret is presented.
-    imported_lookup = Lookup(connector.connect_with_generic_plans, boottime)
+    imported_lookup = Lookup(connector.connect_with_generic_plans, boottime, keyring)
 
     def reconnect() -> None:
         """Make the other connections follow the lease to another server."""

@@ -336,6 +336,7 @@ def _audit_context(
     caller: Caller,
 ) -> AuditContext:
     metadata = context.invocation_metadata()
+    headers = dict(metadata or ())
     proxied = authenticator is not None and authenticator.trusts_proxy
     # Without a policy, every caller is trusted alike.
     reports_people = authenticator is None or caller.reports_people
@@ -347,7 +348,7 @@ def _audit_context(
         given_id(metadata) or call_id,
         getattr(request, "account_id", ""),
         getattr(request, "id", "") or getattr(request, "token_id", ""),
-        person=origin.person(metadata) if reports_people else "",
+        person=origin.person(metadata) if reports_people and origin.PERSON in headers else "",
         client_address=origin.client_address(metadata) if proxied else "",
         call_id=call_id,
     )

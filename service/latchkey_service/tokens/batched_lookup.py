@@ -1,7 +1,8 @@
 """Looks up tokens for Verify: simultaneous look-ups share one query.
 
-Owns the queue, its limits and one connection. It does not own the SQL (`token_store.py`) or the
-verdict (`verifier.py`).
+Owns the queue, its limits and one connection. It does not own the SQL (`token_table.py`), the rules
+of seals (`seal.py`) or the verdict (`verifier.py`). Each row that was read is converted, and its
+seal is checked, once for all look-ups that asked for it.
 
 The first look-up of an event loop tick starts a query. Look-ups of the same tick join that query,
 and later ones wait for the next query. So a single look-up waits for one round trip, and a thousand
@@ -34,7 +35,9 @@ from latchkey_service.postgres.connections import (
     retry_on_conflict,
     translate_errors,
 )
+from latchkey_service.secret_format import Keyring
 from latchkey_service.tokens.queue_limit import STUCK_SECONDS, QueueLimit
+from latchkey_service.tokens.seal import Sealer
 from latchkey_service.tokens.token_table import FIND_BY_DIGEST, record_of, secret_of
 from latchkey_service.tokens.verdict import SecretRecord, TokenRecord
 
@@ -73,6 +76,8 @@ class Found(NamedTuple):
     record: TokenRecord | None
     secret: SecretRecord | None
     snapshot: Snapshot
+    proven: bool = False
+    """Whether the seal is right. If not, `SealGuard.trusts` decides about the row."""
 
 
 class _Waiter:
@@ -93,15 +98,21 @@ class _Waiter:
 
 
 class Lookup:
-    """Finds token records by digest. Use it on one event loop only."""
+    """Finds token records by digest. Use it on one event loop only.
+
+    The peppers of `keyring` check the seals of the rows.
+    """
 
     def __init__(
-        self, connect: "Callable[[], Awaitable[Connection]]", monotonic: Callable[[], float]
+        self,
+        connect: "Callable[[], Awaitable[Connection]]",
+        monotonic: Callable[[], float],
+        keyring: Keyring,
     ) -> None:
         self._monotonic = monotonic
         # Kept: get_running_loop() asks the kernel for the process id each time (Python 3.11).
         self._loop = asyncio.get_running_loop()
-        self._lookup_connection = _LookupConnection(connect)
+        self._lookup_connection = _LookupConnection(connect, Sealer(keyring.peppers))
         self._waiting: list[_Waiter] = []
         self._waiting_digests = 0
         self._queue_limit = QueueLimit(STANDING, WAITING_MAX)
@@ -278,7 +289,8 @@ class LeasedLookup:
 class _LookupConnection:
     """One connection, and the batch that is being looked up on it."""
 
-    def __init__(self, connect: "Callable[[], Awaitable[Connection]]") -> None:
+    def __init__(self, connect: "Callable[[], Awaitable[Connection]]", sealer: Sealer) -> None:
+        self._sealer = sealer
         # One plan fits every array; planning each query would double its cost.
         self._connection = DedicatedConnection(connect)
         self.batch: list[_Waiter] = []
@@ -293,7 +305,8 @@ class _LookupConnection:
             if wanted := [
                 d for waiter in batch if not waiter.future.done() for d in waiter.digests
             ]:
-                _deliver(await _find(await self._connection.get(), wanted), batch)
+                rows = await _find(await self._connection.get(), wanted)
+                _deliver(rows, batch, self._sealer)
         except Exception as failure:  # noqa: BLE001 - every waiter raises it
             error: Exception = failure
             connection = self._connection.current
@@ -334,15 +347,17 @@ async def _find(connection: "Connection", digests: list[bytes]) -> "list[asyncpg
         return await connection.fetch(FIND_BY_DIGEST, digests)
 
 
-def _deliver(rows: "Sequence[asyncpg.Record]", batch: list[_Waiter]) -> None:
+def _deliver(rows: "Sequence[asyncpg.Record]", batch: list[_Waiter], sealer: Sealer) -> None:
     """Give each waiter of a batch its results from the rows."""
     snapshot = snapshot_of(rows[0])
-    # Columns: the snapshot, the secret (its digest is NULL if nothing was found), then the token.
-    by_digest = {
-        row[3]: Found(record_of(row), secret_of(row), snapshot)
-        for row in rows
-        if row[3] is not None
-    }
+    by_digest: dict[bytes, Found] = {}
+    for row in rows:
+        # Columns: the snapshot, the secret (its digest is NULL if nothing was found), then the
+        # token.
+        if row[3] is not None:
+            record, secret = record_of(row), secret_of(row)
+            proven = sealer.is_genuine(record, secret)
+            by_digest[row[3]] = Found(record, secret, snapshot, proven)
     nothing = Found(None, None, snapshot)
     for waiter in batch:
         if not waiter.future.done():

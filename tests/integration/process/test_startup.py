@@ -84,7 +84,11 @@ async def verdict(database_url: str, keyring: Keyring, created: Created) -> Verd
     digest = keyring.digest_of(created.secret.reveal())
     if digest is None:
         return Verdict.UNKNOWN
-    lookup = Lookup(lambda: Connector(database_url).connect(), asyncio.get_running_loop().time)
+    lookup = Lookup(
+        lambda: Connector(database_url).connect(),
+        asyncio.get_running_loop().time,
+        keyring,
+    )
     try:
         record = (await find(lookup, digest, asyncio.get_running_loop().time() + 5)).record
     finally:
