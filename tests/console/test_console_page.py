@@ -44,7 +44,7 @@ def test_commands_for_several_processes(tmp_path: Path) -> None:
         assert code == 0, said
     assert len(read_keys(tmp_path / "console-state.key")) == 1
     ports = {"50080": str(free_port()), "50081": str(free_port())}
-    running = []
+    running: list[Console] = []
     try:
         for line in block("console several").strip().split("\n"):
             for documented, port in ports.items():

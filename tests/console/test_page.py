@@ -91,7 +91,9 @@ def test_receipts_have_date_and_time(browser: Browser, world: World, script: boo
     moment = MOMENT if script else r"[0-9]{1,2} [A-Z][a-z]{2} [0-9]{4}, [0-9:]{8} UTC"
 
     def receipt() -> None:
-        assert re.search(rf"Receipt: revision [0-9]+, committed {moment}( ×)?$", browser.text("#notice"))
+        assert re.search(
+            rf"Receipt: revision [0-9]+, committed {moment}( ×)?$", browser.text("#notice")
+        )
 
     browser.open(f"/disable?id={tokens['a'].id}")
     browser.click("#confirm")

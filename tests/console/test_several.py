@@ -49,6 +49,11 @@ class Pair:
         assert self.processes[port].end() == 0
         self.start(port)
 
+    def end(self) -> None:
+        """Stop both."""
+        for process in self.processes.values():
+            process.end()
+
     @property
     def log(self) -> str:
         return "".join(process.log for process in self.processes.values())
@@ -78,9 +83,9 @@ def pair(backend: tuple, scratch: Path) -> Iterator[Pair]:
             *("--state-key-file", str(key)),
         )
         running = Pair(front, folder, arguments, {})
+        stack.callback(running.end)
         for port in front.ports:
             running.start(port)
-            stack.callback(lambda port=port: running.processes[port].end())
         yield running
 
 

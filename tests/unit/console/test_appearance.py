@@ -3,6 +3,7 @@
 import re
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 from latchkey_console.appearance import COLOURS, THEME_PROPERTIES, read_logo, read_theme
@@ -137,7 +138,7 @@ def test_missing_file(tmp_path: Path) -> None:
 
 async def test_page_has_theme_and_logo(tmp_path: Path) -> None:
     """The page links to both, under its own address, so that its content policy allows them."""
-    options = {
+    options: dict[str, Any] = {
         "theme_css": written(tmp_path, ":root { --blue: #0a7 }"),
         "logo": written(tmp_path, PNG, "acme.png"),
         "product_name": "Acme",

@@ -65,7 +65,11 @@ async def test_copied_cookie_is_worthless(shared: dict[str, Any]) -> None:
     """A process displays a cookie once. A copy is worthless for other sessions and accounts, and
     after two minutes everywhere."""
     moment = [NOW]
-    proxy = {"account": None, "account_header": "X-User", "trusted_proxies": ("127.0.0.1",)}
+    proxy: dict[str, Any] = {
+        "account": None,
+        "account_header": "X-User",
+        "trusted_proxies": ("127.0.0.1",),
+    }
     async with console(Scripted(), now=clock(moment), **shared, **proxy) as browser:
         browser.headers["x-user"] = "acme"
         made = await post(browser, "/tokens", await dialog(browser, "/new"), **TYPED)
