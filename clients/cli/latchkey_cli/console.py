@@ -48,6 +48,22 @@ def console(
             "Header in which a sign-in proxy sends the account ID, such as jane@example.com.",
         ),
     ] = None,
+    accounts_header: Annotated[
+        str | None,
+        _option(
+            "ACCOUNTS_HEADER",
+            "NAME",
+            "Header in which the proxy sends all accounts of a person, separated by commas.",
+        ),
+    ] = None,
+    groups_header: Annotated[
+        str | None,
+        _option(
+            "GROUPS_HEADER",
+            "NAME",
+            "With --operator-group: header in which the proxy sends a person's groups.",
+        ),
+    ] = None,
     person_header: Annotated[
         str | None,
         _option(
@@ -89,6 +105,40 @@ def console(
             default=True,
         ),
     ] = "sub",
+    oidc_accounts_claim: Annotated[
+        str | None,
+        _option(
+            "OIDC_ACCOUNTS_CLAIM",
+            "NAME",
+            "Claim that lists all accounts of a person, who then switches between them.",
+        ),
+    ] = None,
+    oidc_accounts_key: Annotated[
+        str | None,
+        _option(
+            "OIDC_ACCOUNTS_KEY",
+            "NAME",
+            "If that claim is a list of objects: their key with the account ID, such as id.",
+        ),
+    ] = None,
+    operator_group: Annotated[
+        list[str] | None,
+        _option(
+            "OPERATOR_GROUP",
+            "NAME",
+            "Serve the operators' view instead, to people in this group; may be repeated. In the "
+            "environment variable, separate several with spaces.",
+        ),
+    ] = None,
+    oidc_groups_claim: Annotated[
+        str,
+        _option(
+            "OIDC_GROUPS_CLAIM",
+            "NAME",
+            "With --operator-group: claim that lists a person's groups.",
+            default=True,
+        ),
+    ] = "groups",
     listen: Annotated[
         str, _option("LISTEN", "HOST:PORT", "Address on which the page listens.", default=True)
     ] = "127.0.0.1:50080",
@@ -186,6 +236,9 @@ def console(
 
     To run several processes behind a load balancer, give all of them the same
     --state-key-file, and each the others as --peer.
+
+    With --operator-group, it serves the operators' view: find a token of any
+    account, the audit log, and the servers. It changes nothing.
     """
     if not extra.is_installed():
         raise Failure(
@@ -205,12 +258,18 @@ def console(
                 target=target,
                 account=account,
                 account_header=account_header,
+                accounts_header=accounts_header,
+                groups_header=groups_header,
                 person_header=person_header,
                 trusted_proxies=tuple(trusted_proxy or ()),
                 oidc_issuer=oidc_issuer,
                 oidc_client_id=oidc_client_id,
                 oidc_client_secret=_secret(oidc_client_secret_file),
                 oidc_claim=oidc_claim,
+                oidc_accounts_claim=oidc_accounts_claim,
+                oidc_accounts_key=oidc_accounts_key,
+                oidc_groups_claim=oidc_groups_claim,
+                operator_groups=tuple(operator_group or ()),
                 product_name=product_name,
                 api_example_url=api_example_url,
                 support_url=support_url,

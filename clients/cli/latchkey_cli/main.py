@@ -13,6 +13,7 @@ from latchkey_cli import (
     bulk,
     changes,
     console,
+    find,
     grpc_core,
     importing,
     listing,
@@ -71,6 +72,7 @@ app.command("enable", cls=Command)(changes.enable)
 app.command("rotate", cls=Command)(changes.rotate)
 app.command("retire-secrets", cls=Command)(changes.retire_secrets)
 app.command("usage", cls=Command)(usage.usage)
+app.command("find", cls=Command)(find.find)
 app.command("revoke", cls=Command, context_settings={"allow_extra_args": True})(bulk.revoke)
 app.command("delete-all", cls=Command)(bulk.delete_all)
 app.command("import", cls=Command)(importing.import_tokens)

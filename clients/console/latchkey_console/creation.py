@@ -92,6 +92,7 @@ class Creations:
                 expire_time=new.expire_time,
                 ttl=new.ttl,
                 request_id=request_id_of(mark),
+                rate_limit=new.rate_limit,
             )
         except LatchkeyError as error:
             if isinstance(error, AlreadyExists) and error.reason == "REQUEST_ID_REUSED":

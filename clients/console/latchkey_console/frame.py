@@ -5,7 +5,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any, Final
 
@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from latchkey_console import listing
+from latchkey_console.accounts import choose
 from latchkey_console.cookies import CookieRules, SealedCookie
 from latchkey_console.failures import Trouble, trouble
 from latchkey_console.identity import Identity, Refused, Viewer
@@ -97,12 +98,21 @@ class Frame:
     def visit(self, request: Request, query: Mapping[str, str]) -> Visit:
         """Return the visit, for whose person the client makes calls from now on.
 
+        Raises NotSignedIn, NotChosen and Refused.
+        """
+        viewer = choose(self._identity.viewer(request), query.get("account", ""))
+        latchkey.current_person.set(viewer.person or None)
+        reviewed = self.reviewed.read(request, viewer.account_id, self.now())
+        wanted = replace(Filter.read(query), account=viewer.in_url)
+        return Visit(viewer, session_id(request), wanted, reviewed)
+
+    def visitor(self, request: Request) -> tuple[Viewer, str]:
+        """Return the visitor, who has not chosen an account yet, and the seal for forms.
+
         Raises NotSignedIn and Refused.
         """
         viewer = self._identity.viewer(request)
-        latchkey.current_person.set(viewer.person or None)
-        reviewed = self.reviewed.read(request, viewer.account_id, self.now())
-        return Visit(viewer, session_id(request), Filter.read(query), reviewed)
+        return viewer, self.seals.csrf(session_id(request), "")
 
     def is_ours(self, fields: Mapping[str, str], visit: Visit) -> bool:
         """Return whether a form of this session and account sent the fields."""

@@ -18,9 +18,12 @@ from joserfc.errors import JoseError
 from starlette.requests import Request
 from starlette.responses import Response
 
+from latchkey_console.accounts import accounts_of
 from latchkey_console.cookies import CookieRules, SealedCookie
 from latchkey_console.ended import Ended, Peers
+from latchkey_console.groups import is_member
 from latchkey_console.identity import NotSignedIn, Refused, Viewer, invalid_account_id
+from latchkey_console.operators import not_an_operator
 from latchkey_console.protection import new_session, session_id
 from latchkey_console.settings import OpenIdSettings, is_account_id
 from latchkey_console.state import StateKeys
@@ -45,9 +48,16 @@ class _SignIn:
     """A sign-in, as the session has it under "sign_in"."""
 
     account_id: str
+    accounts: tuple[str, ...] | None
     person: str
     until: int
     """When it ends, in seconds since 1970."""
+
+    @property
+    def whose(self) -> str:
+        """The accounts, for the log, or an operator's name."""
+        accounts = self.accounts or (self.account_id,)
+        return f"account {', '.join(accounts)}" if any(accounts) else f"operator {self.person}"
 
 
 class OpenId:
@@ -77,7 +87,7 @@ class OpenId:
             client_secret=settings.client_secret and settings.client_secret.reveal(),
             server_metadata_url=f"{settings.issuer.rstrip('/')}/.well-known/openid-configuration",
             client_kwargs={
-                "scope": "openid" if settings.claim == "sub" else "openid profile email",
+                "scope": "openid" if settings.needs_only_the_subject else "openid profile email",
                 "code_challenge_method": "S256",
                 "timeout": PROVIDER_SECONDS,
                 **({} if settings.client_secret else {"token_endpoint_auth_method": "none"}),
@@ -89,7 +99,12 @@ class OpenId:
         sign_in = self._sign_in(request)
         if sign_in is None:
             raise NotSignedIn
-        return Viewer(sign_in.account_id, can_sign_out=True, person=sign_in.person)
+        return Viewer(
+            sign_in.account_id,
+            can_sign_out=True,
+            person=sign_in.person,
+            accounts=sign_in.accounts,
+        )
 
     async def begin(self, request: Request) -> Response:
         """Return the redirect to the provider. Raises Refused if it cannot be reached."""
@@ -131,28 +146,46 @@ class OpenId:
         claims = tokens.get("userinfo")
         if not claims:
             raise _failed("the answer has no id token")
-        account_id = claims.get(self._settings.claim)
-        if not isinstance(account_id, str) or not is_account_id(account_id):
-            _log.warning(
-                "sign-in refused: claim %s is not a valid account id", self._settings.claim
-            )
-            raise invalid_account_id(
-                f"You are signed in, but the provider's claim “{self._settings.claim}” is not a "
-                "valid account ID."
-            )
+        account_id, accounts = self._accounts(claims)
         earlier = self._sign_in(request)
         if earlier is not None:
             await self._peers.end(session_id(request), earlier.until)
         session = new_session(request)
         until = int(self._now().timestamp() + SIGN_IN_SECONDS)
-        request.session["sign_in"] = asdict(_SignIn(account_id, _person(claims), until))
-        _log.info("signed in: account %s", account_id)
+        sign_in = _SignIn(account_id, accounts, _person(claims), until)
+        request.session["sign_in"] = asdict(sign_in)
+        _log.info("signed in: %s", sign_in.whose)
 
         def remember(response: Response) -> None:
             # If it is too large for a cookie, the provider asks at the sign-out who signs out.
             self._proof.write(response, session, {"id_token": tokens.get("id_token", "")})
 
         return remember
+
+    def _accounts(self, claims: Mapping[str, Any]) -> tuple[str, tuple[str, ...] | None]:
+        """Return the account, or if the provider sends a list, all accounts. Raises Refused."""
+        settings = self._settings
+        if settings.operators:
+            if not is_member(claims.get(settings.groups_claim), settings.operators):
+                _log.warning("sign-in refused: %s is not an operator", _person(claims))
+                raise not_an_operator()
+            return "", None
+        if settings.accounts_claim is not None:
+            try:
+                found = claims.get(settings.accounts_claim, [])
+                return "", accounts_of(found, settings.accounts_key)
+            except Refused as refused:
+                claim = settings.accounts_claim
+                _log.warning("sign-in refused: claim %s: %s", claim, refused.title)
+                raise
+        account_id = claims.get(settings.claim)
+        if not isinstance(account_id, str) or not is_account_id(account_id):
+            _log.warning("sign-in refused: claim %s is not a valid account id", settings.claim)
+            raise invalid_account_id(
+                f"You are signed in, but the provider's claim “{settings.claim}” is not a "
+                "valid account ID."
+            )
+        return account_id, None
 
     async def end(self, request: Request) -> str | None:
         """Sign the session out here and return the provider's sign-out URL, or None without one.
@@ -165,7 +198,7 @@ class OpenId:
         if sign_in is None:
             return None
         await self._peers.end(session, sign_in.until)
-        _log.info("signed out: account %s", sign_in.account_id)
+        _log.info("signed out: %s", sign_in.whose)
         try:
             metadata = await self._provider.load_server_metadata()
             if "end_session_endpoint" not in metadata:
@@ -184,7 +217,7 @@ class OpenId:
     def _sign_in(self, request: Request) -> _SignIn | None:
         """Return the session's sign-in unless it has ended."""
         values = request.session.get("sign_in")
-        sign_in = None if values is None else _SignIn(**values)
+        sign_in = None if values is None else _restored(values)
         if sign_in is None or session_id(request) in self._ended:
             return None
         # The cookie's own age does not count, because it starts again with each change.
@@ -195,6 +228,12 @@ class OpenId:
         metadata = await self._provider.load_server_metadata()
         if metadata.get("issuer") != self._settings.issuer:
             raise ValueError("the provider's metadata names another issuer")
+
+
+def _restored(values: Mapping[str, Any]) -> _SignIn:
+    """Return the sign-in that a session has, whose lists were tuples."""
+    accounts = values["accounts"]
+    return _SignIn(**{**values, "accounts": None if accounts is None else tuple(accounts)})
 
 
 def _person(claims: Mapping[str, Any]) -> str:

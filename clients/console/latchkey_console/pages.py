@@ -9,6 +9,7 @@ import logging
 from dataclasses import asdict, replace
 from datetime import datetime
 from typing import Any, Final
+from urllib.parse import urlencode
 
 import latchkey
 from starlette.requests import Request
@@ -20,6 +21,7 @@ from latchkey_console.failures import Trouble, is_refusal, trouble
 from latchkey_console.forms import NewToken, TokenForm, expiries, last_day
 from latchkey_console.frame import Frame, Notice, Visit, read_fields, rows_context, unchanged
 from latchkey_console.identity import NotSignedIn
+from latchkey_console.settings import is_account_id
 from latchkey_console.showing import Displays, NewSecret, Used, place_of
 from latchkey_console.text import visible
 
@@ -85,7 +87,7 @@ class Pages:
         try:
             visit = self._frame.visit(request, fields)
         except NotSignedIn:
-            self._keep_draft(request, form)
+            self._keep_draft(request, form, fields.get("account", ""))
             raise
         mark = self._frame.mark(fields, visit)
         if mark is None:
@@ -170,13 +172,15 @@ class Pages:
             _log.info("%s: account %s, token %s", notice.kind, visit.account_id, token_id)
         return self._frame.done(visit, notice)
 
-    def _keep_draft(self, request: Request, form: TokenForm) -> None:
+    def _keep_draft(self, request: Request, form: TokenForm, account: str) -> None:
         """Keep the form's input until after the sign-in, in the sealed session."""
         draft = {name: value for name, value in asdict(form).items() if name != "errors"}
         if sum(map(len, draft.values())) <= DRAFT_LENGTH_MAX:
             until = int(self._frame.now().timestamp()) + DRAFT_SECONDS
             request.session["draft"] = {"form": draft, "until": until}
-        request.session["return"] = "/new"
+        # The sign-in checks the account again.
+        named = f"?{urlencode({'account': account})}" if is_account_id(account) else ""
+        request.session["return"] = f"/new{named}"
 
     def _draft(self, request: Request) -> TokenForm | None:
         """Return the input that was kept, once."""

@@ -127,6 +127,10 @@ class Renderer:
             response.headers["retry-after"] = str(trouble.retry_seconds)
         return response
 
+    def view(self, name: str, context: Mapping[str, Any], status: int = 200) -> Response:
+        """Return a whole page that has no dialog."""
+        return self._html(name, {**context, "dialog": None}, status)
+
     def fragment(self, name: str, context: Mapping[str, Any]) -> Response:
         """Return a template without the frame."""
         return self._html(name, context, 200)

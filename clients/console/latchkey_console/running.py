@@ -122,6 +122,8 @@ def _with_port(settings: Settings, port: int) -> Settings:
 
 
 def _whose(settings: Settings) -> str:
+    if settings.is_for_operators:
+        return "the operators' view"
     if settings.account is not None:
         return f"everyone uses account {settings.account}"
     if settings.proxy is not None:

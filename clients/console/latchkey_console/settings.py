@@ -5,16 +5,17 @@ strangers in.
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 from urllib.parse import urlsplit
 
 from latchkey import Secret
 
+from latchkey_console import embedding, groups
 from latchkey_console.appearance import Logo, read_logo, read_theme
+from latchkey_console.embedding import Embedding, Peer
 from latchkey_console.state import read_keys
 from latchkey_console.urls import SettingsError, https_or_loopback, is_loopback, origin, split
 
@@ -35,6 +36,7 @@ __all__ = [
 LISTEN: Final = "127.0.0.1:50080"
 TARGET: Final = "127.0.0.1:50051"
 CLAIM: Final = "sub"
+GROUPS_CLAIM: Final = "groups"
 PRODUCT: Final = "Latchkey"
 PRODUCT_LENGTH_MAX: Final = 64
 API_URL: Final = "https://api.example.com/"
@@ -45,11 +47,8 @@ _HEADER_NAME: Final = re.compile(r"[A-Za-z0-9-]{1,64}")
 _EXAMPLE_URL: Final = re.compile(r"https?://[A-Za-z0-9._~:/\[\]-]{1,200}")
 _LISTEN: Final = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})")
 
-_BASE_PATH: Final = re.compile(r"(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)+")
-BASE_PATH_LENGTH_MAX: Final = 200
 
 Network = IPv4Network | IPv6Network
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +61,10 @@ class ProxySettings:
     header: str
     trusted: tuple[Network, ...]
     person_header: str | None = None
+    several: bool = False
+    """Whether `header` holds all accounts of a visitor, separated by commas."""
+    operators: frozenset[str] = frozenset()
+    """If not empty, `header` holds groups, and only people in one of these may enter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +75,18 @@ class OpenIdSettings:
     client_id: str
     client_secret: Secret | None
     claim: str
+    accounts_claim: str | None = None
+    """The claim with all accounts of a visitor, in place of `claim`."""
+    accounts_key: str | None = None
+    """If that claim is a list of objects: their key with the account."""
+    groups_claim: str = GROUPS_CLAIM
+    operators: frozenset[str] = frozenset()
+    """If not empty, only people with one of these in `groups_claim` may enter."""
 
-
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """Another process of this console, or a name with the addresses of several."""
-
-    host: str
-    port: int
+    @property
+    def needs_only_the_subject(self) -> bool:
+        """Whether the claim `sub` suffices, which every ID token has."""
+        return self.claim == CLAIM and self.accounts_claim is None and not self.operators
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,18 +119,6 @@ class Brand:
 
 
 @dataclass(frozen=True, slots=True)
-class Embedding:
-    """The page's place in a product."""
-
-    base_path: str = ""
-    """The path below which the page is served, such as /settings/tokens. Empty: at the root."""
-    header: bool = True
-    """Whether the page has its own header."""
-    frame_ancestors: tuple[str, ...] = ()
-    """The origins whose pages may frame this page."""
-
-
-@dataclass(frozen=True, slots=True)
 class Settings:
     """All settings. Exactly one of `account`, `proxy` and `openid` is set."""
 
@@ -136,7 +131,7 @@ class Settings:
     proxy: ProxySettings | None = None
     openid: OpenIdSettings | None = None
     brand: Brand = Brand()
-    embedding: Embedding = Embedding()
+    embedding: Embedding = field(default_factory=Embedding)
     state_keys: tuple[bytes, ...] = field(default=(), repr=False)
     """The keys that the console's processes share. Empty: this is the only process."""
     peers: tuple[Peer, ...] = ()
@@ -173,6 +168,17 @@ class Settings:
         return f"{prefix}latchkey-{port}"
 
     @property
+    def is_for_operators(self) -> bool:
+        """Whether to serve the operators' view in place of the API Tokens page."""
+        return any(way is not None and way.operators for way in (self.proxy, self.openid))
+
+    @property
+    def has_accounts(self) -> bool:
+        """Whether visitors may have several accounts."""
+        several = self.proxy is not None and self.proxy.several
+        return several or (self.openid is not None and self.openid.accounts_claim is not None)
+
+    @property
     def https(self) -> bool:
         """Whether browsers connect over TLS, so that cookies can require it."""
         return self.public_url.startswith("https:")
@@ -185,12 +191,18 @@ def make(
     target: str = TARGET,
     account: str | None = None,
     account_header: str | None = None,
+    accounts_header: str | None = None,
+    groups_header: str | None = None,
     person_header: str | None = None,
     trusted_proxies: tuple[str, ...] = (),
     oidc_issuer: str | None = None,
     oidc_client_id: str | None = None,
     oidc_client_secret: str | None = None,
     oidc_claim: str = CLAIM,
+    oidc_accounts_claim: str | None = None,
+    oidc_accounts_key: str | None = None,
+    oidc_groups_claim: str = GROUPS_CLAIM,
+    operator_groups: tuple[str, ...] = (),
     product_name: str = PRODUCT,
     api_example_url: str = API_URL,
     support_url: str | None = None,
@@ -209,6 +221,8 @@ def make(
         for name, value in (
             ("--account", account),
             ("--account-header", account_header),
+            ("--accounts-header", accounts_header),
+            ("--groups-header", groups_header),
             ("--oidc-issuer", oidc_issuer),
         )
         if value is not None
@@ -220,8 +234,9 @@ def make(
             else "no way to identify visitors"
         )
         raise SettingsError(
-            f"{what}: give exactly one of --account (to try it here), --account-header (behind a "
-            "sign-in proxy) and --oidc-issuer (to sign in with OpenID Connect)"
+            f"{what}: give exactly one of --account (to try it here), --account-header or "
+            "--accounts-header (behind a sign-in proxy) and --oidc-issuer (to sign in with OpenID "
+            "Connect)"
         )
     if account is not None:
         if not is_account_id(account):
@@ -231,12 +246,27 @@ def make(
                 f"--account lets in everyone who can reach {listen}, so it works on loopback only, "
                 f"such as --listen {LISTEN}. Elsewhere, use --account-header or --oidc-issuer"
             )
-    if trusted_proxies and account_header is None:
-        raise SettingsError("--trusted-proxy requires --account-header")
-    if person_header is not None and account_header is None:
-        raise SettingsError("--person-header requires --account-header")
     if peers and state_key_file is None:
         raise SettingsError("--peer requires --state-key-file, which all processes share")
+    headers = (account_header, accounts_header, groups_header)
+    sent_in = next((name for name in headers if name is not None), None)
+    has_account = oidc_accounts_claim is not None or oidc_claim != CLAIM
+    try:
+        operators = groups.checked(operator_groups, chosen[0], has_account=has_account)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    if trusted_proxies and sent_in is None:
+        raise SettingsError("--trusted-proxy requires --account-header or --accounts-header")
+    if person_header is not None and sent_in is None:
+        raise SettingsError("--person-header requires --account-header or --accounts-header")
+    if sent_in is not None and account_header is None and person_header is None:
+        raise SettingsError(f"{chosen[0]} requires --person-header: the audit log names the person")
+    if oidc_issuer is None and oidc_accounts_claim is not None:
+        raise SettingsError("--oidc-accounts-claim requires --oidc-issuer")
+    if oidc_accounts_key is not None and oidc_accounts_claim is None:
+        raise SettingsError("--oidc-accounts-key requires --oidc-accounts-claim")
+    if oidc_accounts_claim is not None and oidc_claim != CLAIM:
+        raise SettingsError("--oidc-claim and --oidc-accounts-claim exclude each other")
     return Settings(
         host=host,
         port=port,
@@ -245,24 +275,32 @@ def make(
         account=account,
         proxy=(
             None
-            if account_header is None
-            else _proxy(account_header, person_header, trusted_proxies)
+            if sent_in is None
+            else _proxy(chosen[0], sent_in, person_header, trusted_proxies, operators)
         ),
         openid=(
             None
             if oidc_issuer is None
-            else _openid(oidc_issuer, oidc_client_id, oidc_client_secret, oidc_claim)
+            else replace(
+                _openid(oidc_issuer, oidc_client_id, oidc_client_secret, oidc_claim),
+                accounts_claim=_claim("--oidc-accounts-claim", oidc_accounts_claim),
+                accounts_key=_claim("--oidc-accounts-key", oidc_accounts_key),
+                groups_claim=_claim("--oidc-groups-claim", oidc_groups_claim) or GROUPS_CLAIM,
+                operators=operators,
+            )
         ),
         brand=replace(
             _brand(product_name, api_example_url, support_url),
-            logo=_from_file("--logo", read_logo, logo),
-            theme=_from_file("--theme-css", read_theme, theme_css),
+            logo=embedding.from_file("--logo", read_logo, logo),
+            theme=embedding.from_file("--theme-css", read_theme, theme_css),
         ),
         embedding=Embedding(
-            _base_path(base_path), header, tuple(map(_frame_ancestor, frame_ancestors))
+            embedding.base_path(base_path),
+            header,
+            tuple(map(embedding.frame_ancestor, frame_ancestors)),
         ),
-        state_keys=_from_file("--state-key-file", read_keys, state_key_file) or (),
-        peers=tuple(map(_peer, peers)),
+        state_keys=embedding.from_file("--state-key-file", read_keys, state_key_file) or (),
+        peers=tuple(map(embedding.peer, peers)),
     )
 
 
@@ -311,9 +349,22 @@ def _public_url(value: str | None, host: str, port: int, *, alone: bool) -> str:
     return origin(parts.scheme, parts.hostname, parts.port)
 
 
-def _proxy(header: str, person_header: str | None, trusted: tuple[str, ...]) -> ProxySettings:
+def _claim(option: str, name: str | None) -> str | None:
+    if name == "":
+        raise SettingsError(f"{option}: give a name, such as accounts")
+    return name
+
+
+def _proxy(
+    option: str,
+    header: str,
+    person_header: str | None,
+    trusted: tuple[str, ...],
+    operators: frozenset[str],
+) -> ProxySettings:
     if not _HEADER_NAME.fullmatch(header):
-        raise SettingsError("--account-header: give a header name, such as X-Forwarded-User")
+        example = "X-Forwarded-" + ("User" if option == "--account-header" else "Groups")
+        raise SettingsError(f"{option}: give a header name, such as {example}")
     if person_header is not None and not _HEADER_NAME.fullmatch(person_header):
         raise SettingsError("--person-header: give a header name, such as X-Forwarded-Email")
     if not trusted:
@@ -337,6 +388,8 @@ def _proxy(header: str, person_header: str | None, trusted: tuple[str, ...]) -> 
         header.lower(),
         tuple(networks),
         None if person_header is None else person_header.lower(),
+        option == "--accounts-header",
+        operators,
     )
 
 
@@ -372,34 +425,3 @@ def _brand(product: str, api_url: str, support_url: str | None) -> Brand:
             "--support-url: give a link such as https://example.com/help or mailto:help@example.com"
         )
     return Brand(product, api_url, support_url)
-
-
-def _base_path(value: str) -> str:
-    path = value.rstrip("/")
-    if path and (len(path) > BASE_PATH_LENGTH_MAX or _BASE_PATH.fullmatch(path) is None):
-        raise SettingsError("--base-path: give a plain path, such as /settings/tokens")
-    return path
-
-
-def _frame_ancestor(value: str) -> str:
-    parts = split(value)
-    if parts is None or not https_or_loopback(value) or parts.path not in ("", "/") or parts.query:
-        raise SettingsError(
-            f"--frame-ancestor {value}: give the origin of the page that frames this one, such as "
-            "https://app.example.com"
-        )
-    return origin(parts.scheme, parts.hostname or "", parts.port)
-
-
-def _peer(value: str) -> Peer:
-    match = _LISTEN.fullmatch(value)
-    if match is None or not 1 <= int(match[3]) <= 65_535:
-        raise SettingsError(f"--peer {value}: give HOST:PORT, such as console-2.internal:50080")
-    return Peer(match[1] or match[2], int(match[3]))
-
-
-def _from_file(option: str, read: Callable[[Path], T], path: Path | None) -> T | None:
-    try:
-        return None if path is None else read(path)
-    except ValueError as error:
-        raise SettingsError(f"{option}: {error}") from None

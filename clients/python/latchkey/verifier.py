@@ -17,7 +17,7 @@ import grpc
 from latchkey_coherence.lease import boottime
 from latchkey_coherence.verdict_cache import Position, VerdictCache
 
-from latchkey import _convert, _fork
+from latchkey import _convert, _fork, _tracing
 from latchkey._batch import Batcher
 from latchkey._entry import CacheEntry, cache_entry
 from latchkey._retry import VERIFY_TIMEOUT_SECONDS, checked_timeout
@@ -213,6 +213,8 @@ class Verifier:
             secret, scope, client_address=client_address, permissions=permissions
         )
         if answer is not None:
+            if _tracing.active:
+                _tracing.note(answer)
             return answer
         required = tuple(permissions)
         text = _convert.secret_out(secret)

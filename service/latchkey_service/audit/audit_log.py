@@ -53,6 +53,8 @@ class AuditContext:
     """The client's address, as the trusted proxy reports it."""
     call_id: str = ""
     """The service's own id."""
+    trace_id: str = ""
+    """The id of the call's trace, if it has one."""
 
     @classmethod
     def of(
@@ -67,6 +69,7 @@ class AuditContext:
         person: str = "",
         client_address: str = "",
         call_id: str = "",
+        trace_id: str = "",
     ) -> "AuditContext":
         """Build the context; drop ids from the caller that do not have the expected form."""
         if not ACCOUNT_ID.fullmatch(account_id) or (
@@ -86,12 +89,13 @@ class AuditContext:
             person,
             client_address,
             call_id,
+            trace_id,
         )
 
     @property
     def details(self) -> list[str]:
         """The values of `audit_table.DETAIL_COLUMNS`."""
-        return [self.person, self.client_address, self.call_id]
+        return [self.person, self.client_address, self.call_id, self.trace_id]
 
     def fields(self) -> dict[str, str]:
         """Return the fields for the log, except method and peer."""
@@ -102,6 +106,7 @@ class AuditContext:
             "person": self.person,
             "client_address": self.client_address,
             "call_id": self.call_id,
+            "trace_id": self.trace_id,
         }
         return {name: value for name, value in fields.items() if value}
 
@@ -238,6 +243,7 @@ class AuditLog:
             audit_context.person,
             audit_context.client_address,
             audit_context.call_id,
+            audit_context.trace_id,
         )
 
     def _close_samples(self, before: float) -> None:

@@ -150,6 +150,14 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "latchkey_certificate_expiry_seconds": Family(
         "gauge", (), "time until the server's certificate expires; negative: expired"
     ),
+    "latchkey_trace_spans": Family(
+        "counter",
+        ("result",),
+        "spans of traces: exported, dropped because the queue was full, failed at the collector",
+    ),
+    "latchkey_trace_calls_limited": Family(
+        "counter", (), "calls that were not traced because of LATCHKEY_TRACES_PER_SECOND"
+    ),
     "latchkey_event_loop_tasks": Family("gauge", (), "tasks of the event loop"),
     "latchkey_log_lines_dropped": Family(
         "counter", (), "log lines that were dropped because nobody read them"

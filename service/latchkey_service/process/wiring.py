@@ -53,6 +53,7 @@ from latchkey_service.process.periodic import (
     purge_usage,
 )
 from latchkey_service.process.server import SERVICES, Server, Services
+from latchkey_service.process.traces import Traces
 from latchkey_service.process.worker_metrics import WorkerMetrics
 from latchkey_service.release import release
 from latchkey_service.rpc.audit_service import AuditService
@@ -109,11 +110,16 @@ async def running(
         raise PolicyError("a worker needs both the setting and the text of the policy, or neither")
     active_policy = None if text is None else ActivePolicy(policies.parse(text))
     keyring = Keyring(keyring.peppers, settings.accepted_prefixes)
-    connector = Connector(settings.database_url.get_secret_value(), pooler=settings.pooler)
     cache, notify, identity = (
         settings.cache == "on",
         settings.notify == "on",
         _identity(settings, keyring),
+    )
+    traces = Traces(settings, identity.id, time.monotonic)
+    connector = Connector(
+        settings.database_url.get_secret_value(),
+        pooler=settings.pooler,
+        connection_class=traces.connection_class,
     )
     verifier_state: VerifierState[CachedToken] = VerifierState(
         VerdictCache(settings.cache_entries if cache else 0),
@@ -214,8 +220,10 @@ async def running(
     )
     counts, audit_table = Counts(), AuditTable(pool)
     audit = AuditLog(audit_table, time.monotonic, _now)
-    sealer = AuditSealer(ChainTable(pool), ChainKeys(keyring), time.monotonic, random.random)
-    reporter = CallReporter(counts, audit, time.monotonic)
+    sealer, reporter = (
+        AuditSealer(ChainTable(pool), ChainKeys(keyring), time.monotonic, random.random),
+        CallReporter(counts, audit, time.monotonic),
+    )
     managed = ManagedCalls(counts, audit, reporter, time.monotonic, boottime)
     paths = Paths(
         VerifyCalls(
@@ -230,6 +238,7 @@ async def running(
         ),
         managed,
         Streams(reporter, time.monotonic),
+        traces.calls,
     )
     if active_policy is not None:
         _follow_policy(active_policy, paths, audit)
@@ -264,6 +273,7 @@ async def running(
         active_policy=active_policy,
         certificates=server.certificates,
         announcements=announcements,
+        traces=traces,
         seals=management.guard,
         pepper_reports=Reports(),
     )
@@ -334,6 +344,7 @@ async def running(
             primary.close(),
             lookup.close(),
             announcements.close(),
+            traces.close(),
             imported_lookup.close(),
             rates.draws.close(),
             store.close(),

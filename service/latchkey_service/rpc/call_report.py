@@ -12,6 +12,7 @@ from typing import Any, Final, TypeGuard
 
 import structlog
 
+from latchkey_service import tracing
 from latchkey_service.access.methods import METHODS, OPEN
 from latchkey_service.access.policy import ANONYMOUS, Caller
 from latchkey_service.audit.audit_log import AuditContext, AuditLog
@@ -145,7 +146,8 @@ class CallReporter:
             counts.codes[code] += 1
 
     def _count(self, path: str, code: str, reason: str, seconds: float, request_id: str) -> None:
-        """Count a call that failed."""
+        """Count a call that failed, and add its status to its trace."""
+        tracing.failed(code, reason, request_id)
         counts = self._counts.method(path)
         counts.codes[code] += 1
         self._counts.failures[reason] += 1
@@ -217,6 +219,8 @@ class CallReporter:
             fields["reason"] = reason
         if audit_context is not None:
             fields |= audit_context.fields()
+        elif trace_id := tracing.trace_id_of(context.invocation_metadata()):
+            fields["trace_id"] = trace_id
         if error is not None and not isinstance(error, LatchkeyError):
             fields["exc_info"] = _without_values(error)
         elif error is not None:

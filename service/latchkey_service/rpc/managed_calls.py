@@ -19,6 +19,7 @@ from typing import Any, Final, Protocol
 
 import grpc
 
+from latchkey_service import tracing
 from latchkey_service.access import origin
 from latchkey_service.access.authenticator import Authenticator, check_account
 from latchkey_service.access.methods import (
@@ -44,9 +45,16 @@ from latchkey_service.errors import (
 )
 from latchkey_service.rpc.admission import ConcurrencyLimiter, Slot
 from latchkey_service.rpc.call_context import CallContext
-from latchkey_service.rpc.call_report import NEW_IDS, CallReporter, end_with, given_id
+from latchkey_service.rpc.call_report import (
+    NEW_IDS,
+    CallReporter,
+    Metadata,
+    end_with,
+    given_id,
+)
 from latchkey_service.rpc.counters import Counts
 from latchkey_service.rpc.removals import may_narrow
+from latchkey_service.tracing import TRACEPARENT
 
 __all__ = ["ManagedCall", "ManagedCalls", "current_call"]
 
@@ -351,7 +359,15 @@ def _audit_context(
         person=origin.person(metadata) if reports_people and origin.PERSON in headers else "",
         client_address=origin.client_address(metadata) if proxied else "",
         call_id=call_id,
+        trace_id=_trace_id(metadata),
     )
+
+
+def _trace_id(metadata: Metadata) -> str:
+    if tracing.of_task() is None and all(key != TRACEPARENT for key, _ in metadata or ()):
+        # Most callers have no trace.
+        return ""
+    return tracing.trace_id_of(metadata)
 
 
 def _refused_context(

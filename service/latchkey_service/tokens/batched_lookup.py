@@ -18,6 +18,7 @@ import contextlib
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from latchkey_service import tracing
 from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.coherence.snapshot import Snapshot, snapshot_of
 from latchkey_service.errors import (
@@ -83,7 +84,7 @@ class Found(NamedTuple):
 class _Waiter:
     """The digests of one call, the future for the results in the same order, and its deadline."""
 
-    __slots__ = ("deadline", "digests", "future")
+    __slots__ = ("deadline", "digests", "future", "span")
 
     def __init__(
         self, digests: Sequence[bytes], future: "asyncio.Future[list[Found]]", deadline: float
@@ -91,6 +92,8 @@ class _Waiter:
         self.digests = digests
         self.future = future
         self.deadline = deadline
+        # Of the call, if it is recorded.
+        self.span = tracing.of_task()
 
     def fail(self, error: Exception) -> None:
         if not self.future.done():
@@ -199,6 +202,7 @@ class Lookup:
 
     async def _run_queries(self) -> None:
         """Run queries until the queue is empty."""
+        tracing.leave()
         try:
             while self._waiting:
                 batch = self._next_batch()
@@ -305,14 +309,15 @@ class _LookupConnection:
             if wanted := [
                 d for waiter in batch if not waiter.future.done() for d in waiter.digests
             ]:
-                rows = await _find(await self._connection.get(), wanted)
+                connection = await self._connection.get()
+                spans = [waiter.span for waiter in batch if waiter.span is not None]
+                with tracing.joined(spans) if spans else contextlib.nullcontext():
+                    rows = await _find(connection, wanted)
                 _deliver(rows, batch, self._sealer)
         except Exception as failure:  # noqa: BLE001 - every waiter raises it
             error: Exception = failure
-            connection = self._connection.current
-            if not isinstance(failure, LatchkeyError) and (
-                connection is None or connection.is_closed()
-            ):
+            current = self._connection.current
+            if not isinstance(failure, LatchkeyError) and (current is None or current.is_closed()):
                 # The connection was terminated in the meantime, perhaps by `drop`. asyncpg may then
                 # raise AttributeError or RuntimeError if it was about to look up a type.
                 error = StoreUnavailable(NO_ANSWER)

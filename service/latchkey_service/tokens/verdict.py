@@ -87,6 +87,8 @@ class SecretRecord(NamedTuple):
     retire_on_first_use: bool
     seal: bytes | None
     """None: not sealed yet. Empty: it or its token has ended."""
+    ordinal: int = 0
+    """Numbers the secrets of a token in the order in which they were made, from 0."""
     older: bool = False
     """Whether the token has older secrets that are not retired. Only in look-ups of Verify."""
 

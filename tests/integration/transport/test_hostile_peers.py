@@ -27,7 +27,7 @@ from tests.helpers.calls import CHANNEL_OPTIONS, is_serving, outcome
 from tests.helpers.flood import Peer, calls, open_count
 from tests.helpers.free_ports import free_port
 from tests.helpers.servers import serving_as
-from tests.helpers.service_process import Service, service
+from tests.helpers.service_process import PYTHON, Service, service
 from tests.helpers.waiting import eventually
 from tests.integration.transport.listener import ECHO, Serve, call
 
@@ -57,7 +57,7 @@ async def running(
         "data_dir": folder / "data",
         "log_format": "json",
     }
-    with service(folder / "service", **(given | more)) as one:
+    with service(folder / "service", PYTHON, **(given | more)) as one:
         yield one, await one.welcome()
 
 
@@ -248,8 +248,11 @@ async def test_large_anonymous_messages_are_not_received(
 async def test_too_much_metadata_ends_a_worker_and_no_more(database_url: str, folder: Path) -> None:
     """A client that ignores the settings of `grpcio` can fill a worker's memory with metadata. The
     worker is killed, and another one serves."""
-    async with running(folder, database_url, transport="grpcio", memory_mib=150) as (one, address):
-        peer = Peer(address, STRANGER)
+    async with (
+        running(folder, database_url, transport="grpcio", memory_mib=150) as (one, address),
+        contextlib.AsyncExitStack() as stack,
+    ):
+        peer = stack.enter_context(contextlib.closing(Peer(address, STRANGER)))
         peer.send(calls(ECHO, 0))
         field = b"\x10\x01x" + b"\x7f\xe9\x06" + b"a" * 1_000
         block = http2.headers(ECHO) + field * 1_500
@@ -267,4 +270,3 @@ async def test_too_much_metadata_ends_a_worker_and_no_more(database_url: str, fo
         assert "worker killed: too much memory" in one.err
         async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
             await eventually(partial(is_serving, channel), "it serves")
-        peer.close()

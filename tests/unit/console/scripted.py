@@ -62,6 +62,7 @@ class Scripted:
     calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     lists: list[asyncio.Event] = field(default_factory=list)
     limits: latchkey.Limits = field(default_factory=latchkey.Limits)
+    entries: tuple[latchkey.AuditEntry, ...] = ()
 
     async def list_page(
         self, account_id: str, wanted: latchkey.TokenFilter = EVERY, **_: Any
@@ -96,6 +97,10 @@ class Scripted:
     ) -> tuple[latchkey.CallerUsage, ...]:
         self._call("get_usage")
         return self.usage
+
+    async def audit_page(self, wanted: latchkey.AuditFilter, **_: Any) -> latchkey.AuditPage:
+        self._call("audit_page", wanted=wanted)
+        return latchkey.AuditPage(self.entries, "")
 
     async def get_limits(self, account_id: str, **_: Any) -> latchkey.Limits:
         self._call("get_limits")

@@ -3,6 +3,7 @@
 import html
 import re
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,8 +28,8 @@ def addresses(page: str) -> list[str]:
 
 def test_templates_have_no_address_without_the_base_path() -> None:
     """Each address in a template begins with the base path, or with an expression that has it."""
-    folder = resources.files("latchkey_console") / "templates"
-    for file in folder.iterdir():
+    folder = Path(str(resources.files("latchkey_console") / "templates"))
+    for file in folder.rglob("*.html"):
         bare = re.findall(r'(?:href|src|action|formaction)="/[^"]*"', file.read_text("utf-8"))
         assert bare == [], file.name
 

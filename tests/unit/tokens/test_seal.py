@@ -49,6 +49,7 @@ CHANGES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {"expire_time": NOW + timedelta(1)}),
     ({}, {"retire_on_first_use": True}),
     ({}, {"pepper_id": OLD.id}),
+    ({}, {"ordinal": 1}),
 ]
 
 
@@ -72,6 +73,12 @@ def test_seal_of_a_token_without_a_limit_is_that_of_earlier_releases():
     seal = SEALER.seal(token, SECRET)
     assert seal is not None
     assert seal.hex().startswith(earlier)
+
+
+def test_the_order_of_secrets_is_sealed():
+    """No two secrets of a token have each other's seals, nor has a first one any later one's."""
+    seals = {SEALER.seal(TOKEN, SECRET._replace(ordinal=number)) for number in range(20)}
+    assert len(seals) == 20
 
 
 def test_other_fields_are_free():

@@ -14,6 +14,9 @@
   const one = (selector, from = document) => from.querySelector(selector);
   const all = (selector, from = document) => [...from.querySelectorAll(selector)];
 
+  // The URL of the whole list. It names the account if the viewer has several.
+  const home = () => document.body.dataset.home;
+
   // ---- asking the server ----
 
   // A new request for the list aborts the previous one, because answers may arrive out of order.
@@ -45,7 +48,7 @@
     if (dialog) return open(dialog);
     const main = one("main", page);
     // Another server answered, so let the browser load the page and show the answer.
-    if (!main) return location.assign(HOME);
+    if (!main) return location.assign(home());
     dismiss();
     return replaceMain(main, focus);
   }
@@ -192,7 +195,7 @@
     typed = setTimeout(() => {
       const query = new URLSearchParams(new FormData(form));
       [...query].forEach(([name, value]) => value.trim() || query.delete(name));
-      const url = query.size ? `${HOME}?${query}` : HOME;
+      const url = query.size ? `${HOME}?${query}` : home();
       history.replaceState(null, "", url);
       load(url, { focus: `#${document.activeElement?.id || "q"}` });
     }, delay);
@@ -271,15 +274,15 @@
 
   // The URL of the list, even if the page was opened at a dialog's URL.
   const listUrl = () => (location.pathname === HOME ? location.href : closeUrl());
-  const closeUrl = () => one("dialog [data-close]")?.getAttribute("href") ?? HOME;
+  const closeUrl = () => one("dialog [data-close]")?.getAttribute("href") ?? home();
 
   // Keeps the form's input for the next time it opens, unless the user pressed Cancel.
   function close(dialog, { keep = true } = {}) {
     const form = one("form[action$='/tokens']:has(#name)", dialog);
-    const { name, scope, expiry, date } = form?.elements ?? {};
+    const { name, scope, expiry, date, rate } = form?.elements ?? {};
     if (form) {
       draft = keep
-        ? { name: name.value, scope: scope.value, expiry: expiry.value, date: date.value }
+        ? { name: name.value, scope: scope.value, expiry: expiry.value, date: date.value, rate: rate.value }
         : null;
     }
     if (location.pathname !== HOME) {
@@ -319,7 +322,7 @@
       const page = await ask(action, { method: "POST", body });
       const notice = one("#notice", page);
       place(page);
-      if (notice && location.pathname !== HOME) history.replaceState(null, "", HOME);
+      if (notice && location.pathname !== HOME) history.replaceState(null, "", home());
     } catch {
       lost("The request may or may not have taken effect. It is safe to send it again.");
     } finally {
@@ -342,12 +345,15 @@
   const minute = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
   const exact = new Intl.DateTimeFormat(undefined, { dateStyle: "long", timeStyle: "long" });
 
+  const seconds = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "medium" });
+
   function times(from) {
     for (const time of all("time", from)) {
       const at = new Date(time.dateTime);
       if (Number.isNaN(at.getTime())) continue;
       time.title = exact.format(at);
-      const text = "full" in time.dataset ? time.title : minute.format(at);
+      const short = "seconds" in time.dataset ? seconds : minute;
+      const text = "full" in time.dataset ? time.title : short.format(at);
       // Keeps "8:45 PM" on one line.
       time.textContent = text.replace(/(\d)\s(?=\D+$)/, "$1\u00a0");
     }
