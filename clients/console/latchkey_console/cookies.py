@@ -1,5 +1,7 @@
 """The console's cookies: their names, where browsers send them, and what seals their values."""
 
+import json
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,7 +15,7 @@ from starlette.types import ASGIApp
 
 from latchkey_console.state import Box, StateKeys
 
-__all__ = ["CookieRules", "SealedCookie", "Sessions"]
+__all__ = ["CookieRules", "SealedCookie", "Sessions", "fits"]
 
 # Browsers silently drop a cookie whose name and value are longer than 4,096 bytes.
 VALUE_LENGTH_MAX: Final = 3_900
@@ -130,6 +132,11 @@ class Sessions(SessionMiddleware):
         self.signer = cast("TimestampSigner", _Seal(box))
 
 
+def fits(box: Box, session: Mapping[str, Any]) -> bool:
+    """Return whether a session fits into a cookie."""
+    return len(box.seal({"session": json.dumps(session)})) <= VALUE_LENGTH_MAX
+
+
 class _Seal:
     """Stands in for the signer of Starlette's sessions, which passes JSON in base64."""
 
@@ -138,7 +145,7 @@ class _Seal:
 
     def sign(self, value: bytes) -> bytes:
         """Return the sealed session."""
-        sealed = self._box.seal({"session": value.decode()})
+        sealed = self._box.seal({"session": b64decode(value).decode()})
         if len(sealed) > VALUE_LENGTH_MAX:
             # A browser would drop it, and its visitor could never sign in.
             raise ValueError("the session is too large for a cookie")
@@ -149,4 +156,4 @@ class _Seal:
         opened = self._box.open(value.decode("ascii", "replace"), max_age)
         if "session" not in opened:
             raise BadSignature("not sealed by this console")
-        return str(opened["session"]).encode()
+        return b64encode(str(opened["session"]).encode())

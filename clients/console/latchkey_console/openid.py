@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from latchkey_console.accounts import accounts_of
-from latchkey_console.cookies import CookieRules, SealedCookie
+from latchkey_console.cookies import CookieRules, SealedCookie, fits
 from latchkey_console.ended import Ended, Peers
 from latchkey_console.groups import is_member
 from latchkey_console.identity import NotSignedIn, Refused, Viewer, invalid_account_id
@@ -78,6 +78,7 @@ class OpenId:
         self._ended = ended
         self._peers = peers
         self._now = now
+        self._sessions = keys.box("session", now)
         # The provider's proof of the sign-in, which only the sign-out needs. Some are so large that
         # they need a cookie for themselves.
         self._proof = SealedCookie(rules, "-proof", keys, SIGN_IN_SECONDS, now, below=SIGN_OUT)
@@ -154,6 +155,15 @@ class OpenId:
         until = int(self._now().timestamp() + SIGN_IN_SECONDS)
         sign_in = _SignIn(account_id, accounts, _person(claims), until)
         request.session["sign_in"] = asdict(sign_in)
+        if not fits(self._sessions, request.session):
+            new_session(request)
+            _log.warning("sign-in refused: the names of the accounts do not fit into a cookie")
+            raise Refused(
+                403,
+                "Too many accounts",
+                "You are signed in, but the names of your accounts are too long for this page. Ask "
+                "your administrator for a shorter list.",
+            )
         _log.info("signed in: %s", sign_in.whose)
 
         def remember(response: Response) -> None:

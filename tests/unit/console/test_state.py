@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
-from latchkey_console.cookies import VALUE_LENGTH_MAX, CookieRules, SealedCookie, Sessions
+from latchkey_console.cookies import VALUE_LENGTH_MAX, CookieRules, SealedCookie, Sessions, fits
 from latchkey_console.state import StateKeys, read_keys
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -211,3 +211,12 @@ def test_keys_are_not_printed() -> None:
 
     shown = repr(Settings("127.0.0.1", 1, "http://127.0.0.1:1", "t", state_keys=(OLD,)))
     assert "oooo" not in shown
+
+
+@pytest.mark.parametrize(("length", "fit"), [(36, True), (128, False)])
+def test_session_with_many_accounts(length: int, fit: bool) -> None:
+    """A hundred accounts with ids like UUIDs fit into a cookie. A sign-in whose accounts do not is
+    refused with a page, which this check decides."""
+    accounts = [os.urandom(length).hex()[:length] for _ in range(100)]
+    session = {"id": "x" * 32, "sign_in": {"account_id": "", "accounts": accounts, "until": 1}}
+    assert fits(StateKeys().box("session", at), session) is fit
