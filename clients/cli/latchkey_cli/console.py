@@ -168,6 +168,60 @@ def console(
         str | None,
         _option("SUPPORT_URL", "URL", "Where people get help; the page then links to it."),
     ] = None,
+    logo: Annotated[
+        Path | None,
+        _option("LOGO", "FILE", "Your logo, an SVG, PNG or WebP file, in the page's header."),
+    ] = None,
+    theme_css: Annotated[
+        Path | None,
+        _option(
+            "THEME_CSS", "FILE", "Style sheet with your colours and fonts; see docs/console.md."
+        ),
+    ] = None,
+    base_path: Annotated[
+        str,
+        _option(
+            "BASE_PATH",
+            "PATH",
+            "Path below which the page is served, such as /settings/tokens.",
+            default="/",
+        ),
+    ] = "/",
+    no_header: Annotated[
+        bool,
+        typer.Option(
+            "--no-header",
+            envvar=f"{PREFIX}NO_HEADER",
+            show_envvar=False,
+            help="Leave out the page's header, inside a page that has one.",
+        ),
+    ] = False,
+    frame_ancestor: Annotated[
+        list[str] | None,
+        _option(
+            "FRAME_ANCESTOR",
+            "ORIGIN",
+            "Origin whose pages may frame this page, such as https://app.example.com; may be "
+            "repeated.",
+        ),
+    ] = None,
+    state_key_file: Annotated[
+        Path | None,
+        _option(
+            "STATE_KEY_FILE",
+            "FILE",
+            "File with the key that several processes of the page share.",
+        ),
+    ] = None,
+    peer: Annotated[
+        list[str] | None,
+        _option(
+            "PEER",
+            "HOST:PORT",
+            "Where another process of the page listens, so that a sign-out counts there too; may "
+            "be repeated. A name stands for all its addresses.",
+        ),
+    ] = None,
     target: TargetOption = "127.0.0.1:50051",
 ) -> None:
     """Serve the API Tokens web page until Ctrl-C.
@@ -180,10 +234,11 @@ def console(
     LATCHKEY_CONSOLE_OIDC_ISSUER, and so on. Only --target differs: it is
     LATCHKEY_TARGET.
 
+    To run several processes behind a load balancer, give all of them the same
+    --state-key-file, and each the others as --peer.
+
     With --operator-group, it serves the operators' view: find a token of any
     account, the audit log, and the servers. It changes nothing.
-
-    The page keeps open forms and sign-ins in memory: run only one process.
     """
     if not extra.is_installed():
         raise Failure(
@@ -218,6 +273,13 @@ def console(
                 product_name=product_name,
                 api_example_url=api_example_url,
                 support_url=support_url,
+                logo=logo,
+                theme_css=theme_css,
+                base_path=base_path,
+                header=not no_header,
+                frame_ancestors=tuple(frame_ancestor or ()),
+                state_key_file=state_key_file,
+                peers=tuple(peer or ()),
             )
         )
     except settings.SettingsError as error:

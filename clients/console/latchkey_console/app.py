@@ -1,5 +1,6 @@
 """Assembles the application: routes, middleware and error pages."""
 
+import asyncio
 import contextlib
 import logging
 import secrets
@@ -12,28 +13,30 @@ import latchkey
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.sessions import SessionMiddleware
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from latchkey_console.accounts import NotChosen, ProxyAccounts, choose
+from latchkey_console.base_path import BasePath
 from latchkey_console.choosing import Choosing
+from latchkey_console.cookies import CookieRules, Sessions
+from latchkey_console.ended import PEERS_PATH, Ended, Peers
 from latchkey_console.failures import Trouble
 from latchkey_console.frame import Frame
 from latchkey_console.identity import FixedAccount, Identity, NotSignedIn, ProxyHeader, Refused
 from latchkey_console.lifecycle import Lifecycle
-from latchkey_console.openid import SIGN_IN_SECONDS, OpenId
+from latchkey_console.openid import SIGN_IN_SECONDS, SIGN_OUT, OpenId
 from latchkey_console.operations import Operations
 from latchkey_console.operators import ProxyOperators
 from latchkey_console.pages import Pages
 from latchkey_console.protection import BadForm, Protection, Seals, read_form, session_id
 from latchkey_console.rendering import Renderer, is_part
-from latchkey_console.reviewed import Reviewed
 from latchkey_console.selection import Selection
 from latchkey_console.settings import ProxySettings, Settings
 from latchkey_console.showing import Displays
+from latchkey_console.state import StateKeys
 
 __all__ = ["HEALTH", "make_app"]
 
@@ -65,10 +68,18 @@ def make_app(
     `client` replaces the client for the settings' target.
     """
     client = client or latchkey.Client(settings.target)
-    # A new key at each start ends the sessions and forms of the previous process, whose data is
-    # lost anyway.
-    key = secrets.token_urlsafe(32)
-    renderer = Renderer(settings.brand)
+    # Without keys in a file, a new one at each start ends the sessions of the previous process.
+    keys = StateKeys(settings.state_keys)
+    embedding = settings.embedding
+    rules = CookieRules(
+        settings.cookie_name,
+        f"{embedding.base_path}/",
+        secure=settings.https,
+        framed=settings.https and bool(embedding.frame_ancestors),
+    )
+    renderer = Renderer(settings.brand, embedding, rules)
+    ended = Ended(now)
+    peers = Peers(ended, settings.peers, keys, embedding.base_path, now)
     openid: OpenId | None = None
     identity: Identity
     if settings.account is not None:
@@ -76,45 +87,46 @@ def make_app(
     elif settings.proxy is not None:
         identity = _proxied(settings.proxy)
     elif settings.openid is not None:
-        identity = openid = OpenId(settings.openid, settings.public_url, monotonic)
+        identity = openid = OpenId(
+            settings.openid, settings.home_url, rules, keys, ended, peers, now
+        )
     else:
         raise ValueError("the settings do not say how to identify visitors")
-    seals = Seals(key)
+    seals = Seals(keys.signing("forms"))
     if settings.is_for_operators:
         routes = Operations(client, identity, seals, renderer, now).routes()
         errors = _Errors(renderer, openid, _OPERATORS_START)
     else:
-        reviewed = Reviewed(settings.cookie_name, secure=settings.https)
-        frame = Frame(client, identity, seals, renderer, reviewed, now, monotonic)
-        routes = _token_routes(frame, renderer)
+        frame = Frame(client, identity, seals, renderer, rules, keys, now, monotonic)
+        displays = Displays(client, rules, keys, now, monotonic)
+        routes = _token_routes(frame, displays, renderer)
         if settings.has_accounts:
             routes += Choosing(frame, renderer).routes()
         errors = _Errors(renderer, openid, _START)
     routes += [
         Route("/static/{version}/{name}", renderer.static),
         Route(HEALTH, _health),
+        Route(PEERS_PATH, peers.serve, methods=["POST"]),
     ]
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         async with client:
-            yield
+            await peers.fetch()
+            fetching = asyncio.create_task(peers.fetch_regularly())
+            try:
+                yield
+            finally:
+                fetching.cancel()
 
     if openid is not None:
         routes += _SignIn(openid, seals, renderer).routes()
-    secure = settings.https
     app = Starlette(
         routes=routes,
         lifespan=lifespan,
         middleware=[
             Middleware(
-                SessionMiddleware,
-                secret_key=key,
-                session_cookie=settings.cookie_name,
-                max_age=int(SIGN_IN_SECONDS),
-                # Not strict: the provider's redirect to this page comes from another site.
-                same_site="lax",
-                https_only=secure,
+                Sessions, rules=rules, box=keys.box("session", now), max_age=SIGN_IN_SECONDS
             ),
         ],
         exception_handlers={
@@ -125,13 +137,18 @@ def make_app(
             Exception: errors.unexpected,
         },
     )
+    # It would redirect to addresses without the base path.
+    app.router.redirect_slashes = False
     # Wraps the whole app: Starlette's own middleware would not see the answer to a crash.
-    return Protection(
+    open_paths = frozenset({HEALTH, PEERS_PATH})
+    protected = Protection(
         app,
         hosts=settings.hosts,
-        scheme="https" if secure else "http",
-        open_paths=frozenset({HEALTH}),
+        scheme="https" if settings.https else "http",
+        open_paths=open_paths,
+        frame_ancestors=embedding.frame_ancestors,
     )
+    return BasePath(protected, embedding.base_path, open_paths)
 
 
 def _proxied(settings: ProxySettings) -> Identity:
@@ -141,9 +158,8 @@ def _proxied(settings: ProxySettings) -> Identity:
     return ProxyAccounts(settings) if settings.several else ProxyHeader(settings)
 
 
-def _token_routes(frame: Frame, renderer: Renderer) -> list[Route]:
+def _token_routes(frame: Frame, displays: Displays, renderer: Renderer) -> list[Route]:
     """Return the routes of the API Tokens page."""
-    displays = Displays(frame.monotonic)
     pages = Pages(frame, displays)
     return [
         Route("/", pages.index),
@@ -176,7 +192,7 @@ class _SignIn:
         return [
             Route("/sign-in", self.sign_in),
             Route("/signed-in", self.signed_in),
-            Route("/sign-out", self.sign_out, methods=["POST"]),
+            Route(SIGN_OUT, self.sign_out, methods=["POST"]),
             Route("/signed-out", self.signed_out),
         ]
 
@@ -187,10 +203,12 @@ class _SignIn:
     async def signed_in(self, request: Request) -> Response:
         """Complete the sign-in and redirect the browser to the page it first asked for."""
         wanted, draft = request.session.get("return", "/"), request.session.get("draft")
-        await self._openid.finish(request)
+        remember = await self._openid.finish(request)
         if draft is not None:
             request.session["draft"] = draft
-        return RedirectResponse(wanted if isinstance(wanted, str) else "/", 303)
+        response = self._renderer.redirect(wanted if isinstance(wanted, str) else "/")
+        remember(response)
+        return response
 
     async def sign_out(self, request: Request) -> Response:
         """End the session here, then at the provider."""
@@ -201,7 +219,7 @@ class _SignIn:
         try:
             viewer = self._openid.viewer(request)
         except NotSignedIn:
-            return RedirectResponse("/signed-out", 303)
+            return self._renderer.redirect("/signed-out")
         try:
             account_id = choose(viewer, fields.get("account", "")).account_id
         except NotChosen:
@@ -211,7 +229,7 @@ class _SignIn:
             raise Refused(403, "You are still signed in", "Go back and use the Sign out button.")
         url = await self._openid.end(request)
         if url is None:
-            return RedirectResponse("/signed-out", 303)
+            return self._renderer.redirect("/signed-out")
         # Not a plain redirect: the content security policy keeps forms on this site.
         message = Trouble(
             200,
@@ -245,7 +263,7 @@ class _Errors:
             wanted = request.url.path + (f"?{request.url.query}" if request.url.query else "")
             if request.url.path in _RETURNS and len(wanted) <= _RETURN_LENGTH_MAX:
                 request.session["return"] = wanted
-            return RedirectResponse("/sign-in", 303)
+            return self._renderer.redirect("/sign-in")
         message = Trouble(
             401, "You are no longer signed in", "Nothing was changed. Sign in and try again."
         )
@@ -256,7 +274,7 @@ class _Errors:
     async def not_chosen(self, request: Request, _: Exception) -> Response:
         """Let the visitor choose an account, or report that a submitted form had no effect."""
         if request.method in ("GET", "HEAD") and not is_part(request):
-            return RedirectResponse("/accounts", 303)
+            return self._renderer.redirect("/accounts")
         message = Trouble(
             400,
             "Choose an account first",

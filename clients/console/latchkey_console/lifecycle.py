@@ -7,15 +7,16 @@ from typing import Any, Final
 
 import latchkey
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
+from latchkey_console.creation import Different
 from latchkey_console.editing import EditForm, ReplaceForm, ends_within
 from latchkey_console.failures import is_refusal, trouble
 from latchkey_console.forms import durations, expiries, last_day
 from latchkey_console.frame import Frame, Notice, Visit, read_fields, unchanged
-from latchkey_console.replacing import Changed, NotReplaced, Replaced, Replacements
-from latchkey_console.showing import Displays
+from latchkey_console.replacing import NotReplaced, Replacements
+from latchkey_console.showing import Displays, NewSecret, place_of
 
 __all__ = ["Lifecycle"]
 
@@ -46,7 +47,8 @@ class Lifecycle:
         self._frame = frame
         self._client = frame.client
         self._may_audit = True
-        self._replacements = Replacements(frame.client, displays, frame.now, frame.monotonic)
+        self._displays = displays
+        self._replacements = Replacements(frame.client, frame.now)
 
     def routes(self) -> list[Route]:
         """Return the routes of these pages."""
@@ -128,11 +130,19 @@ class Lifecycle:
             status = 403 if mark is None else 422
             error = _STALE if mark is None else "Choose when the old secret stops working."
             return await self._replace_again(request, visit, token_id, form, error, status)
-        outcome = await self._replacements.replace(mark, visit.owner, visit.account_id, wanted)
+        used = self._displays.used(request, visit.owner, mark, wanted)
+        if used is not None:
+            if used.same:
+                return self._frame.redirect(f"/created/{used.place}{visit.filter.query}")
+            return await self._replace_again(request, visit, token_id, form, _AGAIN, 409)
+        outcome = await self._replacements.replace(mark, visit.account_id, wanted)
         match outcome:
-            case Replaced():
-                return RedirectResponse(f"/created/{outcome.place}{visit.filter.query}", 303)
-            case Changed():
+            case NewSecret():
+                place = place_of(mark)
+                response = self._frame.redirect(f"/created/{place}{visit.filter.query}")
+                self._displays.leave(request, response, visit.owner, mark, wanted, outcome)
+                return response
+            case Different():
                 return await self._replace_again(request, visit, token_id, form, _AGAIN, 409)
             case NotReplaced():
                 return await self._not_replaced(request, visit, token_id, form, outcome, fields)
@@ -158,7 +168,7 @@ class Lifecycle:
         if isinstance(changes, EditForm):
             return await self._edit_again(request, visit, token_id, changes, 422)
         if not changes:
-            return RedirectResponse(f"/{visit.filter.query}", 303)
+            return self._frame.redirect(f"/{visit.filter.query}")
         try:
             change = await self._client.update(visit.account_id, token_id, **changes)
         except latchkey.NotFound:
@@ -247,8 +257,7 @@ class Lifecycle:
             self._frame.milliseconds_since(began),
             change.receipt,
         )
-        self._frame.leave(visit, notice)
-        return RedirectResponse(f"/{visit.filter.query}", 303)
+        return self._frame.done(visit, notice)
 
     async def _not_replaced(
         self,

@@ -12,7 +12,7 @@ from urllib.parse import urlencode
 
 import latchkey
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from latchkey_console.failures import Trouble, trouble
@@ -79,7 +79,7 @@ class Operations:
         text = query.get("q", "").strip()
         values: dict[str, Any] = {"text": "", "found": None, "mistake": "", "next": ""}
         if TOKEN_ID.fullmatch(text):
-            return RedirectResponse(f"/token?{urlencode({'id': text})}", 303)
+            return self._renderer.redirect(f"/token?{urlencode({'id': text})}")
         if not text:
             return self._page(request, viewer, "search", values)
         if len(text) not in HINT_LENGTHS:

@@ -8,6 +8,8 @@
   const WAIT_MS = 30_000;
   const TYPING_MS = 200;
   const COPIED_MS = 2_500;
+  // Where the list is: "/", or a path that ends with a slash.
+  const HOME = `${document.documentElement.dataset.base}/`;
   const byId = (id) => document.getElementById(id);
   const one = (selector, from = document) => from.querySelector(selector);
   const all = (selector, from = document) => [...from.querySelectorAll(selector)];
@@ -56,12 +58,12 @@
     byId("main").setAttribute("aria-busy", "true");
     const to = new URL(url, location.href);
     // Keep the number of rows for the list behind the dialog.
-    const shown = location.pathname === "/" && new URLSearchParams(location.search).get("show");
-    if (to.pathname !== "/" && shown) to.searchParams.set("show", shown);
+    const shown = location.pathname === HOME && new URLSearchParams(location.search).get("show");
+    if (to.pathname !== HOME && shown) to.searchParams.set("show", shown);
     try {
       const page = await ask(to, { signal });
       if (signal.aborted) return;
-      if (push && to.pathname === "/") history.pushState(null, "", to);
+      if (push && to.pathname === HOME) history.pushState(null, "", to);
       place(page, { focus });
     } catch {
       if (!signal.aborted) lost("Nothing was changed. Try again.");
@@ -193,7 +195,7 @@
     typed = setTimeout(() => {
       const query = new URLSearchParams(new FormData(form));
       [...query].forEach(([name, value]) => value.trim() || query.delete(name));
-      const url = query.size ? `/?${query}` : home();
+      const url = query.size ? `${HOME}?${query}` : home();
       history.replaceState(null, "", url);
       load(url, { focus: `#${document.activeElement?.id || "q"}` });
     }, delay);
@@ -233,7 +235,7 @@
     times(dialog);
     byId("dialog").replaceChildren(dialog);
     all("[inert]").forEach((element) => element.removeAttribute("inert"));
-    const form = one("form[action='/tokens']:has(#name)", dialog);
+    const form = one("form[action$='/tokens']:has(#name)", dialog);
     if (form) prepare(form, Boolean(before));
     const date = one("#date", dialog);
     if (date) date.min = today();
@@ -271,19 +273,19 @@
   }
 
   // The URL of the list, even if the page was opened at a dialog's URL.
-  const listUrl = () => (location.pathname === "/" ? location.href : closeUrl());
+  const listUrl = () => (location.pathname === HOME ? location.href : closeUrl());
   const closeUrl = () => one("dialog [data-close]")?.getAttribute("href") ?? home();
 
   // Keeps the form's input for the next time it opens, unless the user pressed Cancel.
   function close(dialog, { keep = true } = {}) {
-    const form = one("form[action='/tokens']:has(#name)", dialog);
+    const form = one("form[action$='/tokens']:has(#name)", dialog);
     const { name, scope, expiry, date, rate } = form?.elements ?? {};
     if (form) {
       draft = keep
         ? { name: name.value, scope: scope.value, expiry: expiry.value, date: date.value, rate: rate.value }
         : null;
     }
-    if (location.pathname !== "/") {
+    if (location.pathname !== HOME) {
       const url = closeUrl();
       history.replaceState(null, "", url);
       if (!byId("rows")) load(url);
@@ -320,7 +322,7 @@
       const page = await ask(action, { method: "POST", body });
       const notice = one("#notice", page);
       place(page);
-      if (notice && location.pathname !== "/") history.replaceState(null, "", home());
+      if (notice && location.pathname !== HOME) history.replaceState(null, "", home());
     } catch {
       lost("The request may or may not have taken effect. It is safe to send it again.");
     } finally {
@@ -451,7 +453,7 @@
   }
 
   addEventListener("popstate", () => {
-    if (location.pathname === "/") load(location.href, { focus: "main" });
+    if (location.pathname === HOME) load(location.href, { focus: "main" });
     else location.reload();
   });
 
