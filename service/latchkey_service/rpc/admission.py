@@ -106,8 +106,8 @@ class ConcurrencyLimiter:
         self._removals_in_a_row = 0
         self._numbers = itertools.count()
         self._queue_limit = QueueLimit(count * STANDING, count * BURST)
-        # When a call last succeeded, or the queue formed, by the clock `_answering`; and whether
-        # the last call failed because of the database.
+        # When a call last succeeded while others waited, or the queue formed, by the clock
+        # `_answering`; and whether the last call failed because of the database.
         self._progress_at = 0.0
         self._failing = False
         self._call_seconds = 0.0
@@ -179,7 +179,8 @@ class ConcurrencyLimiter:
             self._failing = True
         elif not isinstance(error, asyncio.CancelledError):
             self._failing = False
-            self._progress_at = self._answering()
+            if self.queued:
+                self._progress_at = self._answering()
             held_seconds = self._monotonic() - since
             self._call_seconds += SMOOTHING * (held_seconds - self._call_seconds)
         self._pass_on()

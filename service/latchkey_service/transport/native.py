@@ -37,6 +37,7 @@ from pygrpc_native import EVENT_CANCEL, STREAM_CLOSED, STREAM_FULL
 
 from latchkey_service.errors import (
     INTERNAL_MESSAGE,
+    PUSHBACK_METADATA,
     LatchkeyError,
     StatusParts,
     TimeoutMalformed,
@@ -44,21 +45,17 @@ from latchkey_service.errors import (
 )
 from latchkey_service.settings.logs import logger
 from latchkey_service.tokens.fair_queue import SMALL_BYTES
-from latchkey_service.transport.native_events import (
-    Event,
-    has_malformed_timeout,
-    seconds_left,
-    sendable,
-)
 from latchkey_service.transport.native_queues import (
     ALONE_SECONDS,
     OPEN_IN_TURN,
     VERIFIES_ALONE,
+    Event,
     Queue,
     Queues,
+    seconds_left,
 )
 
-__all__ = ["Reject", "Screen", "Server"]
+__all__ = ["Reject", "Screen", "Server", "metadata_of"]
 
 # How many calls may start before new ones are fetched, and how many are fetched at most.
 FETCH_AFTER: Final = 48
@@ -426,3 +423,27 @@ class Server(pygrpc_native.aio.Server):
             self._delayed[call_id] = loop.call_later(delay_seconds, fail_late)
         else:
             fail()
+
+
+def metadata_of(context: Any) -> Any:
+    """Return the metadata of a call as key-value pairs, or None.
+
+    Reads a private attribute. The public method converts all pairs to named tuples first, which
+    would cost a Verify more than the rest of its authorization. Streams reach grpcio's part of the
+    library, whose contexts lack that attribute.
+    """
+    try:
+        return context._call.metadata  # noqa: SLF001 - see above; the version is pinned
+    except AttributeError:
+        return context.invocation_metadata()
+
+
+def sendable(trailing_metadata: Any) -> list[tuple[str, str | bytes]]:
+    """Return the metadata without the key at which the library (0.5.0) would drop the answer."""
+    return [pair for pair in trailing_metadata if pair[0] != PUSHBACK_METADATA]
+
+
+def has_malformed_timeout(event: Event) -> bool:
+    """Return whether the call has a header `grpc-timeout`, but no deadline."""
+    # Without the header, this field has the peer's address, which is text.
+    return event[4].__class__ is bytes and event[5][2] is None

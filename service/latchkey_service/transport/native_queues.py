@@ -5,7 +5,7 @@ Owns which calls wait and in which order they leave. `native.py` lets them wait,
 
 import sys
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from latchkey_service.access.methods import (
     BATCH_VERIFY,
@@ -18,7 +18,6 @@ from latchkey_service.access.methods import (
 )
 from latchkey_service.tokens.fair_queue import FairQueue
 from latchkey_service.tokens.queue_limit import QueueLimit
-from latchkey_service.transport.native_events import Event, with_time_left
 
 __all__ = [
     "ALONE_SECONDS",
@@ -30,8 +29,10 @@ __all__ = [
     "STANDING",
     "VERIFIES_ALONE",
     "VERIFIES_IN_TURN",
+    "Event",
     "Queue",
     "Queues",
+    "seconds_left",
 ]
 
 # Calls started per turn: some 0.2 ms for each queue. A batch may contain a thousand verifies. Turns
@@ -51,6 +52,9 @@ BURST: Final = 5_000
 # batches.
 QUEUED_BYTES_MAX: Final = 32 * 1024 * 1024
 
+# Of the library: kind, number of the call, number of the method, request, header or peer, details.
+Event = Sequence[Any]
+
 
 class Queue:
     """Calls that wait to start, each with its arrival time."""
@@ -62,7 +66,7 @@ class Queue:
 
     def take(self, count: int, now: float) -> list[Event]:
         """Remove and return the next `count` calls, or fewer."""
-        return [with_time_left(now, came, event) for came, event in self.waiting.take(count)]
+        return [_with_time_left(now, came, event) for came, event in self.waiting.take(count)]
 
     def has_room(self, size_bytes: int, now: float) -> bool:
         """Return whether another call may wait."""
@@ -109,3 +113,19 @@ class Queues:
     def take_all(self) -> list[Event]:
         """Remove and return all calls."""
         return [event for queue in self.all for _, event in queue.waiting.take(sys.maxsize)]
+
+
+def seconds_left(event: Event) -> float | None:
+    """Return the caller's remaining time when the event was fetched; None means no limit."""
+    _, _, seconds = event[5]
+    return None if seconds is None else float(seconds)
+
+
+def _with_time_left(now: float, came: float, event: Event) -> Event:
+    """Return the event with the caller's remaining time updated."""
+    seconds = seconds_left(event)
+    # After a wait of less than a turn, updating it is not worth the cost.
+    if seconds is None or now - came < 0.001:
+        return event
+    metadata, peer, _ = event[5]
+    return (*event[:5], (metadata, peer, max(0.0, seconds - (now - came))))
