@@ -29,6 +29,7 @@ from latchkey_service.tokens.token_store import TokenStore
 
 from tests.helpers.databases import drop_database
 from tests.helpers.fork_server import Forked, fork_server
+from tests.helpers.forked_service import forks_services
 from tests.helpers.measured import (
     data_file,
     pytest_runtest_protocol,  # noqa: F401 - pytest calls the hook
@@ -84,7 +85,7 @@ TESTS = Path(__file__).parent
 FAULTS = TESTS / "faults"
 # What starts first: groups, which one worker runs, and folders, those that take longest before the
 # others. A worker must not have a long one left when the others have finished.
-GROUPS_FIRST = ("faults", "browser", "history", "failover", "soak")
+GROUPS_FIRST = ("faults", "browser", "recovery", "history", "failover", "soak")
 FIRST = (*GROUPS_FIRST, "fuzz", "integration", "contract", "console")
 # Fixtures that install a program where it is missing.
 INSTALLING = {"axe", "grpcurl", "one_browser", "pgbouncer", "signed"}
@@ -162,6 +163,13 @@ def forked(scratch: Path, pytestconfig: pytest.Config) -> Iterator[Forked]:
         yield command
 
 
+@pytest.fixture(scope="session", autouse=True)
+def forked_services(scratch: Path) -> Iterator[None]:
+    """Services start as forks of a process that has imported them."""
+    with forks_services(scratch / "services"):
+        yield
+
+
 @pytest.fixture(scope="session")
 def latchkey(scratch: Path, forked: Forked) -> Path:
     """A program for shells that runs the command line tool as `forked` does."""
@@ -237,15 +245,17 @@ async def own_address(settings: Settings) -> AsyncIterator[str]:
 async def shared_servers(
     postgres_url: str, template_url: str, pepper_file: Path
 ) -> AsyncIterator[Callable[..., Awaitable[tuple[str, asyncpg.Connection[asyncpg.Record]]]]]:
-    """Servers that tests share, one for each transport and lease length, each with a connection to
-    its database."""
-    started: dict[tuple[str, float], tuple[str, asyncpg.Connection[asyncpg.Record]]] = {}
+    """Servers that tests share, one for each transport, lease length and prefixes of imported
+    secrets, each with a connection to its database."""
+    started: dict[
+        tuple[str, float, str | None], tuple[str, asyncpg.Connection[asyncpg.Record]]
+    ] = {}
     async with contextlib.AsyncExitStack() as stack:
 
         async def shared(
-            transport: str, lease_seconds: float = 3.0
+            transport: str, lease_seconds: float = 3.0, imported_prefixes: str | None = None
         ) -> tuple[str, asyncpg.Connection[asyncpg.Record]]:
-            key = (transport, lease_seconds)
+            key = (transport, lease_seconds, imported_prefixes)
             if key not in started:
                 name = f"shared_{transport}_{len(started)}"
                 await execute(postgres_url, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
@@ -253,7 +263,12 @@ async def shared_servers(
                 connection = await asyncpg.connect(url)
                 stack.push_async_callback(connection.close)
                 settings = make_settings(url, pepper_file, transport)
-                settings = settings.model_copy(update={"lease_seconds": lease_seconds})
+                settings = settings.model_copy(
+                    update={
+                        "lease_seconds": lease_seconds,
+                        "imported_prefixes": imported_prefixes,
+                    }
+                )
                 address = await stack.enter_async_context(serving(settings))
                 started[key] = (address, connection)
             return started[key]

@@ -6,6 +6,7 @@ the users of a VerdictCache: `VerifierState` in the service, `Subscription` in t
 
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Final, Generic, NamedTuple, TypeVar
 
 __all__ = ["HISTORY_MAX", "NOWHERE", "Entry", "Position", "VerdictCache"]
@@ -35,18 +36,16 @@ NOWHERE: Final = Position(0, 0)
 """The position of a cache that does not know a history yet."""
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Entry:
-    """A cached value. Subclasses add fields, with `__slots__` to keep entries small."""
+    """A cached value. Subclasses add fields, with slots to keep entries small."""
 
-    __slots__ = ("keep_until", "token_id", "used")
-
-    def __init__(self, token_id: str, keep_until: float) -> None:
-        self.token_id = token_id
-        # Seconds on the process's clock. From then on readers ignore the entry. This bounds the
-        # damage of every fault that the protocol does not cover (rule 12).
-        self.keep_until = keep_until
-        # Set by readers that answer with the entry. Eviction prefers entries that were not used.
-        self.used = False
+    token_id: str
+    keep_until: float
+    """Seconds on the process's clock. From then on readers ignore the entry. This bounds the damage
+    of every fault that the protocol does not cover (rule 12)."""
+    used: bool = field(default=False, init=False)
+    """Set by readers that answer with the entry. Eviction prefers entries that were not used."""
 
 
 E = TypeVar("E", bound=Entry)

@@ -79,6 +79,7 @@ INTERNAL_MESSAGE = "Internal error. The server log has the cause under this requ
 RETRY_DELAY_SECONDS = 0.25
 TOO_LATE = "The answer would arrive after the deadline; try again shortly."
 NO_ANSWER = "The database does not respond; try again shortly."
+BUSY = "This server is too busy to read the database's answers in time; try again shortly."
 CHANGING_OVER = "The database is failing over; try again shortly."
 
 

@@ -21,14 +21,16 @@ class Exemplar(NamedTuple):
 
 
 class Histogram:
-    """Observations by bucket. One thread only."""
+    """Observations by bucket. One thread only.
 
-    __slots__ = ("_first", "bounds", "counts", "exemplars", "total")
+    The path of a Verify counts in `counts` and `total` itself (`rpc/verify_calls.py`).
+    """
+
+    __slots__ = ("bounds", "counts", "exemplars", "total")
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds = tuple(bounds)
         """The upper bounds of the buckets, inclusive and rising. A last bucket has no bound."""
-        self._first = self.bounds[0]
         self.counts = [0] * (len(self.bounds) + 1)
         """The observations in each bucket, without those in smaller ones."""
         self.total = 0.0
@@ -38,8 +40,7 @@ class Histogram:
 
     def observe(self, value: float, request_id: str = "") -> None:
         """Count one observation. With a `request_id`, keep it as an exemplar."""
-        # Every warm Verify is in the first bucket.
-        bucket = 0 if value <= self._first else bisect_left(self.bounds, value)
+        bucket = bisect_left(self.bounds, value)
         self.counts[bucket] += 1
         self.total += value
         if request_id:

@@ -35,7 +35,7 @@ __all__ = ["SECONDS_MAX", "TITLE", "Slice", "document", "lines", "measure", "pro
 
 TITLE = "anonymous flood"
 LISTENERS = ("native", "tls")
-ROUNDS, SECONDS = 5, 3.0
+ROUNDS, SECONDS = 6, 3.0
 QUICK_ROUNDS, QUICK_SECONDS = 1, 2.0
 # The share of the run that this part may take.
 SECONDS_MAX = 120.0
@@ -47,8 +47,8 @@ CONNECTIONS = 50
 # The flood connects, and its first calls are answered, before a slice is measured.
 SETTLE_SECONDS = 1.5
 GOODPUT_MIN, P99_MAX = 0.9, 5.0
-# From the first half of the rounds to the second.
-GROWTH_MAX = 0.2
+# From the middle third of the rounds to the last.
+GROWTH_MAX = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,20 +78,22 @@ class Result:
         return statistics.median(f.p99_ms / q.p99_ms for q, f in self._rounds())
 
     @property
-    def peaks(self) -> tuple[float, float]:
-        """Return the worker's largest memory in the first half of the rounds and in the second.
+    def thirds(self) -> tuple[float, float]:
+        """Return the worker's median memory in the middle third of the rounds and in the last.
 
-        A round's memory alone says little: the allocator keeps that of a burst for a while.
+        The first third does not count. The allocator keeps the memory of a burst, and the refusals
+        of the first floods wait for up to half a minute, so memory grows until both are full.
         """
         rounds = [max(q.resident_mib, f.resident_mib) for q, f in self._rounds()]
-        half = (len(rounds) + 1) // 2
-        return max(rounds[:half]), max(rounds[half:] or rounds)
+        third = max(1, len(rounds) // 3)
+        last = statistics.median(rounds[-third:])
+        return statistics.median(rounds[third:-third] or [last]), last
 
     @property
     def growth(self) -> float:
-        """Return by which share memory grew from the first half of the rounds to the second."""
-        first, second = self.peaks
-        return second / first - 1
+        """Return by which share memory grew from the middle third of the rounds to the last."""
+        middle, last = self.thirds
+        return last / middle - 1
 
     def _rounds(self) -> list[tuple[Slice, Slice]]:
         return list(zip(self.quiet, self.flooded, strict=True))
@@ -223,7 +225,7 @@ def lines(results: dict[str, Result]) -> list[str]:
     return [
         f"{TITLE}, {name}: goodput {found.goodput:.2f}, p99 {found.p99:.1f} times that without it "
         f"({statistics.median(s.p99_ms for s in found.quiet):.1f} ms), memory "
-        f"{found.peaks[0]:.0f} to {found.peaks[1]:.0f} MiB"
+        f"{found.thirds[0]:.0f} to {found.thirds[1]:.0f} MiB"
         for name, found in results.items()
     ]
 

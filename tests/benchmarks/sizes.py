@@ -50,13 +50,13 @@ WITH numbers AS (SELECT n, 'tok_' || lpad(n::text, 26, '0') AS id,
                    FROM generate_series($1::bigint, $2::bigint) n),
 tokens AS (
     INSERT INTO token (id, account_id, name, name_key, scope, create_time, expire_time, hint,
-                       labels, disable_time)
+                       labels, disable_time, seal)
     SELECT id, CASE WHEN n < {ACCOUNT_MAX} THEN '{ACCOUNT}' ELSE 'other-' || n / 1000 END,
            'token ' || n, 'token ' || n, CASE WHEN n % 10 = 0 THEN 2 ELSE 1 END, made,
            CASE WHEN n % 3 = 0 THEN $3::timestamptz + (n % 1000 - 100) * interval '1 day' END,
            'lk_…' || lpad(to_hex(n % 65536), 4, '0'),
            CASE WHEN n % 100 = 0 THEN '{{"team": "data"}}' ELSE '{{}}' END::jsonb,
-           CASE WHEN n % 50 = 0 THEN made END
+           CASE WHEN n % 50 = 0 THEN made END, ''
       FROM numbers),
 uses AS (
     INSERT INTO token_usage (token_id, hint, caller, first_time, last_time)
@@ -68,7 +68,7 @@ orders AS (
            CASE WHEN n % 3 <> 1 THEN $3::timestamptz - (n % 200) * interval '1 day'
                 ELSE '-infinity' END
       FROM numbers)
--- Nobody has these secrets. With a seal, the service need not seal them.
+-- Nobody has these secrets. Without seals, the service would seal a million rows during the run.
 INSERT INTO secret (digest, pepper_id, token_id, create_time, seal)
 SELECT decode(lpad(to_hex(n), 64, '0'), 'hex'), $4, id, made, ''
   FROM numbers WHERE n % $5::bigint <> 0
@@ -161,7 +161,8 @@ def _stamp(time: datetime) -> Timestamp:
 
 def _lists(tokens: int) -> dict[str, pb.ListRequest]:
     """Return the measured lists of an account with so many tokens."""
-    soon, before = _stamp(NOW + timedelta(days=14)), _stamp(NOW - timedelta(days=90))
+    # In so many days, more tokens expire than fit on a page, also among 10,000.
+    soon, before = _stamp(NOW + timedelta(days=21)), _stamp(NOW - timedelta(days=90))
     active = pb.TOKEN_STATE_ACTIVE
     spread = [f"tok_{n * (tokens // 100):026}" for n in range(100)]
     requests: dict[str, dict[str, Any]] = {

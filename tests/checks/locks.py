@@ -77,6 +77,13 @@ def wanted(root: Path) -> Mapping[str, Sequence[str]]:
         ]
         for of_guards in (False, True)
     )
+    # Container images can export traces without another build.
+    tracing = [
+        text
+        for member in members
+        if member.name == "latchkey-service"
+        for text in member.extras["tracing"]
+    ]
     build = [
         line
         for line in (root / "requirements/build.in").read_text("utf-8").splitlines()
@@ -85,7 +92,7 @@ def wanted(root: Path) -> Mapping[str, Sequence[str]]:
     groups = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["dependency-groups"]
     return {
         "run.txt": [*runtime, *own, *build],
-        "service.txt": runtime,
+        "service.txt": [*runtime, *tracing],
         "dev.txt": [*runtime, *own, *frameworks, *build, *groups["dev"]],
     }
 

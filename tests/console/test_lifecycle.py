@@ -133,8 +133,11 @@ def test_replaced_secret_is_shown_once(browser: Browser, world: World, script: b
 def test_review_cards_mend(browser: Browser, world: World, script: bool) -> None:
     """A card leads to the remedy for the most urgent of its tokens."""
     world.create("late", ttl={"seconds": 9 * DAY})
+    world.create("forever")
     first = world.create("soon", ttl={"seconds": 2 * DAY})
     browser.open()
+    # A replacement would keep the expiry.
+    assert browser.text("#remedy-never-expires") == "Edit forever"
     assert browser.text("#remedy-expires-soon") == "Replace soon"
     browser.click("#remedy-expires-soon")
     assert "Replace the secret of soon" in browser.text("dialog h2")

@@ -54,11 +54,15 @@ def test_each_finding_is_counted_explained_and_filtered(
         "write": 1,
     }
     for kind, name, why in (
-        ("never-expires", "forever", "A leaked copy works until someone notices"),
+        (
+            "never-expires",
+            "forever",
+            "If a copy leaks, it works until someone notices. Set an expiry.",
+        ),
         ("expires-soon", "expires soon", "Expires within 14 days"),
-        ("expired", "expired", "Already refused everywhere"),
+        ("expired", "expired", "refused everywhere"),
         ("old", "aged", "over 180 days old"),
-        ("write", "writes", "Anyone who holds it can change things"),
+        ("write", "writes", "Whoever has the secret can change data"),
     ):
         assert why in browser.text(f"[data-review={kind}]")
         browser.click(f"[data-review={kind}]")

@@ -43,6 +43,8 @@ async def test_counts_are_the_findings_of_all_rows(address: str, shared_servers:
                 "UPDATE token SET create_time = $2, expire_time = $3 WHERE id = $1",
                 *(token_id, NOW - age, None if expiry is None else NOW + expiry * DAY),
             )
+            if number % 11 == 0:
+                await client.report_secrets([created.secret])
             renewed = NOW - (age if number % 7 else DAY / 2)
             await connection.execute(
                 "UPDATE secret SET create_time = $2 WHERE token_id = $1", token_id, renewed

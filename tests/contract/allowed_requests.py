@@ -70,6 +70,7 @@ def allowed_request(listener: Listener, path: str, account: str) -> Any:
                 )
             ]
         ),
+        TOKENS + "Find": lambda: pb.FindRequest(id=listener.ids[account]),
         STATUS: status_pb.GetStatusRequest,
         INVALIDATE_ALL: maintenance_pb.InvalidateAllRequest,
         AUDIT: lambda: audit_pb.AuditServiceListRequest(account_id=account),

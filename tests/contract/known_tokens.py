@@ -47,6 +47,8 @@ FILTERS: list[dict[str, Any]] = [
     {"can_write": True},
     {"can_write": False},
     {"secret_created_before": timestamp(NOW - 5 * DAY)},
+    {"leaked": True},
+    {"leaked": False, "state": pb.TOKEN_STATE_ACTIVE},
 ]
 
 
@@ -63,6 +65,7 @@ class Known:
     used: datetime | None
     disabled: bool
     renewed: datetime
+    leaked: bool
 
     @property
     def expired(self) -> bool:
@@ -102,6 +105,7 @@ def matches(token: Known, selected: dict[str, Any]) -> bool:
         "never_expires": lambda value: (token.expires is None) == value,
         "can_write": lambda value: (token.active and token.scope == WRITE) == value,
         "secret_created_before": lambda _: token.renewed < time["secret_created_before"],
+        "leaked": lambda value: token.leaked == value,
     }
     return all(tests[field](value) for field, value in selected.items())
 
@@ -139,6 +143,7 @@ async def known_tokens(create: Create, connection: Any, count: int) -> list[Know
             chosen.choice([None, time + chosen.randrange(1, age + 1) * DAY]),
             chosen.random() < 0.2,
             chosen.choice([time, time + chosen.randrange(0, age) * DAY]),
+            number % 5 == 0,
         )
         found.append(known)
         await connection.execute(
@@ -146,7 +151,8 @@ async def known_tokens(create: Create, connection: Any, count: int) -> list[Know
             *(known.id, known.created, known.expires, NOW - DAY if known.disabled else None),
         )
         await connection.execute(
-            "UPDATE secret SET create_time = $2 WHERE token_id = $1", known.id, known.renewed
+            "UPDATE secret SET create_time = $2, leak_report_time = $3 WHERE token_id = $1",
+            *(known.id, known.renewed, NOW if known.leaked else None),
         )
         if known.used is not None:
             await connection.execute(

@@ -12,9 +12,11 @@ import pytest
 from latchkey_coherence import verdict as rules
 from latchkey_coherence.verdict import Verdict
 from latchkey_service.errors import FailedPrecondition
-from latchkey_service.tokens import changes, lifecycle, verifier
+from latchkey_service.tokens import changes, importing, lifecycle, verifier
 from latchkey_service.tokens.bulk import Bulk, Outcome
 from latchkey_service.tokens.filter_table import condition_of
+from latchkey_service.tokens.imported import ImportedSecrets
+from latchkey_service.tokens.importing import Importer
 from latchkey_service.tokens.lifecycle import Lifecycle
 from latchkey_service.tokens.token_changer import TokenChanger
 
@@ -48,7 +50,7 @@ def newest_that_works_stays(patch: Patch) -> None:
     retiring = TokenChanger._retiring
 
     def of_working(self: Any, state: Any, _ordinal: int) -> Any:
-        return retiring(self, state, state.secrets[0].ordinal if state.secrets else 0)
+        return retiring(self, state, state.secrets[0].record.ordinal if state.secrets else 0)
 
     patch.setattr(TokenChanger, "_retiring", of_working)
 
@@ -164,6 +166,40 @@ def disabled_tokens_are_not_rotated(patch: Patch) -> None:
     patch.setattr(TokenChanger, "_minting", refusing)
 
 
+def absent_secrets_stay_absent(patch: Patch) -> None:
+    """A server that lacked a secret refuses it for a while after its import."""
+
+    def is_absent(self: Any, secret: Any) -> bool:
+        return secret.digests[0] in self._absent
+
+    patch.setattr(ImportedSecrets, "is_absent", is_absent)
+
+
+def imports_tell_of_other_accounts(patch: Patch) -> None:
+    """Import names the token that has the secret, whosever it is."""
+    compare = importing._compare
+
+    def telling(new: Any, present: Any) -> Any:
+        return compare(new, present._replace(tokens=_owned_by_all(new, present.tokens)))
+
+    patch.setattr(importing, "_compare", telling)
+
+
+def _owned_by_all(new: Any, tokens: Any) -> Any:
+    accounts = {digest: row.record.account_id for row in new.values() for digest in row.digests}
+    return {digest: (found[0], accounts[digest]) for digest, found in dict(tokens).items()}
+
+
+def imports_forget_to_disable(patch: Patch) -> None:
+    """A disabled token works once it is imported."""
+    checked = Importer._checked
+
+    def enabled(self: Any, row: Any, *arguments: Any) -> Any:
+        return checked(self, replace(row, disabled=False), *arguments)
+
+    patch.setattr(Importer, "_checked", enabled)
+
+
 MUTANTS = (
     older_secrets_live_on,
     one_older_secret_stays,
@@ -177,4 +213,7 @@ MUTANTS = (
     expiry_before_disabling,
     a_sixth_secret,
     disabled_tokens_are_not_rotated,
+    absent_secrets_stay_absent,
+    imports_tell_of_other_accounts,
+    imports_forget_to_disable,
 )

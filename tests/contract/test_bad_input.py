@@ -18,6 +18,7 @@ GOOD = {
     "Get": pb.GetRequest(account_id="acme", id="tok_never"),
     "GetUsage": pb.GetUsageRequest(account_id="acme", id="tok_never"),
     "GetLimits": pb.GetLimitsRequest(account_id="acme"),
+    "Find": pb.FindRequest(hint="3kF9"),
     "List": pb.ListRequest(account_id="acme"),
     "Delete": pb.DeleteRequest(account_id="acme", id="tok_never"),
     "Update": pb.UpdateRequest(
@@ -63,6 +64,8 @@ ALLOWED = {
     ("Create", "description", "empty"),
     ("Create", "description", "another script's digits"),
     ("Create", "request_id", "empty"),
+    ("Find", "id", "empty"),
+    ("Find", "page_token", "empty"),
     *(
         (method, "secrets", kind)
         for method in ("RevokeSecret", "ReportSecret")
@@ -72,7 +75,7 @@ ALLOWED = {
 }
 LISTS = ("allowed_networks", "permissions")
 NOT_FOUND = {
-    *((method, "id", "another script's digits") for method in GOOD),
+    *((method, "id", "another script's digits") for method in GOOD if method != "Find"),
     ("Rotate", "request_id", "empty"),
 }
 
@@ -150,6 +153,7 @@ async def test_missing_fields(channel):
         "Get": ["account_id", "id"],
         "GetUsage": ["account_id", "id"],
         "GetLimits": ["account_id"],
+        "Find": ["hint"],
         "List": ["account_id"],
         "Delete": ["account_id", "id"],
         "Update": ["account_id", "id", "update_mask"],

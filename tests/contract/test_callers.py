@@ -61,7 +61,7 @@ MAY = {
     },
     "revoker": {TOKENS + "RevokeSecret", TOKENS + "ReportSecret"},
     "importer": {TOKENS + "Import"},
-    "operator": {STATUS, AUDIT, INVALIDATE_ALL},
+    "operator": {TOKENS + "Find", STATUS, AUDIT, INVALIDATE_ALL},
 }
 OURS = sorted(set().union(*MAY.values()))
 OK = grpc.StatusCode.OK
@@ -151,7 +151,7 @@ def expected(name: str, account: str = ACCOUNT) -> dict[str, grpc.StatusCode]:
         # They affect all accounts.
         for path in (
             INVALIDATE_ALL,
-            *(TOKENS + m for m in ("RevokeSecret", "ReportSecret", "Import")),
+            *(TOKENS + m for m in ("RevokeSecret", "ReportSecret", "Import", "Find")),
         ):
             found[path] = DENIED
         if role == "verifier":

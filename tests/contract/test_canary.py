@@ -7,9 +7,13 @@ import grpc
 import pytest
 from google.protobuf import field_mask_pb2
 from latchkey_proto.v1 import token_service_pb2 as pb
+from latchkey_service.process import trace_export
 from latchkey_service.tokens.verifier import Verifier
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from tests.helpers.captured_log import everything_logged
+from tests.helpers.spans import TRACE, trace_of, traceparent
+from tests.helpers.waiting import eventually
 
 SERVICE = "/latchkey.v1.TokenService/"
 
@@ -22,9 +26,18 @@ def logs(request):
 
 
 @pytest.fixture
-def settings(settings):
-    """Settings under which every successful verify gets a log line as well."""
-    return settings.model_copy(update={"log_verify_share": 1.0})
+def exported(monkeypatch):
+    """The spans that the server exports."""
+    memory = InMemorySpanExporter()
+    monkeypatch.setattr(trace_export, "OTLPSpanExporter", lambda: memory)
+    return memory
+
+
+@pytest.fixture
+def settings(settings, exported):
+    """Settings under which every successful verify gets a log line, and every call a trace."""
+    traced = {"traces": "on", "traces_verify_share": 1.0, "traces_per_second": 10_000.0}
+    return settings.model_copy(update={"log_verify_share": 1.0} | traced)
 
 
 @pytest.fixture
@@ -47,7 +60,7 @@ async def dump(database_url):
     return str(rows)
 
 
-async def test_the_secret_never_leaks(logs, channel, stub, create, database_url, monkeypatch):
+async def test_the_secret_never_leaks(logs, channel, create, database_url, monkeypatch, exported):
     """Every RPC, in success and in failure, with the secret in every text field, leaks it
     nowhere."""
     created = await create(name="canary")
@@ -70,6 +83,10 @@ async def test_the_secret_never_leaks(logs, channel, stub, create, database_url,
         yield "GetUsage", pb.GetUsageRequest(account_id=value, id=value)
         yield "GetUsage", pb.GetUsageRequest(account_id="acme", id=created.token.id)
         yield "GetLimits", pb.GetLimitsRequest(account_id=value)
+        yield "Find", pb.FindRequest(id=value)
+        yield "Find", pb.FindRequest(hint=value)
+        yield "Find", pb.FindRequest(hint=value[:16], page_token=value)
+        yield "Find", pb.FindRequest(id=created.token.id)
         row = pb.ImportedToken(account_id="acme", name="row", scope=pb.SCOPE_READ, hint=value[:16])
         for field in ("account_id", "name", "description", "hint"):
             wrong = pb.ImportedToken()
@@ -141,7 +158,7 @@ async def test_the_secret_never_leaks(logs, channel, stub, create, database_url,
         await attempt(method, message.SerializeToString(), metadata=(("x-request-id", secret),))
     for method in (
         *("Create", "Get", "GetUsage", "List", "Delete", "DeleteAll", "Verify", "BatchVerify"),
-        *("GetLimits", "Import", "Update", "Disable", "Enable", "Rotate", "RetireSecrets"),
+        *("GetLimits", "Find", "Import", "Update", "Disable", "Enable", "Rotate", "RetireSecrets"),
         *("RevokeSecret", "ReportSecret"),
     ):
         await attempt(method, b"\xff" + secret.encode())
@@ -165,10 +182,23 @@ async def test_the_secret_never_leaks(logs, channel, stub, create, database_url,
     )
     await attempt("Verify", question.SerializeToString())
 
+    # Spans are exported in order.
+    await attempt("Verify", question.SerializeToString(), metadata=traceparent())
+    await eventually(
+        lambda: any(trace_of(span) == TRACE for span in exported.get_finished_spans()), "all spans"
+    )
+    spans = [span.to_json() for span in exported.get_finished_spans()]
+    assert len(spans) > 100
+
     lines = logs.getvalue()
     assert "RuntimeError" in lines, "the unforeseen failure is logged"
     assert lines.count("TokenService/Verify") > 5
-    everywhere = {"logs": lines, "answers": str(told), "database": await dump(database_url)}
+    everywhere = {
+        "logs": lines,
+        "answers": str(told),
+        "database": await dump(database_url),
+        "traces": str(spans),
+    }
     pieces = {"secret": secret, "body": secret[3:46], "end": secret[46:], "start": secret[:20]}
     leaks = [
         (place, piece)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
+from google.protobuf import duration_pb2
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_service.tokens import listing, usage_writer
 
@@ -328,3 +329,28 @@ async def test_the_largest_filter(stub: TokenServiceAsyncStub) -> None:
     assert not (await stub.List(pb.ListRequest(account_id="acme", filter=selected))).tokens
     request = pb.DeleteAllRequest(account_id="acme", filter=selected)
     assert (await stub.DeleteAll(request)).count == 0
+
+
+async def test_a_leaked_secret_counts_until_it_has_gone(stub: Any, create: Create) -> None:
+    """The filter finds a token while a reported secret is one that owners see: the newest one, or
+    an older one that still works."""
+
+    async def found() -> list[str]:
+        request = pb.ListRequest(account_id="acme", filter=pb.TokenFilter(leaked=True))
+        return [token.name for token in (await stub.List(request, timeout=5)).tokens]
+
+    created = await create(name="leaky")
+    await create(name="other")
+    assert await found() == []
+    report = pb.ReportSecretRequest(secrets=[created.secret])
+    await stub.ReportSecret(report, timeout=5)
+    assert await found() == ["leaky"]
+    named: dict[str, Any] = {"account_id": "acme", "id": created.token.id}
+    await stub.Rotate(pb.RotateRequest(**named, grace=duration_pb2.Duration(seconds=60)), timeout=9)
+    assert await found() == ["leaky"]
+    await stub.RetireSecrets(pb.RetireSecretsRequest(**named), timeout=9)
+    assert await found() == []
+    # The newest one that has ended counts: the token's program has no secret that works.
+    rotated = await stub.Rotate(pb.RotateRequest(**named), timeout=9)
+    await stub.RevokeSecret(pb.RevokeSecretRequest(secrets=[rotated.secret]), timeout=9)
+    assert await found() == ["leaky"]

@@ -75,6 +75,7 @@ async def test_calls_and_verdicts(server: Server, stub: Any) -> None:
     assert now.get("latchkey_lookup_seconds_sum") > 0
     assert now.get("latchkey_pool_connections", state="idle") >= 1
     assert now.get("latchkey_event_loop_tasks") > 1
+    assert 0 <= now.get("latchkey_event_loop_delay_seconds") < 60
     assert now.get("process_resident_memory_bytes") > 0
 
 

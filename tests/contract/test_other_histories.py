@@ -139,6 +139,7 @@ async def test_without_a_lease_nothing_is_denied(
         lambda: stub.Get(pb.GetRequest(**by_id), timeout=5),
         lambda: stub.Get(pb.GetRequest(**nobody), timeout=5),
         lambda: stub.List(pb.ListRequest(account_id="acme"), timeout=5),
+        lambda: stub.GetUsage(pb.GetUsageRequest(**by_id), timeout=5),
         lambda: stub.Delete(pb.DeleteRequest(account_id="acme", id=nobody["id"]), timeout=5),
         lambda: stub.Delete(pb.DeleteRequest(account_id="acme", id=by_id["id"]), timeout=5),
         lambda: stub.Create(new, timeout=5),
@@ -162,7 +163,7 @@ async def test_without_a_lease_nothing_is_denied(
     listed = await stub.List(pb.ListRequest(account_id="acme"), timeout=5)
     assert [token.id for token in listed.tokens] == [created.token.id]
     assert (await outcome(calls[1]())).code is grpc.StatusCode.NOT_FOUND
-    assert (await outcome(calls[3]())).code is grpc.StatusCode.NOT_FOUND
+    assert (await outcome(calls[4]())).code is grpc.StatusCode.NOT_FOUND
 
 
 async def test_another_history_s_audit_log_is_not_shown(
@@ -184,6 +185,44 @@ async def test_another_history_s_audit_log_is_not_shown(
         return (await outcome(audit.List(request, timeout=5))).ok
 
     await eventually(back, "the server has started over")
+
+
+async def test_another_history_s_uses_are_not_shown(
+    database_url: str, stub: Any, create: Any
+) -> None:
+    """GetUsage answers from one read of the server's own history: also if the history changes while
+    it waits for the database, it does not show another history's uses."""
+    created = await create()
+    request = pb.GetUsageRequest(account_id="acme", id=created.token.id)
+    assert not (await stub.GetUsage(request, timeout=5)).callers
+    async with (
+        session(database_url) as other,
+        session(database_url) as connection,
+        connection.transaction(),
+    ):
+        # The server keeps its lease, and cannot find out at a renewal.
+        await connection.execute("SELECT FROM verifier FOR UPDATE")
+        async with other.transaction():
+            await other.execute("LOCK TABLE token_usage_day IN ACCESS EXCLUSIVE MODE")
+            call = asyncio.ensure_future(outcome(stub.GetUsage(request, timeout=5)))
+
+            async def waiting() -> bool:
+                return bool(
+                    await connection.fetchval(
+                        "SELECT count(*) FROM pg_locks"
+                        " WHERE NOT granted AND relation = 'token_usage_day'::regclass"
+                    )
+                )
+
+            await eventually(waiting, "the read waits for the lock")
+            await other.execute("UPDATE invalidation SET mark = 5; UPDATE head SET mark = 5")
+            await other.execute(
+                "INSERT INTO token_usage (token_id, hint, caller, first_time, last_time)"
+                " VALUES ($1, '', 'elsewhere', now(), now())",
+                created.token.id,
+            )
+        end = await call
+        assert end.code is grpc.StatusCode.UNAVAILABLE, end
 
 
 async def test_an_old_deletion_gets_its_receipt_after_its_log_entry_is_gone(

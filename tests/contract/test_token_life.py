@@ -3,7 +3,7 @@
 import asyncio
 import uuid
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
+from tests.contract.life_model import Model, WrongAcceptError, hint_of
 from tests.contract.life_mutants import MUTANTS
+from tests.helpers.imported_keys import IMPORTED_PREFIX, imported_key, sha256_of
 from tests.helpers.waiting import WAIT_SECONDS, eventually
 
 EXAMPLES = 25
@@ -36,51 +38,6 @@ ADDRESSES = ("", "10.1.2.3", "192.0.2.1")
 
 
 Example = Callable[[Any, list[tuple[Any, ...]]], Coroutine[Any, Any, None]]
-
-
-class WrongAcceptError(Exception):
-    """The service accepts what the model refuses. `eventually` does not wait for it."""
-
-
-@dataclass
-class Model:
-    """A token as the reference model knows it: what the contract says, and nothing else."""
-
-    account: str
-    id: str
-    name: str
-    scope: int
-    permissions: tuple[str, ...] = ()
-    networks: tuple[str, ...] = ()
-    disabled: bool = False
-    deleted: bool = False
-    # Newest first, each with whether it works.
-    secrets: list[tuple[str, bool]] = field(default_factory=list)
-
-    def verdict(self, secret: str, scope: int, address: str, required: tuple[str, ...]) -> str:
-        allowed = {"10.1.2.3": "10.0.0.0/8", "192.0.2.1": "192.0.2.0/24"}
-        if self.deleted:
-            return "DELETED"
-        if self.disabled:
-            return "DISABLED"
-        if not dict(self.secrets)[secret]:
-            return "EXPIRED"
-        if self.networks and allowed.get(address) not in self.networks:
-            return "ADDRESS_NOT_ALLOWED"
-        if scope > self.scope:
-            return "INSUFFICIENT_SCOPE"
-        if not all(p in self.permissions or "orders:*" in self.permissions for p in required):
-            return "INSUFFICIENT_PERMISSIONS"
-        return "VALID"
-
-
-def narrower(path: str, before: Any, after: Any) -> bool:
-    """Return whether a field's new value permits less than the one before."""
-    if path == "scope":
-        return bool(after < before)
-    if path == "permissions":
-        return "orders:*" not in after and not {*before} <= {*after}
-    return path == "allowed_networks" and bool(after) and not (before and {*before} <= {*after})
 
 
 class Life:
@@ -136,6 +93,53 @@ class Life:
         # Only the last answer was received.
         token.secrets = [(a.secret, a is answers[-1]) for a in reversed(answers)]
         self.tokens.append(token)
+
+    async def import_(
+        self, account: str, name: str, scope: int, lost: int, disabled: bool, asked: bool
+    ) -> None:
+        """Import a secret, with lost answers, and perhaps after somebody has presented it."""
+        secret = imported_key()
+        if asked:
+            # The service remembers for a moment that it lacks the secret.
+            answer = await self.stub.Verify(pb.VerifyRequest(secret=secret), timeout=9)
+            assert answer.verdict == pb.VERDICT_UNKNOWN
+        row = self.imported_row(account, name, secret)
+        row.scope, row.disabled = pb.Scope.ValueType(scope), disabled
+        results = [await self.import_row(row) for _ in range(1 + lost)]
+        if any(token.name == name for token in self.live(account)):
+            assert {result.outcome for result in results} == {pb.IMPORT_OUTCOME_NAME_TAKEN}
+            return
+        first, *others = results
+        assert first.outcome == pb.IMPORT_OUTCOME_IMPORTED
+        assert all(o.outcome == pb.IMPORT_OUTCOME_EXISTS and o.id == first.id for o in others)
+        token = Model(account, first.id, name, scope, disabled=disabled)
+        token.secrets, token.imported = [(secret, True)], secret
+        self.tokens.append(token)
+
+    async def import_again(self, token: Model, account: str) -> None:
+        """Import the secret of a token, live or deleted, once more: that changes nothing."""
+        if token.imported is None:
+            return
+        result = await self.import_row(self.imported_row(account, "again", token.imported))
+        if account == token.account:
+            assert (result.outcome, result.id) == (pb.IMPORT_OUTCOME_EXISTS, token.id)
+        else:
+            # Not whose it is.
+            assert (result.outcome, result.id) == (pb.IMPORT_OUTCOME_OTHER_ACCOUNT, "")
+
+    def imported_row(self, account: str, name: str, secret: str) -> pb.ImportedToken:
+        return pb.ImportedToken(
+            account_id=self.account(account),
+            name=name,
+            scope=pb.SCOPE_WRITE,
+            secret_sha256=sha256_of(secret),
+            hint=hint_of(secret),
+        )
+
+    async def import_row(self, row: pb.ImportedToken) -> pb.ImportResult:
+        answer = await self.stub.Import(pb.ImportRequest(tokens=[row]), timeout=9)
+        result: pb.ImportResult = answer.results[0]
+        return result
 
     async def rotate(self, token: Model, grace: bool, lost: int, times: int) -> None:
         for _ in range(times if grace else 1):
@@ -290,7 +294,7 @@ class Life:
             ] == [(t.id, t.name, t.scope, t.permissions, t.networks) for t in self.live(account)]
             for shown, token in zip(reversed(listed), self.live(account), strict=True):
                 hints = [
-                    f"lk_…{secret[-4:]}"
+                    hint_of(secret)
                     for number, (secret, works) in enumerate(token.secrets)
                     if works or number == 0
                 ]
@@ -307,6 +311,19 @@ accounts = st.sampled_from(ACCOUNTS)
 # Each kind of step, with its arguments and how often it comes.
 STEPS: tuple[tuple[int, tuple[Any, ...]], ...] = (
     (2, (st.just("create"), accounts, names, scopes, st.integers(0, 2))),
+    (
+        2,
+        (
+            st.just("import_"),
+            accounts,
+            names,
+            scopes,
+            st.integers(0, 1),
+            st.sampled_from([False, False, False, True]),
+            st.booleans(),
+        ),
+    ),
+    (2, (st.just("import_again"), numbers, accounts)),
     # Several at once, up to one more than a token may have: most of what follows depends on it.
     (
         4,
@@ -344,8 +361,10 @@ async def live(stub: Any, chosen: list[tuple[Any, ...]], within: float = WAIT_SE
     for account in ACCOUNTS:
         # As much as a token can have, so that there is something to take away.
         await life.create(account, NAMES[0], pb.SCOPE_WRITE, 0, PERMISSIONS[:2], NETWORKS)
+    # So that each example has a token with a secret that it did not make.
+    await life.import_(ACCOUNTS[0], NAMES[1], pb.SCOPE_WRITE, 0, disabled=False, asked=True)
     for name, *arguments in chosen:
-        if name in ("create", "delete_all"):
+        if name in ("create", "import_", "delete_all"):
             await getattr(life, name)(*arguments)
         elif life.tokens:
             alive = [token for token in life.tokens if not token.deleted]
@@ -380,9 +399,10 @@ async def run_examples(address: str, example: Example) -> None:
 
 # The event loop in the other thread uses `random` while hypothesis draws.
 @pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisDeprecationWarning")
-async def test_the_life_of_tokens(address: str) -> None:
-    """Whatever happens to tokens, in any order and with lost answers, verdicts and listings are
-    those of the model after each step."""
+async def test_the_life_of_tokens(shared_servers: Any, transport: str) -> None:
+    """Whatever happens to created and imported tokens, in any order and with lost answers, verdicts
+    and listings are those of the model after each step."""
+    address, _ = await shared_servers(transport, imported_prefixes=IMPORTED_PREFIX)
     await run_examples(address, live)
 
 
@@ -392,7 +412,7 @@ async def test_faults_are_found(
     shared_servers: Any, monkeypatch: pytest.MonkeyPatch, mutant: Any
 ) -> None:
     """The examples find each planted fault."""
-    address, _ = await shared_servers("native")
+    address, _ = await shared_servers("native", imported_prefixes=IMPORTED_PREFIX)
     found: list[Exception] = []
 
     async def until_found(stub: Any, chosen: list[tuple[Any, ...]]) -> None:

@@ -22,7 +22,7 @@ from tests.helpers.waiting import RESUME_SECONDS, eventually
 
 pytestmark = [
     # The tests take turns to break one Postgres.
-    pytest.mark.xdist_group("faults"),
+    pytest.mark.xdist_group("recovery"),
     pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
 ]
 

@@ -18,7 +18,7 @@ import atheris
 # Instrumented modules, in which the fuzzer looks for new paths. tomllib, because it reads the
 # policy.
 PACKAGES = ["latchkey", "latchkey_cli", "latchkey_coherence", "latchkey_service", "tomllib"]
-SAMPLE_SECONDS = 0.5
+SAMPLE_SECONDS = 0.2
 # Share of the inputs mutated as plain bytes, although the target's own mutator could change them.
 AS_BYTES = 0.25
 
@@ -59,7 +59,7 @@ def _mutator(target: Any) -> Any:
 
 
 def _counted(target: Any) -> Any:
-    """Return `target.one` with a wrapper that records, twice a second, its progress and cost."""
+    """Return `target.one` with a wrapper that regularly records its progress and cost."""
     path = os.environ.get("FUZZ_SAMPLES")
     if path is None:
         return target.one

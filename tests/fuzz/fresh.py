@@ -141,6 +141,7 @@ def seeds(account: str, other: str, token_id: str, secret: str) -> Iterator[tupl
     yield "RevokeSecret", pb.RevokeSecretRequest(secrets=[secret, "x"])
     yield "DeleteAll", pb.DeleteAllRequest(account_id=other)
     yield "GetUsage", pb.GetUsageRequest(**named)
+    yield "Find", pb.FindRequest(id=named["id"])
 
 
 def _is_confirmed(response: Any) -> bool:

@@ -87,6 +87,7 @@ METHODS = (
     Method(f"{TOKENS}RevokeSecret", pb.RevokeSecretRequest, pb.RevokeSecretResponse),
     Method(f"{TOKENS}DeleteAll", pb.DeleteAllRequest, pb.DeleteAllResponse),
     Method(f"{TOKENS}GetUsage", pb.GetUsageRequest, pb.GetUsageResponse),
+    Method(f"{TOKENS}Find", pb.FindRequest, pb.FindResponse),
 )
 
 

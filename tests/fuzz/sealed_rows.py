@@ -54,14 +54,14 @@ class SealedRows(Target):
 
     def seeds(self) -> Iterable[bytes]:
         yield b""
-        for field in range(13):
+        for field in range(14):
             yield bytes([field, 1, 7])
         yield bytes([3, 1, 1, 12, 2, 0, 0])
 
     def one(self, data: bytes) -> None:
         row = Row(TOKEN, self._genuine)
         while len(data) >= 2:
-            field, length = data[0] % 13, data[1]
+            field, length = data[0] % 14, data[1]
             value, data = data[2 : 2 + length], data[2 + length :]
             _change(row, field, value)
         trusted = self._guard.trusts(row.token, row.secret)
@@ -96,6 +96,7 @@ def _change(row: Row, field: int, value: bytes) -> None:
         10: ("expire_time", moment),
         11: ("pepper_id", PEPPERS[number % 2].id if len(value) % 2 else text),
         12: ("seal", value or None),
+        13: ("ordinal", number),
     }
     row.secret = row.secret._replace(**dict([secret[field]]))
 

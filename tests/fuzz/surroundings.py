@@ -22,7 +22,7 @@ from tests.helpers.breakable_postgres import BreakablePostgres
 from tests.helpers.domain import audit_context
 from tests.helpers.free_ports import free_port
 from tests.helpers.scratch import SCRATCH
-from tests.helpers.service_process import Service
+from tests.helpers.service_process import PYTHON, Service
 
 __all__ = ["ACCOUNT", "DELETED", "LIVE", "PEPPER", "surroundings"]
 
@@ -111,7 +111,7 @@ def _service(folder: Path, needs: str) -> Iterator[dict[str, str]]:
             (folder / f"{name}.pem").write_bytes(identity.certificate + identity.key)
         (folder / "ca.pem").write_bytes(callers.ca_pem())
         variables["FUZZ_TLS"] = str(folder)
-    service = Service(folder / "service", **settings)
+    service = Service(folder / "service", PYTHON, **settings)
     try:
         address = asyncio.run(service.welcome())
         variables["FUZZ_ADDRESS"] = str(settings.get("tls_listen", address))

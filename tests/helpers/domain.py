@@ -1,9 +1,8 @@
 """Stand-ins for parts of the service's domain, for tests of one part."""
 
 from latchkey_service.audit.audit_log import AuditContext
-from latchkey_service.coherence.reads import LeasedReads
+from latchkey_service.coherence.reads import LeasedReads, ReadBegan
 from latchkey_service.coherence.snapshot import Snapshot
-from latchkey_service.coherence.verifier_state import ReadBegan
 from latchkey_service.tokens.batched_lookup import Found, Lookup
 
 __all__ = ["BelievedReads", "audit_context", "find"]

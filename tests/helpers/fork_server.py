@@ -24,37 +24,54 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from tests.helpers.repository import ROOT
 
-__all__ = ["Forked", "fork_server"]
+__all__ = ["LEADER", "SOCKET", "Forked", "fork_server"]
 
 # Imports everything, on a busy machine.
 START_SECONDS_MAX = 60.0
 # The variable that names the file for coverage.
 DATA_FILE = "FORK_SERVER_DATA_FILE"
 CLIENT = Path(__file__).with_name("fork_client.py")
+# In the folder of the server.
+SOCKET = "fork-server"
+# The option of a run that leads a process group, and whose pid the server sends to the client.
+LEADER = "--leader"
 
 Forked = Callable[..., tuple[str, ...]]
 
 
 @contextlib.contextmanager
-def fork_server(folder: Path, *modules: str, data: str | None = None) -> Iterator[Forked]:
+def fork_server(
+    folder: Path,
+    *modules: str,
+    data: str | None = None,
+    variables: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[Forked]:
     """Run a server, and yield a function that returns the command of a run of a module.
 
-    With `data`, coverage of each run is measured, in a file of that name with a suffix.
+    With `data`, coverage of each run is measured, in a file of that name with a suffix. The server
+    imports the modules with `variables` in its environment.
     """
-    path = folder / "fork-server"
+    path = folder / SOCKET
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.helpers.fork_server", str(path), *modules],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         cwd=ROOT,
         # Python chooses its encodings at its start.
-        env={**os.environ, "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8", DATA_FILE: data or ""},
+        env={
+            **os.environ,
+            "LANG": "C.UTF-8",
+            "LC_ALL": "C.UTF-8",
+            DATA_FILE: data or "",
+            **variables,
+        },
         # Ctrl-C reaches pytest, which ends the server.
         start_new_session=True,
     )
@@ -120,6 +137,10 @@ def attend(connection: socket.socket) -> Run:
         return run
     # The last process that holds the other end is the module's.
     os.close(held)
+    if run.arguments[0] == LEADER:
+        # Here too: the caller may signal the group at once.
+        os.setpgid(pid, pid)
+        connection.sendall(b"%d\n" % pid)
     for stream in run.streams:
         os.close(stream)
     sources: list[Any] = [connection, alive]
@@ -128,7 +149,7 @@ def attend(connection: socket.socket) -> Run:
         os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     with contextlib.suppress(BrokenPipeError):
-        connection.sendall(str(os.waitstatus_to_exitcode(status)).encode())
+        connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
     os._exit(0)
 
 
@@ -145,10 +166,12 @@ def receive(connection: socket.socket) -> Run:
 
 def become(run: Run) -> list[str]:
     """Give this process what Python would have given it at its start; return its arguments."""
-    terminal, *arguments = run.arguments
-    if terminal == "--terminal":
+    option, *arguments = run.arguments
+    if option == "--terminal":
         os.setsid()
         fcntl.ioctl(run.streams[0], termios.TIOCSCTTY, 0)
+    elif option == LEADER:
+        os.setpgid(0, 0)
     else:
         arguments = run.arguments
     for number, stream in enumerate(run.streams):

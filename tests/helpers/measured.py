@@ -2,6 +2,9 @@
 
 The tests of faults, histories and models do not: they depend on time or run hot loops, and tracing
 makes Python almost twice as slow. What they execute is tested one call at a time elsewhere.
+
+Contract tests that run on each transport count on one of them. The integration tests of transports
+count on both.
 """
 
 import os
@@ -17,6 +20,8 @@ import pytest
 __all__ = ["MEASURED", "data_file", "measured_python", "pytest_runtest_protocol"]
 
 MEASURED = {"console", "contract", "integration", "unit"}
+# The transport on which the contract tests do not count.
+NOT_MEASURED = "grpcio"
 # Set by coverage.py. A Python process that inherits it measures itself.
 FOR_CHILDREN = "COVERAGE_PROCESS_CONFIG"
 
@@ -46,11 +51,18 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
     """Pause the measurement while a test runs that does not count, with its fixtures."""
     plugin = item.config.pluginmanager.getplugin("_cov")
     controller = getattr(plugin, "cov_controller", None)
-    folder = item.path.relative_to(item.config.rootpath / "tests").parts[0]
-    if controller is None or folder in MEASURED:
+    if controller is None or counts(item):
         return (yield)
     with paused(controller):
         return (yield)
+
+
+def counts(item: pytest.Item) -> bool:
+    """Return whether coverage is measured while this test runs."""
+    folder = item.path.relative_to(item.config.rootpath / "tests").parts[0]
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    repeated = folder == "contract" and parameters.get("transport") == NOT_MEASURED
+    return folder in MEASURED and not repeated
 
 
 @contextmanager

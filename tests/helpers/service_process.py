@@ -9,19 +9,23 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import psutil
 
+from tests.helpers.forked_service import ForkedProcess, fork_service
 from tests.helpers.repository import ROOT
 from tests.helpers.waiting import WAIT_SECONDS, eventually
 
-__all__ = ["FAVOUR", "Service", "service"]
+__all__ = ["FAVOUR", "PYTHON", "Service", "service"]
 
 # Variables that configure Latchkey or its gRPC library.
 OWN_VARIABLES = ("LATCHKEY_", "GRPC_")
 # As in nice(2).
 FAVOUR = -10
+# Starts Python for the service, for tests of what happens before the service's own code runs, of
+# its imports, and of its memory.
+PYTHON: Final = (sys.executable,)
 
 
 class Service:
@@ -36,8 +40,10 @@ class Service:
     prefix: tuple[str, ...] = ()
 
     def __init__(
-        self, folder: Path, python: Sequence[str] = (sys.executable,), /, **settings: object
+        self, folder: Path, python: Sequence[str] | None = None, /, **settings: object
     ) -> None:
+        """Start it with the command `python`, for example PYTHON. By default, its processes are
+        forked where a test runs (`forked_service.py`)."""
         folder.mkdir(exist_ok=True)
         self._out, self._err = folder / "out", folder / "err"
         # A user's environment: nothing that this process or its libraries have set for themselves.
@@ -45,9 +51,12 @@ class Service:
         environment |= {f"LATCHKEY_{k.upper()}": str(v) for k, v in settings.items()}
         if self.module.startswith("tests."):
             environment["PYTHONPATH"] = str(ROOT)
+        forked: ForkedProcess | None = None
         with self._out.open("wb") as out, self._err.open("wb") as err:
-            self._process = subprocess.Popen(
-                [*self.prefix, *python, "-m", self.module],
+            if python is None and not self.prefix and self.module == Service.module:
+                forked = fork_service(environment, folder, out, err)
+            self._process = forked or subprocess.Popen(
+                [*self.prefix, *(python or PYTHON), "-m", self.module],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -159,7 +168,9 @@ class Service:
     async def ended(self) -> int:
         """Wait for the end, and return the exit code."""
         await eventually(lambda: self._process.poll() is not None, "the end of the service")
-        return self._process.returncode
+        code = self._process.returncode
+        assert code is not None
+        return code
 
     def clean_up(self) -> None:
         self.family()
@@ -175,9 +186,9 @@ class Service:
 
 @contextlib.contextmanager
 def service(
-    folder: Path, python: Sequence[str] = (sys.executable,), /, **settings: object
+    folder: Path, python: Sequence[str] | None = None, /, **settings: object
 ) -> Iterator[Service]:
-    """Run Latchkey as a process."""
+    """Run Latchkey as a process. See `Service` for `python`."""
     running = Service(folder, python, **settings)
     try:
         yield running

@@ -13,7 +13,7 @@ from tests.helpers.fork_server import Forked
 
 __all__ = ["NOWHERE", "PRELOADED", "PYTHON", "Result", "Run", "make_run"]
 
-# What the tool imports, some of it only when a command needs it.
+# What the tool and the commands of the service import, some of it only when a command needs it.
 PRELOADED = (
     "encodings.idna",
     "grpc.aio",
@@ -24,6 +24,8 @@ PRELOADED = (
     "latchkey_cli.session",
     "latchkey_cli.tables",
     "latchkey_service.access.command",
+    "latchkey_service.process.commands",
+    "latchkey_service.process.doctor",
     "latchkey_service.settings.settings",
     "pydantic.type_adapter",
     "rich.live",

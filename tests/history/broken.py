@@ -149,8 +149,9 @@ def _positions_without_marks() -> None:
     """
     from latchkey_coherence.verdict_cache import Position, VerdictCache
     from latchkey_service.coherence import verifier_table
+    from latchkey_service.coherence.reads import ReadBegan, Standing
     from latchkey_service.coherence.snapshot import POSITION_KNOWN, Snapshot
-    from latchkey_service.coherence.verifier_state import ReadBegan, Server, Standing, VerifierState
+    from latchkey_service.coherence.verifier_state import Server
 
     def knows(self: VerdictCache[Any], position: Position) -> bool:
         return position.revision <= self.position.revision
@@ -158,8 +159,8 @@ def _positions_without_marks() -> None:
     def always(_self: VerdictCache[Any], _position: Position) -> bool:
         return True
 
-    def standing(self: VerifierState[Any], snapshot: Snapshot, began: ReadBegan) -> Standing:
-        is_old = snapshot.position.revision < began.applied
+    def standing(self: ReadBegan, snapshot: Snapshot, _state: object) -> Standing:
+        is_old = snapshot.position.revision < self.applied
         return Standing.REFUSED if is_old else Standing.BELIEVED
 
     def unknown(_identifier: object, _timeline: object) -> Server:
@@ -167,7 +168,7 @@ def _positions_without_marks() -> None:
 
     _replace(VerdictCache, "knows", knows)
     _replace(VerdictCache, "agrees", always)
-    _replace(VerifierState, "standing", standing)
+    _replace(ReadBegan, "standing", standing)
     _replace(verifier_table, "Server", unknown)
     for name in ("_RENEW", "_READ_LOG"):
         sql = getattr(verifier_table, name)
@@ -179,12 +180,12 @@ def _positions_without_marks() -> None:
 
 def _look_ups_of_any_position() -> None:
     """Rule 12: the result of every look-up is accepted, whatever server it was read from."""
-    from latchkey_service.coherence.verifier_state import Standing, VerifierState
+    from latchkey_service.coherence.reads import ReadBegan, Standing
 
-    def always(_self: VerifierState[Any], _snapshot: object, _began: object) -> Standing:
+    def always(_self: ReadBegan, _snapshot: object, _state: object) -> Standing:
         return Standing.BELIEVED
 
-    _replace(VerifierState, "standing", always)
+    _replace(ReadBegan, "standing", always)
 
 
 def _replace(owner: Any, name: str, by: Any) -> None:

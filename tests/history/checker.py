@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from tests.history.records import ENDS, Kind, Outcome, Record
+from tests.history.records import CREATES, ENDS, Kind, Outcome, Record
 
 __all__ = ["Findings", "Late", "Lost", "Restore", "check"]
 
@@ -77,6 +77,8 @@ class Findings:
     lost: list[Lost] = field(default_factory=list)
     deletes: list[Record] = field(default_factory=list)
     """Each confirmed call of Delete."""
+    imported: set[int] = field(default_factory=set)
+    """Tokens that were imported."""
     deleted: dict[int, int] = field(default_factory=dict)
     """The end of each token's first confirmed Delete."""
     ended_by: dict[int, Kind] = field(default_factory=dict)
@@ -123,7 +125,7 @@ class _Tokens:
     def learn(self, record: Record) -> None:
         """Add a Create or a Delete."""
         token, outcome = record.token, record.outcome
-        if record.kind == Kind.CREATE and outcome == Outcome.DONE:
+        if record.kind in CREATES and outcome == Outcome.DONE:
             self.created[token] = record
         elif record.kind in ENDS:
             self.touched[token] = min(record.began, self.touched.get(token, record.began))
@@ -183,9 +185,11 @@ def check(
     tokens = _Tokens(restores)
     for history in histories.values():
         for record in history():
-            if record.kind != Kind.CREATE and record.kind not in ENDS:
+            if record.kind not in CREATES and record.kind not in ENDS:
                 continue
             tokens.learn(record)
+            if record.kind == Kind.IMPORT and record.outcome == Outcome.DONE:
+                findings.imported.add(record.token)
             if record.kind in ENDS and record.outcome == Outcome.CONFIRMED:
                 findings.deletes.append(record)
                 findings.ended_by[record.token] = Kind(record.kind)

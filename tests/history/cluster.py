@@ -14,6 +14,7 @@ from latchkey_service.tokens import pepper_file
 from latchkey_service.tokens.token_store import TokenStore
 
 from tests.helpers.child_processes import Child
+from tests.helpers.imported_keys import IMPORTED_PREFIX
 from tests.history.broken import VARIABLE
 from tests.history.processes import Host, LoneHost, SupervisedHost
 from tests.history.proxy import Proxy
@@ -79,7 +80,11 @@ class Cluster:
         self.clients: list[Client] = []
         self.others: list[Child] = []
         self._pepper_file = folder / "peppers"
-        self._settings = {"lease_seconds": str(lease_seconds), **settings}
+        self._settings = {
+            "lease_seconds": str(lease_seconds),
+            "imported_prefixes": IMPORTED_PREFIX,
+            **settings,
+        }
 
     async def prepare(self) -> None:
         """Prepare the database, as the supervisor would."""

@@ -1,5 +1,5 @@
-"""`python -m tests.history.deleter`: creates tokens, announces them to the clients, ends them with
-a Delete or another change, and verifies them again.
+"""`python -m tests.history.deleter`: creates and imports tokens, announces them to the clients,
+ends them with a Delete or another change, and verifies them again.
 
 It talks to the servers directly. Each deleter handles one token after another. The process ends
 when its standard input closes, after its last Deletes are confirmed.
@@ -32,6 +32,8 @@ RETRY_SECONDS = 0.1
 DIRECT_TIMEOUT_SECONDS = 4.0
 DIRECT_UNDER_WAY_MAX = 200
 FLUSH_SECONDS = 0.05
+# How often a token is imported instead of created.
+IMPORT_SHARE = 0.25
 # How often a token is deleted, and not ended by another change.
 DELETE_SHARE = 0.4
 # How often two deleters end the same token at once, and how often one first uses `no_wait`.
@@ -79,35 +81,39 @@ class Deleters:
             if created is None:
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
-            token_id, secret = created.token.id, created.secret.reveal()
-            self._board.created(number, secret)
+            self._board.created(number, created.secret)
             await asyncio.sleep(LIFE_SECONDS_MAX * chance() ** 2)
             if chance() < GET_SHARE:
-                await self._get(account, token_id, number)
+                await self._get(account, created.id, number)
             if chance() < OVERLAP_SHARE:
-                self._ask_everyone(number, secret)
+                self._ask_everyone(number, created.secret)
                 # Lets the call be in transit, arrive, or wait for its look-up.
                 await asyncio.sleep(0.02 * chance())
-            subject = Subject(account, token_id, secret)
             kind = Kind.DELETE if chance() < DELETE_SHARE else self._random.choice(OTHERS)
             no_wait = chance() < NO_WAIT_SHARE and kind not in ONCE
             if no_wait:
-                await self._end(kind, subject, number, no_wait=True)
-            ends = [self._until_confirmed(kind, subject, number, again=no_wait)]
+                await self._end(kind, created, number, no_wait=True)
+            ends = [self._until_confirmed(kind, created, number, again=no_wait)]
             if chance() < TWICE_SHARE and kind not in ONCE:
-                ends.append(self._until_confirmed(kind, subject, number, again=True))
+                ends.append(self._until_confirmed(kind, created, number, again=True))
             await asyncio.gather(*ends)
 
-    async def _create(self, account: str, number: int) -> latchkey.CreatedToken | None:
+    async def _create(self, account: str, number: int) -> Subject | None:
+        kind = Kind.IMPORT if self._random.random() < IMPORT_SHARE else Kind.CREATE
+        name = f"token {number}"
         began = now()
         try:
-            created = await narrowing.create(self._any_client(), account, f"token {number}")
+            if kind is Kind.IMPORT:
+                subject = await narrowing.import_(self._any_client(), account, name)
+            else:
+                created = await narrowing.create(self._any_client(), account, name)
+                subject = Subject(account, created.token.id, created.secret.reveal())
         except latchkey.LatchkeyError as error:
             tell_if_strange(error)
-            self._recorder.add(Kind.CREATE, Outcome.FAILED, number, began, now())
+            self._recorder.add(kind, Outcome.FAILED, number, began, now())
             return None
-        self._recorder.add(Kind.CREATE, Outcome.DONE, number, began, now())
-        return created
+        self._recorder.add(kind, Outcome.DONE, number, began, now())
+        return subject
 
     async def _until_confirmed(
         self, kind: Kind, subject: Subject, number: int, *, again: bool

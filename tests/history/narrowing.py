@@ -13,12 +13,15 @@ from typing import Any, NamedTuple
 
 import latchkey
 
+from tests.helpers.imported_keys import imported_key, sha256_of
 from tests.history.records import Kind
 
-__all__ = ["CHANGES", "QUESTION", "SCOPE", "Ended", "Subject", "create", "end", "verify"]
+__all__ = ["CHANGES", "QUESTION", "SCOPE", "Ended", "Subject", "create", "end", "import_", "verify"]
 
 _ADDRESS = "192.0.2.7"
 _PERMISSION = "orders:read"
+_NETWORKS = ("192.0.2.0/24", "2001:db8::/32")
+_PERMISSIONS = (_PERMISSION, "orders:write")
 SCOPE = latchkey.Scope.WRITE
 QUESTION: dict[str, Any] = {"client_address": _ADDRESS, "permissions": (_PERMISSION,)}
 """What each verify asks for, besides `SCOPE`, in the words of `latchkey.Verifier`."""
@@ -49,9 +52,29 @@ async def create(client: latchkey.Client, account: str, name: str) -> latchkey.C
         account,
         name,
         SCOPE,
-        allowed_networks=["192.0.2.0/24", "2001:db8::/32"],
-        permissions=[_PERMISSION, "orders:write"],
+        allowed_networks=_NETWORKS,
+        permissions=_PERMISSIONS,
     )
+
+
+async def import_(client: latchkey.Client, account: str, name: str) -> Subject:
+    """Import a token that may do all that the verifies ask for."""
+    secret = imported_key()
+    token = latchkey.ImportedToken(
+        account_id=account,
+        name=name,
+        scope=SCOPE,
+        secret_sha256=sha256_of(secret),
+        allowed_networks=_NETWORKS,
+        permissions=_PERMISSIONS,
+    )
+    (result,) = await client.import_tokens([token])
+    # The client repeats a call whose answer was lost.
+    assert result.outcome in (
+        latchkey.ImportOutcome.IMPORTED,
+        latchkey.ImportOutcome.EXISTS,
+    ), result
+    return Subject(account, result.token_id, secret)
 
 
 async def verify(

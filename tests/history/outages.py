@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-from tests.history.records import ENDS, Kind, Outcome, Record
+from tests.history.records import CREATES, ENDS, Kind, Outcome, Record
 
 __all__ = ["Outage", "Window", "outages"]
 
@@ -46,7 +46,7 @@ def outages(
     for who, history in histories.items():
         for kind, outcome, _, _, ended in history():
             is_verify = kind in _VERIFIES and outcome in _VERIFIED
-            is_change = (kind == Kind.CREATE or kind in ENDS) and outcome in _CHANGED
+            is_change = (kind in CREATES or kind in ENDS) and outcome in _CHANGED
             if not is_verify and not is_change:
                 continue
             for number, window in enumerate(windows):

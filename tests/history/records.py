@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["ENDS", "Kind", "Outcome", "Record", "Recorder", "now", "read"]
+__all__ = ["CREATES", "ENDS", "Kind", "Outcome", "Record", "Recorder", "now", "read"]
 
 now = time.monotonic_ns
 
@@ -50,9 +50,15 @@ class Kind(enum.IntEnum):
     RETIRE_SECRETS = 14
     REVOKE_SECRET = 15
     DELETE_ALL = 16
+    IMPORT = 17
+    """As CREATE, but the secret exists already."""
 
 
-ENDS = frozenset({Kind.DELETE, *(kind for kind in Kind if kind >= Kind.NARROW_SCOPE)})
+CREATES = frozenset({Kind.CREATE, Kind.IMPORT})
+"""The kinds after which a token is VALID until it is ended."""
+ENDS = frozenset(
+    {Kind.DELETE, *(kind for kind in Kind if Kind.NARROW_SCOPE <= kind <= Kind.DELETE_ALL)}
+)
 """The kinds after which no verify may be answered VALID."""
 
 
@@ -65,7 +71,7 @@ class Outcome(enum.IntEnum):
     REFUSED = 2
     """Any other verdict."""
     DONE = 3
-    """Of a Create or a Get."""
+    """Of a Create, an Import or a Get."""
     CONFIRMED = 4
     """Of a change: the receipt has the time since which the token has been dead everywhere."""
     COMMITTED = 5

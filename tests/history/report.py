@@ -21,6 +21,8 @@ FAULTS_SHARE = 0.5
 # answered from their caches.
 CHECKED_SHARE = 0.5
 REMEMBERING_SHARE = 0.5
+# Minimum share of imported tokens, a quarter of what is imported.
+IMPORTED_SHARE = 0.05
 LATE_SHOWN = 20
 
 
@@ -35,6 +37,10 @@ def complaints(outcome: Outcome) -> list[str]:
         "deletes that verifies followed": (
             len(findings.checked),
             CHECKED_SHARE * len(findings.deleted),
+        ),
+        "imported tokens that verifies followed after their Delete": (
+            len(findings.checked & findings.imported),
+            max(1, IMPORTED_SHARE * len(findings.deleted)),
         ),
         "verifiers that answered from their caches": (
             outcome.remembering,
@@ -119,6 +125,7 @@ def table(outcome: Outcome) -> list[str]:
         f"  from service   {findings.from_service:>10,}    asked by verifiers",
         f"  direct         {findings.count(Kind.DIRECT):>10,}    Verify RPCs right after Deletes",
         f"  creates        {findings.ended(Kind.CREATE, Ended.DONE):>10,}",
+        f"  imports        {findings.ended(Kind.IMPORT, Ended.DONE):>10,}",
         f"  ends           {len(findings.deletes):>10,}    confirmed; {others}",
         *(
             f"    {kind.name.lower():<20} {count:>5,}"

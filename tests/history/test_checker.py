@@ -139,7 +139,7 @@ def test_a_run_that_saw_nothing_fails() -> None:
     empty = RunOutcome(Size(), Findings(), [], [], [])
     complaints = report.complaints(empty)
     assert all(complaint.startswith("too few") for complaint in complaints)
-    assert len(complaints) == 6
+    assert len(complaints) == 7
 
 
 def test_a_run_fails_for_one_late_accept() -> None:
@@ -148,6 +148,7 @@ def test_a_run_fails_for_one_late_accept() -> None:
     """
     size = Size(seconds=10.0, clients=1, deleters=1)
     records = [delete(n, 10, 20) for n in range(10)]
+    records.append(Record(Kind.IMPORT, Outcome.DONE, 0, 1, 2))
     records += [verify(n % 10, 30, 31, Outcome.REFUSED) for n in range(1_000)]
     findings = judge(*records)
     findings.from_memory["client/0"] = 1_000

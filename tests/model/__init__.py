@@ -56,12 +56,18 @@ and ρ the largest difference between clock rates.
     and its other streams, and voids its earlier requests. A log read or a verdict of another
     timeline than the lease's does not count; only a renewal adopts a timeline. NOT_FOUND requires a
     lease, and a read of a standby or of another timeline is rejected.
+13. For a token with a rate limit, a verifier answers VALID only by spending a call that the token's
+    bucket has issued, each call once. A call can be spent for a second, counted from before the
+    question was sent. Its answer counts only under a lease on the history of the database that
+    issued it. A verifier begins with no calls.
 
 **Where to begin.** server.py models rules 1-5 and 8-11 inside one process. watch.py models clients
 and streams, histories.py a process between two databases with different histories, management.py
 tokens that only one of the databases has, and moves.py a client that moves between two servers on
-different histories. explore.py takes their actions in every order. broken.py and rule_12.py break
-one rule at a time, and each time the explorer finds an order that violates the guarantee:
+different histories. rates.py models rule 13, which has another promise: a bound on how often a
+token with a rate limit is accepted. explore.py takes their actions in every order. broken.py and
+rule_12.py break one rule at a time, and each time the explorer finds an order that violates the
+guarantee:
 
     python -m tests.model                   # states, seconds, and steps to each violation
     python -m tests.model "counted from"    # the steps, for broken rules with that name

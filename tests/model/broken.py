@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from tests.model import rule_12, server, server_state, watch, watch_state
+from tests.model import rates, rule_12, server, server_state, watch, watch_state
 from tests.model.cases import Broken, Healthy, Kept
 
 __all__ = ["BROKEN", "HARMLESS", "HEALTHY", "KEPT", "LONG"]
@@ -76,6 +76,7 @@ KEPT = (
         },
     ),
     *rule_12.KEPT,
+    *rates.KEPT,
 )
 
 # Too slow for every test run: `python -m tests.model` explores these as well.
@@ -229,6 +230,7 @@ BROKEN = (
     _server("10 log read only after a notification", 17),
     _server("11 pruning not detected", 26),
     *rule_12.BROKEN,
+    *rates.BROKEN,
 )
 
 # Breaking these rules causes no violation, because another rule gives the same protection.

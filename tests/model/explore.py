@@ -17,15 +17,27 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-__all__ = ["Action", "Exploration", "Model", "Violation", "always_can", "explore"]
+__all__ = [
+    "Action",
+    "Exploration",
+    "Model",
+    "Violation",
+    "always_can",
+    "explore",
+    "replaced_quickly",
+]
 
 # Far above any configuration here: if a change makes the number of states explode, the run fails
 # before it fills the memory.
 STATES_MAX = 1_500_000
 # Names that a trace gives to the members of a field with several objects of one kind.
-EACH = {"servers": ("server A", "server B"), "databases": ("old primary", "new primary")}
+EACH = {
+    "servers": ("server A", "server B"),
+    "verifiers": ("verifier A", "verifier B"),
+    "databases": ("old primary", "new primary"),
+}
 
 
 class Violation(NamedTuple):
@@ -35,7 +47,24 @@ class Violation(NamedTuple):
 
 
 State = Any  # a NamedTuple of the model
+Kind = TypeVar("Kind", bound=tuple[Any, ...])
 Action = Callable[[State, Any], Iterator[State]]
+
+
+def replaced_quickly(kind: type[Kind]) -> type[Kind]:
+    """Give a NamedTuple a `_replace` that takes half the time, because that is much of the work of
+    a model."""
+    index = {name: number for number, name in enumerate(kind._fields)}  # type: ignore[attr-defined]
+    new = tuple.__new__
+
+    def replace(self: Kind, /, **changes: Any) -> Kind:
+        values = list(self)
+        for name, value in changes.items():
+            values[index[name]] = value
+        return new(kind, values)
+
+    kind._replace = replace  # type: ignore[attr-defined]
+    return kind
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from tests.model.explore import Action, Model, Violation
+from tests.model.explore import Action, Model, Violation, replaced_quickly
 
 OLD, NEW = 0, 1
 # The standby: follows the old primary, is disconnected, or is the primary.
@@ -41,6 +41,7 @@ OTHER = ("o", "n")
 GUARANTEE = "Delete had answered before this verify began, and it answers VALID"
 
 
+@replaced_quickly
 class Database(NamedTuple):
     """What readers of a database see."""
 
@@ -58,6 +59,7 @@ class Lookup(NamedTuple):
     joined: bool = False  # a verify that began after Delete's answer shares it
 
 
+@replaced_quickly
 class State(NamedTuple):
     """The complete state at one instant."""
 

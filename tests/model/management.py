@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
-from tests.model.explore import Action, Model, Violation
+from tests.model.explore import Action, Model, Violation, replaced_quickly
 from tests.model.histories import CUT_OFF, FOLLOWING, NEW, OLD, OTHER, PROMOTED, UNREGISTERED
 
 T = TypeVar("T")
@@ -40,6 +40,7 @@ class Read(NamedTuple):
     began: int = 0  # the revision applied when it was sent
 
 
+@replaced_quickly
 class State(NamedTuple):
     """The complete state at one instant."""
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from tests.model.explore import Action
+from tests.model.explore import Action, replaced_quickly
 
 OLD_LOG = "o"
 # A row: missing; has not acknowledged the deletion; has acknowledged it.
@@ -41,6 +41,7 @@ class Message(NamedTuple):
     duration: int = 0  # of a grant
 
 
+@replaced_quickly
 class Stream(NamedTuple):
     """The client's stream to a server; the client alone knows the last three fields."""
 
@@ -52,6 +53,7 @@ class Stream(NamedTuple):
     owes: bool = False  # the client has applied something that it has not confirmed yet
 
 
+@replaced_quickly
 class Server(NamedTuple):
     """A server, its row, and its record of the client."""
 
@@ -73,6 +75,7 @@ class Lookup(NamedTuple):
     joined: bool = False  # a verify that began after Delete's answer shares it
 
 
+@replaced_quickly
 class Client(NamedTuple):
     """The client's cache and lease."""
 
@@ -82,6 +85,7 @@ class Client(NamedTuple):
     lookup: Lookup | None = None
 
 
+@replaced_quickly
 class State(NamedTuple):
     """The complete state at one instant."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from tests.model.explore import replaced_quickly
+
 TICKS = 2
 
 # The row, and another process's observation of it.
@@ -35,6 +37,7 @@ class Lookup(NamedTuple):
     began: int = 0  # the revision applied when it was sent; kept only where rule 4 is misread
 
 
+@replaced_quickly
 class State(NamedTuple):
     """The complete state at one instant."""
 

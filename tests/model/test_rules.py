@@ -10,12 +10,13 @@ from tests.model.cases import Broken, Healthy, Kept
 from tests.model.explore import always_can, explore
 from tests.model.server_state import ANSWERED, LEMMA
 
-RULES = range(1, 13)
+RULES = range(1, 14)
 
 
 @pytest.mark.parametrize("kept", KEPT, ids=lambda kept: kept.name)
 def test_kept(kept: Kept) -> None:
-    """With all rules, no verify that begins after Delete's answer returns VALID, in any order.
+    """With all rules, no verify that begins after Delete's answer returns VALID, in any order. With
+    a rate limit, no more verifies return VALID in any window than its bound permits.
 
     This would also hold in a model in which nothing happens. Therefore every action must occur, the
     expected states must be reached, and the number of states must not shrink.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from tests.model.explore import replaced_quickly
+
 # Delete. Positive numbers are the rest of the wait.
 BEFORE, ANSWERED = -1, -2
 # A server. EMPTY is up, but registered after the deletion, so it cannot answer VALID.
@@ -23,6 +25,7 @@ TELL_0, TELL_1, GOODBYE = (
 GUARANTEE = "Delete had answered before this verify began, and it answers VALID"
 
 
+@replaced_quickly
 class Server(NamedTuple):
     """A server process and its row."""
 
@@ -52,6 +55,7 @@ class Lookup(NamedTuple):
     stale: bool = False  # the deletion was applied since; kept only where rule 4 is misread
 
 
+@replaced_quickly
 class Client(NamedTuple):
     """A client, its stream, and its cache."""
 
@@ -64,6 +68,7 @@ class Client(NamedTuple):
     lookup: Lookup | None = None
 
 
+@replaced_quickly
 class State(NamedTuple):
     """The complete state at one instant."""
 

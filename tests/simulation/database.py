@@ -9,6 +9,7 @@ from collections.abc import Callable
 from random import Random
 from typing import TypeVar
 
+from latchkey_coherence.rate import Draw, RateLimit, draw
 from latchkey_coherence.verdict_cache import Position
 from latchkey_service.coherence.ack_rules import VerifierRow
 from latchkey_service.coherence.snapshot import Snapshot
@@ -31,6 +32,8 @@ class Database:
         self.log: list[tuple[Position, str]] = []
         self.deleted: set[str] = set()
         self.rows: dict[str, VerifierRow] = {}
+        # When the buckets of tokens with a rate limit will be full, in microseconds.
+        self.full_at: dict[str, int] = {}
         self.replicated: Database | None = None
         """The standby's content while replication is stalled. None if the standby has the same
         content.
@@ -43,6 +46,9 @@ class Database:
         new = Database(self.random, timeline)
         new.head, new.pruned = source.head, source.pruned
         new.log, new.deleted, new.rows = list(source.log), set(source.deleted), dict(source.rows)
+        # Draws do not wait for the standby, which may lack all of them.
+        if source.full_at and self.random.random() < 0.5:
+            new.full_at = dict(source.full_at)
         return new
 
     def stall(self) -> None:
@@ -118,6 +124,12 @@ class Database:
             return renewed, self.read_log(applied)
 
         return self.commit(change)
+
+    def draw(self, token_id: str, limit: RateLimit, needed: int, ahead: int, now: float) -> Draw:
+        microseconds = int(now * 1_000_000)
+        drawn = draw(limit, self.full_at.get(token_id, 0), microseconds, needed, ahead)
+        self.full_at[token_id] = drawn.full_at
+        return drawn
 
     def remove_dead(self, dead: VerifierRow) -> None:
         def change() -> None:

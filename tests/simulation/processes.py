@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from latchkey import _subscription as client_side
+from latchkey._shares import SharesReceived
 from latchkey._subscription import Subscription
 from latchkey_coherence.lease import DRIFT_MAX
 from latchkey_coherence.verdict_cache import Entry, Position, VerdictCache
@@ -17,11 +18,13 @@ from latchkey_service.coherence.ack_rules import (
     DeadVerifierDetector,
 )
 from latchkey_service.coherence.client_leases import ClientLeases
+from latchkey_service.coherence.reads import ReadBegan, Standing
 from latchkey_service.coherence.snapshot import Snapshot
-from latchkey_service.coherence.verifier_state import Log, ReadBegan, Standing, VerifierState
+from latchkey_service.coherence.verifier_state import Log, VerifierState
 from latchkey_service.coherence.watch_sessions import WatchSession
 
 from tests.simulation.database import LEASE_SECONDS
+from tests.simulation.rates import LIMIT, LIMITED, ServerRates
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
@@ -76,6 +79,7 @@ class Server:
         # The database's answer that the process has not received yet, at most one.
         self.reply: Callable[[], None] | None = None
         self.streams: list[Stream] = []
+        self.rates = ServerRates(self)
 
     def reconnect(self) -> None:
         """Open new sessions. They may lead to a deposed primary."""
@@ -153,7 +157,7 @@ class Server:
         if known is not None:
             answer(known.live, state.cache.position)
             return
-        began = state.begin_read()
+        began = ReadBegan.now(state)
         database = self.lookup_database = self.world.session(self.lookup_database)
         live, snapshot = token_id not in database.deleted, database.snapshot()
 
@@ -173,7 +177,7 @@ class Server:
     ) -> None:
         if not self.alive:
             return
-        standing = self.state.standing(snapshot, began)
+        standing = began.standing(snapshot, self.state)
         if standing is Standing.AHEAD and again:
             # The look-up waits for the log, which the renewer's session reads.
             self.world.count("ahead")
@@ -233,6 +237,8 @@ class Stream:
             said = self.up.popleft()
             request = watch_sessions.Request(said.applied, said.number, said.released)
             self.session.receive(request, self.server.clock())
+            if said.shares is not None:
+                self.server.rates.draw_for(self.session, said.shares)
 
     def server_sends(self) -> None:
         self.down.extend(self.session.take(self.server.clock()))
@@ -255,7 +261,7 @@ def _to_client(event: watch_sessions.Event) -> client_side.Event:
         case watch_events.ReportReceived():
             return client_side.UsesReceived(event.report)
         case watch_events.Shares():
-            raise AssertionError("the clients of the simulation ask for no shares")
+            return SharesReceived(event.number, tuple(event.calls), event.seconds)
 
 
 class Client:
@@ -268,6 +274,8 @@ class Client:
         self.cache: VerdictCache[Known] = cache
         self.subscription = Subscription(cache, world.random.random)
         self.streams: list[Stream] = []
+        # Kept, as long as the process lives.
+        self.share = self.subscription.shares.of(LIMITED, LIMIT)
 
     def verify(self, token_id: str) -> None:
         """Answer from the cache, or ask a server, which need not be the one that the client

@@ -18,7 +18,8 @@ from latchkey_service.coherence.ack_rules import (
     DeadVerifierDetector,
     PendingDeletion,
 )
-from latchkey_service.coherence.verifier_state import Change, Log, Standing, VerifierState
+from latchkey_service.coherence.reads import ReadBegan, Standing
+from latchkey_service.coherence.verifier_state import Change, Log, VerifierState
 from latchkey_service.coherence.watch_sessions import Grant, WatchSession
 
 from tests.simulation.database import Database
@@ -136,11 +137,11 @@ def knows_by_revision(self: Database, position: Position) -> bool:
     return self.pruned.revision <= position.revision <= self.head.revision
 
 
-def believe_recent_revisions(self: VerifierState[Any], snapshot: Any, began: Any) -> Standing:
+def believe_recent_revisions(self: ReadBegan, snapshot: Any, state: VerifierState[Any]) -> Standing:
     """Rule 12 broken: a look-up is accepted by its bare revision."""
-    if snapshot.position.revision > self.cache.position.revision:
+    if snapshot.position.revision > state.cache.position.revision:
         return Standing.AHEAD
-    fresh = snapshot.position.revision >= began.applied and began.epoch == self.epoch
+    fresh = snapshot.position.revision >= self.applied and self.epoch == state.epoch
     return Standing.BELIEVED if fresh else Standing.REFUSED
 
 
@@ -186,9 +187,7 @@ MUTANTS: dict[str, list[tuple[Any, str, Any]]] = {
     ],
     "12: no marks in the database": [(Database, "knows", knows_by_revision)],
     "12: no marks in the server's cache": [(World, "server_cache", Markless)],
-    "12: look-ups are accepted by revision": [
-        (VerifierState, "standing", believe_recent_revisions)
-    ],
+    "12: look-ups are accepted by revision": [(ReadBegan, "standing", believe_recent_revisions)],
 }
 
 

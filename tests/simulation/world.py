@@ -10,7 +10,8 @@ This tests that the shipped classes of both sides together keep the promise, in 
 events.
 
 `World.step` takes one step of a kind by name. `stale` must stay empty: it collects each VALID of a
-verify that began after a Delete of its token had answered.
+verify that began after a Delete of its token had answered. So must `excess`: it collects each VALID
+of a token with a rate limit that the bound of rule 13 does not permit.
 """
 
 import itertools
@@ -26,32 +27,43 @@ from latchkey_service.coherence.ack_rules import (
 )
 
 from tests.simulation.database import LEASE_SECONDS, Database
+from tests.simulation.limited_steps import LIMITED_KINDS, LimitedSteps
 from tests.simulation.processes import Client, Clock, Server, Stream
+from tests.simulation.rates import LIMIT, Meter
 
 __all__ = ["KINDS", "World"]
 
 SERVERS, CLIENTS, TOKENS = 2, 2, 2
+# Enough that together they can draw more calls ahead of demand than a bucket issues in a second.
+LIMITED_CLIENTS = 8
 STEPS_SECONDS = (0.001, 0.01, 0.1, 0.3, 0.5, 1.0, 2.0, 2.99, 3.1)
 
 
-class World:
+class World(LimitedSteps):
     """The whole system. Its course depends only on the seed of `random` and the steps taken.
     Without `timelines`, the engine does not report them, so only marks distinguish histories.
+    With `limited`, a token with a rate limit is used as well.
     """
 
     server_cache: type[VerdictCache[Any]] = VerdictCache
     client_cache: type[VerdictCache[Any]] = VerdictCache
 
-    def __init__(self, random: Random, *, timelines: bool | None = None) -> None:
+    def __init__(
+        self, random: Random, *, timelines: bool | None = None, limited: bool = False
+    ) -> None:
         self.random = random
         self.kinds = [
             *EVERYDAY,
             *itertools.chain.from_iterable(f for f in FAULTS if random.random() < 0.4),
         ]
         """The kinds of steps that occur in this world."""
+        if limited:
+            self.kinds += LIMITED_KINDS
         self.now = 0.0
         self.steps = 0
         self.stale: list[str] = []
+        self.excess: list[str] = []
+        self.meter = Meter(LIMIT)
         self.counts: dict[str, int] = {}
         self.timelines = random.random() < 0.3 if timelines is None else timelines
         # Behind a pooler each statement may reach another server.
@@ -62,7 +74,8 @@ class World:
         self.backup = self.current.copy(None)
         self.names = (f"v{n}" for n in itertools.count())
         self.servers = [Server(self, next(self.names)) for _ in range(SERVERS)]
-        self.clients = [Client(self) for _ in range(CLIENTS)]
+        clients = LIMITED_CLIENTS if limited else CLIENTS
+        self.clients = [Client(self) for _ in range(clients)]
         self.token_numbers = itertools.count()
         self.tokens = [self._new_token() for _ in range(TOKENS)]
         self.under_way: list[Callable[[], None]] = []
@@ -101,6 +114,12 @@ class World:
         self.count("valid" if valid else "deleted")
         if valid and self.confirmed.get(token_id, math.inf) < started:
             self.stale.append(f"{token_id}, by a verify begun at step {started}")
+
+    def accepted(self, who: str) -> None:
+        """Count a VALID of the token with a rate limit."""
+        self.count(who)
+        if not self.meter.accept(self.now):
+            self.excess.append(f"{who}, in step {self.steps}")
 
     def send(self, message: Callable[[], None]) -> None:
         """Send a message, sometimes with a long delay."""
@@ -273,6 +292,8 @@ class World:
         """Promote the standby. The old primary keeps running, and sessions stay with it."""
         self.current.depose()
         self.databases = [self.current.copy(self._new_timeline()), self.current]
+        # A fuller bucket, and the deposed primary's until leases end.
+        self.meter.extra += LIMIT.burst + LIMIT.per_second * LEASE_SECONDS
         self.count("failovers")
 
     def fail_over_while_stalled(self) -> None:
@@ -304,6 +325,7 @@ class World:
         self.confirmed = {t: step for t, step in self.confirmed.items() if t in deleted}
         self.waits = [wait for wait in self.waits if self.current.knows(wait[1].position)]
         self.tokens = [*self.tokens, *(t for t in self.confirmed if t not in self.tokens)][-6:]
+        self.meter.extra += LIMIT.burst
         self.count("restored")
 
     def reconnect(self) -> None:

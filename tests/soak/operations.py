@@ -20,6 +20,7 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
 from tests.helpers.callers import CALLERS, credential, policy_text
+from tests.helpers.imported_keys import imported_key, sha256_of
 from tests.helpers.token_feed import Board
 from tests.helpers.waiting import eventually
 from tests.helpers.watch_client import WatchClient
@@ -78,6 +79,8 @@ class Operations:
             "verify made up": (30.0, self._verify_made_up),
             "batch": (6.0, self._batch),
             "create to delete": (18.0, self._lifecycle),
+            "import to delete": (3.0, self._imported_lifecycle),
+            "verify made-up imported": (6.0, self._verify_made_up_imported),
             "list": (6.0, self._list),
             "channel opens": (6.0, self._channel),
             "broken connection": (3.0, self._broken_connection),
@@ -133,6 +136,16 @@ class Operations:
                 "made up",
             )
 
+    async def _verify_made_up_imported(self) -> None:
+        """Only the database can say that the service lacks a secret of another system."""
+        secret = imported_key()
+        for _ in range(2):
+            must_be(
+                await self._connections.verify(self._connections.stub(), secret),
+                pb.VERDICT_UNKNOWN,
+                "made up, with the prefix of imported secrets",
+            )
+
     async def _batch(self) -> None:
         live = self._random.sample(self.live, 40)
         secrets = [*live, *(self._connections.missing() for _ in range(10)), "nothing"]
@@ -154,7 +167,32 @@ class Operations:
         number = next(self._numbers)
         account = f"account-{number % ACCOUNTS}"
         created = await self._connections.create(account, f"token {number}")
-        token_id, secret = created.token.id, created.secret
+        await self._until_deleted(number, account, created.token.id, created.secret)
+
+    async def _imported_lifecycle(self) -> None:
+        number = next(self._numbers)
+        account, secret = f"account-{number % ACCOUNTS}", imported_key()
+        row = pb.ImportedToken(
+            account_id=account,
+            name=f"token {number}",
+            scope=pb.SCOPE_READ,
+            secret_sha256=sha256_of(secret),
+        )
+        results = await self._import(row)
+        must_be(results[0].outcome, pb.IMPORT_OUTCOME_IMPORTED, "an import")
+        await self._until_deleted(number, account, results[0].id, secret)
+        # A deleted token's secret stays its own, and is not imported again.
+        again = await self._import(row)
+        must_be(again[0].outcome, pb.IMPORT_OUTCOME_EXISTS, "an import of a deleted token")
+
+    async def _import(self, row: pb.ImportedToken) -> Any:
+        answer = await self._connections.stub().Import(
+            pb.ImportRequest(tokens=[row]), timeout=CALL_SECONDS, metadata=bearer("importer")
+        )
+        return answer.results
+
+    async def _until_deleted(self, number: int, account: str, token_id: str, secret: str) -> None:
+        """Verify a new token everywhere, delete it, and verify it again."""
         self._board.created(number, secret)
         stub = self._connections.stub()
         got = await stub.Get(

@@ -12,6 +12,7 @@ from latchkey_service.postgres.embedded_cluster import EmbeddedPostgres
 from latchkey_service.tokens import pepper_file
 
 from tests.helpers.callers import policy_text, write_server_files
+from tests.helpers.imported_keys import IMPORTED_PREFIX
 from tests.helpers.service_process import Service
 from tests.helpers.waiting import POLL_SECONDS, eventually
 from tests.soak import report
@@ -62,6 +63,7 @@ async def run(
         "policy": policy,
         "data_dir": folder / "data",
         "workers": WORKERS,
+        "imported_prefixes": IMPORTED_PREFIX,
         "grace_seconds": 5,
         # Small, so that the cache soon reaches its bound.
         "cache_entries": 1_000,

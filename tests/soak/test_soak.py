@@ -29,7 +29,7 @@ pytestmark = [
 SECONDS = 5.0
 # Few, so that a busy machine keeps up: the test checks behaviour, not load.
 SCALE = 0.5
-KINDS = 20
+KINDS = 22
 
 
 @pytest.fixture
@@ -49,9 +49,13 @@ async def test_short_soak(folder: Path) -> None:
     print(*report.table(found), sep="\n")  # noqa: T201 - pytest shows it with a failure
     # Such a short run shows nothing about growth, because caches are still filling.
     assert (found.wrong, found.unexpected, found.troubles, found.stayed) == ({}, {}, [], [])
-    assert {"create to delete", "client process", "policy changes", "watch breaks"} <= set(
-        found.done
-    )
+    assert {
+        "create to delete",
+        "import to delete",
+        "client process",
+        "policy changes",
+        "watch breaks",
+    } <= set(found.done)
     assert len(found.done) == KINDS
     told = {name.what for name, trend in found.trends.items() if trend.slope is not None}
     assert {"memory of its own", "file descriptors", "tasks", "connections", "size"} <= told

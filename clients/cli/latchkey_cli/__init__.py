@@ -4,3 +4,7 @@ This package owns what people and scripts see: options, tables, JSON, prompts an
 client library owns deadlines and retries, and the service makes every decision. This package never
 imports the service: `serve`, `config` and `policy` replace this process with it.
 """
+
+from latchkey_console import grpc_core
+
+grpc_core.prepare()

@@ -60,6 +60,7 @@ class MethodName(enum.StrEnum):
     REPORT_SECRET = "report-secret"  # noqa: S105 - the name of a method
     DELETE_ALL = "delete-all"
     GET_USAGE = "get-usage"
+    FIND = "find"
 
 
 def audit(
@@ -222,7 +223,7 @@ def _row(entry: "AuditEntry") -> list[Text]:
         Text(visible(entry.method.rpartition("/")[2])),
         Text(visible(entry.account_id)),
         Text(visible(outcome), style=_STYLES.get(name, "")),
-        Text(visible(entry.client_address or entry.peer), style="dim"),
+        Text(_origin(entry), style="dim"),
         Text(visible(entry.token_id), style="cyan"),
     ]
 
@@ -231,6 +232,12 @@ def _caller(entry: "AuditEntry") -> Text:
     if not entry.caller:
         return Text("unknown", style="dim")
     return Text(visible(f"{entry.caller} for {entry.person}" if entry.person else entry.caller))
+
+
+def _origin(entry: "AuditEntry") -> str:
+    """Return where a call came from: the address, and below it the trace that it belongs to."""
+    address = visible(entry.client_address or entry.peer)
+    return f"{address}\ntrace {visible(entry.trace_id)}" if entry.trace_id else address
 
 
 def _two_lines(row: list[Text]) -> list[Text]:

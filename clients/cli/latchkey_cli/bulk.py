@@ -22,6 +22,7 @@ from latchkey_cli.restrictions import (
     ExpiresBeforeOption,
     FilterLabelOption,
     FilterScopeOption,
+    LeakedOption,
     NameContainsOption,
     NeverExpiresOption,
     NeverUsedOption,
@@ -173,6 +174,7 @@ def delete_all(
     never_used: NeverUsedOption = None,
     never_expires: NeverExpiresOption = None,
     secret_created_before: SecretCreatedBeforeOption = None,
+    leaked: LeakedOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List what would be deleted, and delete nothing.")
     ] = False,
@@ -209,6 +211,7 @@ def delete_all(
         never_used,
         never_expires,
         secret_created_before,
+        leaked,
     )
     from latchkey_cli.session import Doing, Session
 

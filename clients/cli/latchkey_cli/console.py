@@ -48,6 +48,22 @@ def console(
             "Header in which a sign-in proxy sends the account ID, such as jane@example.com.",
         ),
     ] = None,
+    accounts_header: Annotated[
+        str | None,
+        _option(
+            "ACCOUNTS_HEADER",
+            "NAME",
+            "Header in which the proxy sends all accounts of a person, separated by commas.",
+        ),
+    ] = None,
+    groups_header: Annotated[
+        str | None,
+        _option(
+            "GROUPS_HEADER",
+            "NAME",
+            "With --operator-group: header in which the proxy sends a person's groups.",
+        ),
+    ] = None,
     person_header: Annotated[
         str | None,
         _option(
@@ -89,6 +105,40 @@ def console(
             default=True,
         ),
     ] = "sub",
+    oidc_accounts_claim: Annotated[
+        str | None,
+        _option(
+            "OIDC_ACCOUNTS_CLAIM",
+            "NAME",
+            "Claim that lists all accounts of a person, who then switches between them.",
+        ),
+    ] = None,
+    oidc_accounts_key: Annotated[
+        str | None,
+        _option(
+            "OIDC_ACCOUNTS_KEY",
+            "NAME",
+            "If that claim is a list of objects: their key with the account ID, such as id.",
+        ),
+    ] = None,
+    operator_group: Annotated[
+        list[str] | None,
+        _option(
+            "OPERATOR_GROUP",
+            "NAME",
+            "Serve the operators' view instead, to people in this group; may be repeated. In the "
+            "environment variable, separate several with spaces.",
+        ),
+    ] = None,
+    oidc_groups_claim: Annotated[
+        str,
+        _option(
+            "OIDC_GROUPS_CLAIM",
+            "NAME",
+            "With --operator-group: claim that lists a person's groups.",
+            default=True,
+        ),
+    ] = "groups",
     listen: Annotated[
         str, _option("LISTEN", "HOST:PORT", "Address on which the page listens.", default=True)
     ] = "127.0.0.1:50080",
@@ -118,6 +168,60 @@ def console(
         str | None,
         _option("SUPPORT_URL", "URL", "Where people get help; the page then links to it."),
     ] = None,
+    logo: Annotated[
+        Path | None,
+        _option("LOGO", "FILE", "Your logo, an SVG, PNG or WebP file, in the page's header."),
+    ] = None,
+    theme_css: Annotated[
+        Path | None,
+        _option(
+            "THEME_CSS", "FILE", "Style sheet with your colours and fonts; see docs/console.md."
+        ),
+    ] = None,
+    base_path: Annotated[
+        str,
+        _option(
+            "BASE_PATH",
+            "PATH",
+            "Path below which the page is served, such as /settings/tokens.",
+            default="/",
+        ),
+    ] = "/",
+    no_header: Annotated[
+        bool,
+        typer.Option(
+            "--no-header",
+            envvar=f"{PREFIX}NO_HEADER",
+            show_envvar=False,
+            help="Leave out the page's header, inside a page that has one.",
+        ),
+    ] = False,
+    frame_ancestor: Annotated[
+        list[str] | None,
+        _option(
+            "FRAME_ANCESTOR",
+            "ORIGIN",
+            "Origin whose pages may frame this page, such as https://app.example.com; may be "
+            "repeated.",
+        ),
+    ] = None,
+    state_key_file: Annotated[
+        Path | None,
+        _option(
+            "STATE_KEY_FILE",
+            "FILE",
+            "File with the key that several processes of the page share.",
+        ),
+    ] = None,
+    peer: Annotated[
+        list[str] | None,
+        _option(
+            "PEER",
+            "HOST:PORT",
+            "Where another process of the page listens, so that a sign-out counts there too; may "
+            "be repeated. A name stands for all its addresses.",
+        ),
+    ] = None,
     target: TargetOption = "127.0.0.1:50051",
 ) -> None:
     """Serve the API Tokens web page until Ctrl-C.
@@ -130,7 +234,11 @@ def console(
     LATCHKEY_CONSOLE_OIDC_ISSUER, and so on. Only --target differs: it is
     LATCHKEY_TARGET.
 
-    The page keeps open forms and sign-ins in memory: run only one process.
+    To run several processes behind a load balancer, give all of them the same
+    --state-key-file, and each the others as --peer.
+
+    With --operator-group, it serves the operators' view: find a token of any
+    account, the audit log, and the servers. It changes nothing.
     """
     if not extra.is_installed():
         raise Failure(
@@ -150,15 +258,28 @@ def console(
                 target=target,
                 account=account,
                 account_header=account_header,
+                accounts_header=accounts_header,
+                groups_header=groups_header,
                 person_header=person_header,
                 trusted_proxies=tuple(trusted_proxy or ()),
                 oidc_issuer=oidc_issuer,
                 oidc_client_id=oidc_client_id,
                 oidc_client_secret=_secret(oidc_client_secret_file),
                 oidc_claim=oidc_claim,
+                oidc_accounts_claim=oidc_accounts_claim,
+                oidc_accounts_key=oidc_accounts_key,
+                oidc_groups_claim=oidc_groups_claim,
+                operator_groups=tuple(operator_group or ()),
                 product_name=product_name,
                 api_example_url=api_example_url,
                 support_url=support_url,
+                logo=logo,
+                theme_css=theme_css,
+                base_path=base_path,
+                header=not no_header,
+                frame_ancestors=tuple(frame_ancestor or ()),
+                state_key_file=state_key_file,
+                peers=tuple(peer or ()),
             )
         )
     except settings.SettingsError as error:

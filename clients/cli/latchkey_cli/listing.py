@@ -13,6 +13,7 @@ from latchkey_cli.restrictions import (
     ExpiresBeforeOption,
     FilterLabelOption,
     FilterScopeOption,
+    LeakedOption,
     NameContainsOption,
     NeverExpiresOption,
     NeverUsedOption,
@@ -58,6 +59,7 @@ def list_tokens(
     never_used: NeverUsedOption = None,
     never_expires: NeverExpiresOption = None,
     secret_created_before: SecretCreatedBeforeOption = None,
+    leaked: LeakedOption = None,
     order: Annotated[
         OrderName,
         typer.Option(
@@ -100,6 +102,7 @@ def list_tokens(
         never_used,
         never_expires,
         secret_created_before,
+        leaked,
     )
     # Imported here: shell completion must not wait for gRPC to load.
     from latchkey import TokenOrder

@@ -1,7 +1,6 @@
 """Assembles the commands of `latchkey` and turns every error into an exit code."""
 
 import contextlib
-import os
 import sys
 from typing import Annotated, Final
 
@@ -13,7 +12,7 @@ from latchkey_cli import (
     bulk,
     changes,
     console,
-    grpc_core,
+    find,
     importing,
     listing,
     maintenance,
@@ -71,6 +70,7 @@ app.command("enable", cls=Command)(changes.enable)
 app.command("rotate", cls=Command)(changes.rotate)
 app.command("retire-secrets", cls=Command)(changes.retire_secrets)
 app.command("usage", cls=Command)(usage.usage)
+app.command("find", cls=Command)(find.find)
 app.command("revoke", cls=Command, context_settings={"allow_extra_args": True})(bulk.revoke)
 app.command("delete-all", cls=Command)(bulk.delete_all)
 app.command("import", cls=Command)(importing.import_tokens)
@@ -126,7 +126,6 @@ def _root(
 def main() -> int:
     """Run the tool with `sys.argv` and return its exit code."""
     arguments = sys.argv[1:]
-    os.environ.update(grpc_core.ENVIRONMENT)
     try:
         try:
             output.prepare()

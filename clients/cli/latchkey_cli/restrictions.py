@@ -22,6 +22,7 @@ __all__ = [
     "ExpiresBeforeOption",
     "FilterLabelOption",
     "FilterScopeOption",
+    "LeakedOption",
     "NameContainsOption",
     "NetworkOption",
     "NeverExpiresOption",
@@ -227,6 +228,16 @@ SecretCreatedBeforeOption = Annotated[
     ),
 ]
 
+LeakedOption = Annotated[
+    YesNo | None,
+    typer.Option(
+        "--leaked",
+        case_sensitive=False,
+        show_default=False,
+        help="Yes: tokens with a secret that was reported as leaked. No: all others.",
+    ),
+]
+
 
 def rate_limit_of(rate: str | None, burst: int | None) -> "RateLimit | None":
     """Return the rate limit for these options, or None without one. Raises typer.BadParameter."""
@@ -258,6 +269,7 @@ def token_filter(
     never_used: YesNo | None,
     never_expires: YesNo | None,
     secret_created_before: datetime | None,
+    leaked: YesNo | None,
 ) -> "TokenFilter":
     """Return the filter for these options. Raises typer.BadParameter."""
     labels = labels_of(label or [])
@@ -280,6 +292,7 @@ def token_filter(
         never_used=_truth(never_used),
         never_expires=_truth(never_expires),
         secret_created_before=secret_created_before,
+        leaked=_truth(leaked),
     )
 
 

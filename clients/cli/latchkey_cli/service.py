@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+from latchkey_console import grpc_core
 
-from latchkey_cli import grpc_core
 from latchkey_cli.failures import Exit, Failure
 from latchkey_cli.options import JsonOption
 
@@ -220,7 +220,4 @@ def _become(*arguments: str) -> NoReturn:
     sys.stderr.flush()
     # -P: Python must not import a module from the current folder in place of the service's.
     command = [sys.executable, "-P", "-m", _MODULE, *arguments]
-    # The service decides by itself what gRPC's core may do.
-    ours = grpc_core.ENVIRONMENT.items()
-    environment = {name: value for name, value in os.environ.items() if (name, value) not in ours}
-    os.execve(sys.executable, command, environment)  # noqa: S606 - no shell needed
+    os.execve(sys.executable, command, grpc_core.for_the_service())  # noqa: S606 - no shell needed

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     # Types only: shell completion must not wait for gRPC to load.
     from latchkey import CallerUsage
 
-__all__ = ["usage"]
+__all__ = ["print_usage", "usage"]
 
 _GAP = 2
 
@@ -45,10 +45,11 @@ def usage(
     elif not callers:
         output.write(sys.stderr, f"No use of token {visible(token_id)} is recorded.\n")
     else:
-        _print(callers, days=days)
+        print_usage(callers, days=days)
 
 
-def _print(callers: "tuple[CallerUsage, ...]", *, days: bool) -> None:
+def print_usage(callers: "tuple[CallerUsage, ...]", *, days: bool) -> None:
+    """Print who used a token, with `days` also on which days."""
     now = datetime.now(UTC)
     table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False)
     table.add_column("Caller", overflow="fold", header_style="bold")

@@ -5,3 +5,7 @@ secret. It does not own tokens: it is a thin client of TokenService through the 
 `latchkey`. It stores only what the next request of the same browser needs, and only in memory.
 Therefore exactly one process serves the page: several would not know each other's forms.
 """
+
+from latchkey_console import grpc_core
+
+grpc_core.prepare()

@@ -1,5 +1,6 @@
 """Assembles the application: routes, middleware and error pages."""
 
+import asyncio
 import contextlib
 import logging
 import secrets
@@ -12,24 +13,30 @@ import latchkey
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.sessions import SessionMiddleware
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from latchkey_console.accounts import NotChosen, ProxyAccounts, choose
+from latchkey_console.base_path import BasePath
+from latchkey_console.choosing import Choosing
+from latchkey_console.cookies import CookieRules, Sessions
+from latchkey_console.ended import PEERS_PATH, Ended, Peers
 from latchkey_console.failures import Trouble
 from latchkey_console.frame import Frame
 from latchkey_console.identity import FixedAccount, Identity, NotSignedIn, ProxyHeader, Refused
 from latchkey_console.lifecycle import Lifecycle
-from latchkey_console.openid import SIGN_IN_SECONDS, OpenId
+from latchkey_console.openid import SIGN_IN_SECONDS, SIGN_OUT, OpenId
+from latchkey_console.operations import Operations
+from latchkey_console.operators import ProxyOperators
 from latchkey_console.pages import Pages
 from latchkey_console.protection import BadForm, Protection, Seals, read_form, session_id
 from latchkey_console.rendering import Renderer, is_part
-from latchkey_console.reviewed import Reviewed
 from latchkey_console.selection import Selection
-from latchkey_console.settings import Settings
+from latchkey_console.settings import ProxySettings, Settings
 from latchkey_console.showing import Displays
+from latchkey_console.state import StateKeys
 
 __all__ = ["HEALTH", "make_app"]
 
@@ -38,9 +45,15 @@ _log = logging.getLogger("latchkey.console")
 HEALTH: Final = "/healthz"
 # Pages to which a sign-in may return. They only display things.
 _RETURNS: Final = frozenset(
-    {"/", "/new", "/delete", "/token", "/replace", "/edit", "/disable", "/retire"}
+    {
+        *("/", "/new", "/delete", "/token", "/replace", "/edit", "/disable", "/retire"),
+        *("/audit", "/servers"),
+    }
 )
 _RETURN_LENGTH_MAX: Final = 512
+# The text and the URL of the link on error pages, and what to do there.
+_START: Final = ("API Tokens", "/", "Go back to your tokens.")
+_OPERATORS_START: Final = ("Find a token", "/", "Go back to the search.")
 
 
 def make_app(
@@ -55,35 +68,100 @@ def make_app(
     `client` replaces the client for the settings' target.
     """
     client = client or latchkey.Client(settings.target)
-    # A new key at each start ends the sessions and forms of the previous process, whose data is
-    # lost anyway.
-    key = secrets.token_urlsafe(32)
-    renderer = Renderer(settings.brand)
+    # Without keys in a file, a new one at each start ends the sessions of the previous process.
+    keys = StateKeys(settings.state_keys)
+    embedding = settings.embedding
+    rules = CookieRules(
+        settings.cookie_name,
+        f"{embedding.base_path}/",
+        secure=settings.https,
+        framed=settings.https and bool(embedding.frame_ancestors),
+    )
+    renderer = Renderer(settings.brand, embedding, rules)
+    ended = Ended(now)
+    peers = Peers(ended, settings.peers, keys, embedding.base_path, now)
     openid: OpenId | None = None
     identity: Identity
     if settings.account is not None:
         identity = FixedAccount(settings.account)
     elif settings.proxy is not None:
-        identity = ProxyHeader(settings.proxy)
+        identity = _proxied(settings.proxy)
     elif settings.openid is not None:
-        identity = openid = OpenId(settings.openid, settings.public_url, monotonic)
+        identity = openid = OpenId(
+            settings.openid, settings.home_url, rules, keys, ended, peers, now
+        )
     else:
         raise ValueError("the settings do not say how to identify visitors")
-    seals = Seals(key)
-    reviewed = Reviewed(settings.cookie_name, secure=settings.https)
-    frame = Frame(client, identity, seals, renderer, reviewed, now, monotonic)
-    displays = Displays(monotonic)
-    pages = Pages(frame, displays)
-    lifecycle = Lifecycle(frame, displays)
-    selection = Selection(frame)
-    errors = _Errors(renderer, openid)
+    seals = Seals(keys.signing("forms"))
+    if settings.is_for_operators:
+        routes = Operations(client, identity, seals, renderer, now).routes()
+        errors = _Errors(renderer, openid, _OPERATORS_START)
+    else:
+        frame = Frame(client, identity, seals, renderer, rules, keys, now, monotonic)
+        displays = Displays(client, rules, keys, now, monotonic)
+        routes = _token_routes(frame, displays, renderer)
+        if settings.has_accounts:
+            routes += Choosing(frame, renderer).routes()
+        errors = _Errors(renderer, openid, _START)
+    routes += [
+        Route("/static/{version}/{name}", renderer.static),
+        Route(HEALTH, _health),
+        Route(PEERS_PATH, peers.serve, methods=["POST"]),
+    ]
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         async with client:
-            yield
+            await peers.fetch()
+            fetching = asyncio.create_task(peers.fetch_regularly())
+            try:
+                yield
+            finally:
+                fetching.cancel()
 
-    routes = [
+    if openid is not None:
+        routes += _SignIn(openid, seals, renderer).routes()
+    app = Starlette(
+        routes=routes,
+        lifespan=lifespan,
+        middleware=[
+            Middleware(
+                Sessions, rules=rules, box=keys.box("session", now), max_age=SIGN_IN_SECONDS
+            ),
+        ],
+        exception_handlers={
+            NotSignedIn: errors.not_signed_in,
+            NotChosen: errors.not_chosen,
+            Refused: errors.refused,
+            HTTPException: errors.http,
+            Exception: errors.unexpected,
+        },
+    )
+    # It would redirect to addresses without the base path.
+    app.router.redirect_slashes = False
+    # Wraps the whole app: Starlette's own middleware would not see the answer to a crash.
+    open_paths = frozenset({HEALTH, PEERS_PATH})
+    protected = Protection(
+        app,
+        hosts=settings.hosts,
+        scheme="https" if settings.https else "http",
+        open_paths=open_paths,
+        frame_ancestors=embedding.frame_ancestors,
+    )
+    return BasePath(protected, embedding.base_path, open_paths)
+
+
+def _proxied(settings: ProxySettings) -> Identity:
+    """Return the identity for what a sign-in proxy sends."""
+    if settings.operators:
+        return ProxyOperators(settings)
+    return ProxyAccounts(settings) if settings.several else ProxyHeader(settings)
+
+
+def _token_routes(frame: Frame, displays: Displays, renderer: Renderer) -> list[Route]:
+    """Return the routes of the API Tokens page."""
+    pages = Pages(frame, displays)
+    return [
         Route("/", pages.index),
         Route("/rows", pages.rows),
         Route("/new", pages.new),
@@ -92,42 +170,9 @@ def make_app(
         Route("/seal.svg", renderer.seal),
         Route("/delete", pages.confirm_delete, methods=["GET"]),
         Route("/delete", pages.delete, methods=["POST"]),
-        Route("/static/{version}/{name}", renderer.static),
-        Route(HEALTH, _health),
-        *lifecycle.routes(),
-        *selection.routes(),
+        *Lifecycle(frame, displays).routes(),
+        *Selection(frame).routes(),
     ]
-    if openid is not None:
-        routes += _SignIn(openid, seals, renderer).routes()
-    secure = settings.https
-    app = Starlette(
-        routes=routes,
-        lifespan=lifespan,
-        middleware=[
-            Middleware(
-                SessionMiddleware,
-                secret_key=key,
-                session_cookie=settings.cookie_name,
-                max_age=int(SIGN_IN_SECONDS),
-                # Not strict: the provider's redirect to this page comes from another site.
-                same_site="lax",
-                https_only=secure,
-            ),
-        ],
-        exception_handlers={
-            NotSignedIn: errors.not_signed_in,
-            Refused: errors.refused,
-            HTTPException: errors.http,
-            Exception: errors.unexpected,
-        },
-    )
-    # Wraps the whole app: Starlette's own middleware would not see the answer to a crash.
-    return Protection(
-        app,
-        hosts=settings.hosts,
-        scheme="https" if secure else "http",
-        open_paths=frozenset({HEALTH}),
-    )
 
 
 async def _health(_: Request) -> Response:
@@ -147,7 +192,7 @@ class _SignIn:
         return [
             Route("/sign-in", self.sign_in),
             Route("/signed-in", self.signed_in),
-            Route("/sign-out", self.sign_out, methods=["POST"]),
+            Route(SIGN_OUT, self.sign_out, methods=["POST"]),
             Route("/signed-out", self.signed_out),
         ]
 
@@ -158,10 +203,12 @@ class _SignIn:
     async def signed_in(self, request: Request) -> Response:
         """Complete the sign-in and redirect the browser to the page it first asked for."""
         wanted, draft = request.session.get("return", "/"), request.session.get("draft")
-        await self._openid.finish(request)
+        remember = await self._openid.finish(request)
         if draft is not None:
             request.session["draft"] = draft
-        return RedirectResponse(wanted if isinstance(wanted, str) else "/", 303)
+        response = self._renderer.redirect(wanted if isinstance(wanted, str) else "/")
+        remember(response)
+        return response
 
     async def sign_out(self, request: Request) -> Response:
         """End the session here, then at the provider."""
@@ -170,14 +217,19 @@ class _SignIn:
         except BadForm:
             fields = {}
         try:
-            account_id = self._openid.viewer(request).account_id
+            viewer = self._openid.viewer(request)
         except NotSignedIn:
-            return RedirectResponse("/signed-out", 303)
+            return self._renderer.redirect("/signed-out")
+        try:
+            account_id = choose(viewer, fields.get("account", "")).account_id
+        except NotChosen:
+            # The form of the page on which the visitor chooses.
+            account_id = ""
         if not self._seals.is_csrf(fields.get("csrf", ""), session_id(request), account_id):
             raise Refused(403, "You are still signed in", "Go back and use the Sign out button.")
         url = await self._openid.end(request)
         if url is None:
-            return RedirectResponse("/signed-out", 303)
+            return self._renderer.redirect("/signed-out")
         # Not a plain redirect: the content security policy keeps forms on this site.
         message = Trouble(
             200,
@@ -197,9 +249,13 @@ class _SignIn:
 class _Errors:
     """Error pages."""
 
-    def __init__(self, renderer: Renderer, openid: OpenId | None) -> None:
+    def __init__(
+        self, renderer: Renderer, openid: OpenId | None, start: tuple[str, str, str]
+    ) -> None:
         self._renderer = renderer
         self._openid = openid
+        text, url, self._back = start
+        self._start = (text, url)
 
     async def not_signed_in(self, request: Request, _: Exception) -> Response:
         """Redirect to the sign-in, or report that a submitted form had no effect."""
@@ -207,7 +263,7 @@ class _Errors:
             wanted = request.url.path + (f"?{request.url.query}" if request.url.query else "")
             if request.url.path in _RETURNS and len(wanted) <= _RETURN_LENGTH_MAX:
                 request.session["return"] = wanted
-            return RedirectResponse("/sign-in", 303)
+            return self._renderer.redirect("/sign-in")
         message = Trouble(
             401, "You are no longer signed in", "Nothing was changed. Sign in and try again."
         )
@@ -215,11 +271,23 @@ class _Errors:
             message, None, part=is_part(request), action=("Sign in", "/sign-in")
         )
 
+    async def not_chosen(self, request: Request, _: Exception) -> Response:
+        """Let the visitor choose an account, or report that a submitted form had no effect."""
+        if request.method in ("GET", "HEAD") and not is_part(request):
+            return self._renderer.redirect("/accounts")
+        message = Trouble(
+            400,
+            "Choose an account first",
+            "Nothing was changed. This request does not say which of your accounts it is for.",
+        )
+        action = ("Choose an account", "/accounts")
+        return self._renderer.message(message, None, part=is_part(request), action=action)
+
     async def refused(self, request: Request, error: Exception) -> Response:
         """Explain why the request was refused."""
         if not isinstance(error, Refused):
             raise error
-        action = ("Try again", "/sign-in") if self._openid else None
+        action = error.action or (("Try again", "/sign-in") if self._openid else None)
         return self._renderer.message(
             Trouble(error.status, error.title, error.text),
             None,
@@ -232,10 +300,8 @@ class _Errors:
         if not isinstance(error, HTTPException):
             raise error
         title = "Page not found" if error.status_code == 404 else "This request is not supported"
-        message = Trouble(error.status_code, title, "Go back to your tokens.")
-        response = self._renderer.message(
-            message, None, part=is_part(request), action=("API Tokens", "/")
-        )
+        message = Trouble(error.status_code, title, self._back)
+        response = self._renderer.message(message, None, part=is_part(request), action=self._start)
         response.headers.update(error.headers or {})
         return response
 
@@ -249,6 +315,4 @@ class _Errors:
             "Reload to see the current state. If the error persists, contact the administrator.",
             number,
         )
-        return self._renderer.message(
-            message, None, part=is_part(request), action=("API Tokens", "/")
-        )
+        return self._renderer.message(message, None, part=is_part(request), action=self._start)

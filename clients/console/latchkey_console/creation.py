@@ -1,46 +1,38 @@
 """Creates one token per form.
 
-A form carries a mark (`protection.Seals`). Submitting a form again, by a double click, the back
-button or a reload, returns the first outcome. This module keeps outcomes in bounded memory, for
-longer than a mark is valid. If an outcome was evicted early, the service still rejects a second
-token because its name is taken.
+A form carries a mark (`protection.Seals`), which determines the id of the request to Latchkey. So
+Latchkey creates one token for a form, whichever process of the console asks, and however often. If
+its answer is lost, the next attempt gets another secret in place of the lost one.
 """
 
-import asyncio
 import logging
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Final
 
 from latchkey import AlreadyExists, Client, LatchkeyError, Token
 
 from latchkey_console import listing
-from latchkey_console.expiring import Expiring
 from latchkey_console.failures import is_refusal
 from latchkey_console.forms import NewToken
-from latchkey_console.protection import FORM_SECONDS
-from latchkey_console.showing import Displays
+from latchkey_console.once import Once
+from latchkey_console.showing import NewSecret
 
-__all__ = ["Creations", "Different", "Lost", "Made", "NotMade", "Outcome"]
+__all__ = ["Creations", "Different", "Lost", "NotMade", "Outcome", "request_id_of"]
 
 _log = logging.getLogger("latchkey.console")
 
-# Enough for thousands of people at once. An entry takes a few hundred bytes.
-ATTEMPTS_MAX: Final = 20_000
-
-
-@dataclass(frozen=True, slots=True)
-class Made:
-    """The token exists. Its secret can be displayed once, at `place`."""
-
-    place: str
+# A token of the form's name that is younger may be the form's own, made by a copy of the form that
+# another process handles. The bound is wide, because their clocks and Latchkey's differ. An older
+# token's secret may be in use, so that this form must not end it.
+COPY_AGE_MAX: Final = timedelta(minutes=1)
 
 
 @dataclass(frozen=True, slots=True)
 class Different:
     """The form already created a token, and its fields have changed since."""
-
-    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,92 +54,62 @@ class Lost:
     error: LatchkeyError | None
 
 
-Outcome = Made | NotMade | Lost
-
-
-@dataclass(slots=True)
-class _Attempt:
-    new: NewToken
-    task: "asyncio.Task[Outcome]"
-
-    @property
-    def failed(self) -> bool:
-        """Whether the attempt crashed, so that it left no outcome."""
-        return self.task.done() and (self.task.cancelled() or self.task.exception() is not None)
+Outcome = NewSecret | Different | NotMade | Lost
 
 
 class Creations:
     """Creates tokens for forms. Safe to share between the requests of one event loop."""
 
-    def __init__(
-        self,
-        client: Client,
-        displays: Displays,
-        monotonic: Callable[[], float],
-    ) -> None:
+    def __init__(self, client: Client, now: Callable[[], datetime]) -> None:
         self._client = client
-        self._displays = displays
-        # Twice FORM_SECONDS: an attempt may start just before its form expires.
-        self._attempts: Expiring[_Attempt] = Expiring(2 * FORM_SECONDS, ATTEMPTS_MAX, monotonic)
+        self._now = now
+        self._once: Once[Outcome] = Once()
 
-    async def create(
-        self, mark: str, owner: str, account_id: str, new: NewToken, *, replace: bool
-    ) -> Outcome | Different:
-        """Create the token for the form with this mark, or return the earlier outcome.
+    async def create(self, mark: str, account_id: str, new: NewToken, *, again: bool) -> Outcome:
+        """Create the token for the form with this mark.
 
-        `owner` is the session that may see the secret. With `replace`, first delete a token whose
-        secret was lost in transit. The creation continues when the caller is cancelled: a browser
-        that disconnects must not leave it uncertain whether the token exists.
+        With `again`, an earlier attempt may have created it: then the token gets another secret in
+        place of the one that was lost.
         """
-        lost: Lost | None = None
-        attempt = self._attempts.get(mark)
-        if attempt is not None and not attempt.failed:
-            # A simultaneous second request waits here for the first.
-            outcome = await asyncio.shield(attempt.task)
-            latest = self._attempts.get(mark)
-            if isinstance(outcome, Made):
-                return outcome if attempt.new == new else Different(attempt.new.name)
-            if latest is not attempt and latest is not None:
-                # Another copy of this request has started the next attempt in the meantime.
-                return await asyncio.shield(latest.task)
-            lost = outcome if isinstance(outcome, Lost) else None
-        task = asyncio.create_task(self._attempt(owner, account_id, new, lost, replace=replace))
-        # No await since the last check, so no other request can have intervened.
-        self._attempts.put(mark, _Attempt(new, task))
-        return await asyncio.shield(task)
+        return await self._once.run(
+            f"{mark} {new!r} {again}", lambda: self._create(mark, account_id, new, again=again)
+        )
 
-    async def _attempt(
-        self, owner: str, account_id: str, new: NewToken, lost: Lost | None, *, replace: bool
-    ) -> Outcome:
+    async def _create(self, mark: str, account_id: str, new: NewToken, *, again: bool) -> Outcome:
         try:
             # Checked first, so that a token of this name found afterwards must be ours. The check
             # also shows whether Latchkey is available, before a token can be lost.
             taken = await listing.named(self._client, account_id, new.name)
         except LatchkeyError as error:
-            return NotMade(error) if lost is None else Lost(None, error)
-        if taken is not None and lost is not None:
-            if not replace or lost.found is None or lost.found.id != taken.id:
-                return Lost(taken, None)
-            try:
-                await self._client.delete(account_id, taken.id)
-            except LatchkeyError as error:
-                return Lost(taken, error)
-        elif taken is not None:
+            return Lost(None, error) if again else NotMade(error)
+        if taken is not None and not again and self._now() - taken.create_time > COPY_AGE_MAX:
             return NotMade(AlreadyExists("A live token of the account has this name."))
         try:
             created = await self._client.create(
-                account_id, new.name, new.scope, expire_time=new.expire_time, ttl=new.ttl
+                account_id,
+                new.name,
+                new.scope,
+                expire_time=new.expire_time,
+                ttl=new.ttl,
+                request_id=request_id_of(mark),
+                rate_limit=new.rate_limit,
             )
         except LatchkeyError as error:
-            # If the name was free a moment ago, the lost Create may have taken it since.
-            if is_refusal(error) and not (lost and isinstance(error, AlreadyExists)):
+            if isinstance(error, AlreadyExists) and error.reason == "REQUEST_ID_REUSED":
+                return Different()
+            if is_refusal(error):
                 return NotMade(error)
             _log.warning("create got no answer (%s); looking for the token", error.code.name)
         else:
             token = created.token
             _log.info("created: account %s, token %s", token.account_id, token.id)
-            return Made(self._displays.put(owner, token, created.secret))
+            return NewSecret(token, created.secret)
         try:
             return Lost(await listing.named(self._client, account_id, new.name), None)
         except LatchkeyError as error:
             return Lost(None, error)
+
+
+def request_id_of(mark: str) -> uuid.UUID:
+    """Return the id of the request that a form makes (AIP-155). A mark occurs only once."""
+    return uuid.uuid5(uuid.NAMESPACE_URL, f"latchkey-console:{mark}")

@@ -10,14 +10,16 @@ from datetime import datetime, timedelta
 from ipaddress import ip_network
 from typing import Any, Final
 
-from latchkey import FieldViolation, Limits, RateLimit, Token
+from latchkey import FieldViolation, Limits, Token
 
 from latchkey_console.forms import (
+    RATE_FIELDS,
     SCOPES,
     duration_of,
     durations,
     last_second,
     name_mistake,
+    rate_limit_of,
 )
 
 __all__ = ["ENDS", "EditForm", "End", "ReplaceForm", "Replacement", "ends_within"]
@@ -36,9 +38,7 @@ _SERVICE_FIELDS: Final[Mapping[str, tuple[str, str]]] = {
     "expire_time": ("expiry", "The expiry"),
     "description": ("description", "The description"),
     "allowed_networks": ("networks", "An allowed network"),
-    "rate_limit.count": ("rate", "The number of uses"),
-    "rate_limit.period": ("rate", "The period of the rate limit"),
-    "rate_limit.burst": ("rate", "The burst of the rate limit"),
+    **RATE_FIELDS,
 }
 
 
@@ -135,9 +135,9 @@ class EditForm:
         elif networks != self.before["networks"].split():
             changes["allowed_networks"] = networks
         try:
-            rate = RateLimit.parse(self.rate) if self.rate.strip() else None
-        except ValueError:
-            errors["rate"] = "Write it as 100/minute, or 100/minute, burst 20."
+            rate = rate_limit_of(self.rate)
+        except ValueError as error:
+            errors["rate"] = str(error)
         else:
             if self.rate.strip() != self.before["rate"]:
                 changes["rate_limit"] = rate
@@ -181,12 +181,12 @@ ENDS: Final[Mapping[str, End]] = {
     "week": End("In 7 days", "For a program that somebody else has to update.", timedelta(days=7)),
     "use": End(
         "When the new one is first used",
-        "For a program with a single copy. Any other copy fails from then on.",
+        "For a program that runs in one place. Other copies of it fail from then on.",
         on_first_use=True,
     ),
     "now": End(
         "At once",
-        "If it has leaked. Programs fail until they have the new secret.",
+        "If the secret has leaked. Programs that use it fail until they have the new one.",
         timedelta(),
     ),
 }

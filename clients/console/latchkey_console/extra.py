@@ -16,6 +16,7 @@ LIBRARIES: Final = (
     "jinja2",
     "joserfc",
     "starlette",
+    "tinycss2",
     "uvicorn",
 )
 INSTALL: Final = (

@@ -7,12 +7,12 @@ them in the form's own words.
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Final
 from urllib.parse import parse_qsl
 
-from latchkey import FieldViolation, Limits, Scope
+from latchkey import FieldViolation, Limits, RateLimit, Scope
 
 from latchkey_console.times import span
 
@@ -20,6 +20,7 @@ __all__ = [
     "BODY_BYTES_MAX",
     "EXPIRY_DAYS",
     "NAME_LENGTH_MAX",
+    "RATE_FIELDS",
     "SCOPES",
     "SELECTED_MAX",
     "SELECTION_BYTES_MAX",
@@ -32,6 +33,7 @@ __all__ = [
     "last_second",
     "name_mistake",
     "parse_body",
+    "rate_limit_of",
 ]
 
 NAME_LENGTH_MAX: Final = 64
@@ -53,12 +55,20 @@ _DATE_MIN: Final = timedelta(days=2)
 # No zone is further from UTC, so no local day ends further from the end of the UTC day.
 _ZONE_MAX: Final = timedelta(hours=14)
 _CONTROL: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
+# The service's limit of uses in a period, and of a burst.
+_RATE_MAX: Final = 1_000_000
+RATE_FIELDS: Final[Mapping[str, tuple[str, str]]] = {
+    "rate_limit.count": ("rate", "The number of uses"),
+    "rate_limit.period": ("rate", "The period of the rate limit"),
+    "rate_limit.burst": ("rate", "The burst of the rate limit"),
+}
 # For each field of the service: the form field that shows its mistakes, and its name there.
 _SERVICE_FIELDS: Final[Mapping[str, tuple[str, str]]] = {
     "name": ("name", "The name"),
     "scope": ("scope", "The access scope"),
     "expire_time": ("expiry", "The expiry"),
     "ttl": ("expiry", "The expiry"),
+    **RATE_FIELDS,
 }
 
 
@@ -70,6 +80,7 @@ class NewToken:
     scope: Scope
     expire_time: datetime | None
     ttl: timedelta | None
+    rate_limit: RateLimit | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +93,7 @@ class TokenForm:
     date: str = ""
     date_end: str = ""
     """The end of the chosen date in the viewer's time zone, set by the script. Default: UTC."""
+    rate: str = ""
     errors: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -93,6 +105,7 @@ class TokenForm:
             expiry=fields.get("expiry", ""),
             date=fields.get("date", ""),
             date_end=fields.get("date_end", ""),
+            rate=fields.get("rate", ""),
         )
 
     @classmethod
@@ -103,7 +116,7 @@ class TokenForm:
 
     def with_errors(self, errors: Mapping[str, str]) -> "TokenForm":
         """Return the form with these errors."""
-        return TokenForm(self.name, self.scope, self.expiry, self.date, self.date_end, errors)
+        return replace(self, errors=errors)
 
     def checked(self, now: datetime) -> "NewToken | TokenForm":
         """Return the token to create, or the form with its errors."""
@@ -125,9 +138,14 @@ class TokenForm:
             ttl = duration_of(self.expiry)
             if ttl is None:
                 errors["expiry"] = "Choose when the token expires."
+        rate_limit = None
+        try:
+            rate_limit = rate_limit_of(self.rate)
+        except ValueError as error:
+            errors["rate"] = str(error)
         if errors or scope is None:
             return self.with_errors(errors)
-        return NewToken(name, scope, expire_time, ttl)
+        return NewToken(name, scope, expire_time, ttl, rate_limit)
 
     def refused(self, violations: Iterable[FieldViolation]) -> "TokenForm":
         """Return the form with the service's violations as errors of their fields."""
@@ -191,6 +209,22 @@ def name_mistake(name: str) -> str | None:
     if any(unicodedata.category(character) in _CONTROL for character in name):
         return "The name contains a line break or control character. Remove it."
     return None
+
+
+def rate_limit_of(text: str) -> RateLimit | None:
+    """Return the rate limit as typed, or None for an empty text.
+
+    Raises ValueError with a text for the page.
+    """
+    if not text.strip():
+        return None
+    try:
+        limit = RateLimit.parse(text)
+    except ValueError:
+        raise ValueError("Write it as 100/minute, or 100/minute, burst 20.") from None
+    if not 1 <= limit.count <= _RATE_MAX or limit.burst > _RATE_MAX:
+        raise ValueError(f"Use numbers from 1 to {_RATE_MAX:,}.")
+    return limit
 
 
 def last_second(day: str, end: str, now: datetime) -> datetime:

@@ -5,7 +5,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any, Final
 
@@ -14,22 +14,24 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from latchkey_console import listing
-from latchkey_console.expiring import Expiring
+from latchkey_console.accounts import choose
+from latchkey_console.cookies import CookieRules, SealedCookie
 from latchkey_console.failures import Trouble, trouble
 from latchkey_console.identity import Identity, Refused, Viewer
 from latchkey_console.listing import ROWS_MAX, Filter, Listed
+from latchkey_console.packing import pack_receipt, unpack_receipt
 from latchkey_console.protection import BadForm, Seals, read_form, session_id
 from latchkey_console.rendering import Renderer, is_part
 from latchkey_console.review import Finding, Kind
 from latchkey_console.reviewed import Reviewed
+from latchkey_console.state import StateKeys
 
 __all__ = ["Frame", "Notice", "Visit", "read_fields", "rows_context", "unchanged"]
 
 _log = logging.getLogger("latchkey.console")
 
 # A notice is shown right after a redirect, so nobody needs it for longer.
-NOTICE_SECONDS: Final = 120.0
-NOTICES_MAX: Final = 10_000
+NOTICE_SECONDS: Final = 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,28 +81,38 @@ class Frame:
         identity: Identity,
         seals: Seals,
         renderer: Renderer,
-        reviewed: Reviewed,
+        rules: CookieRules,
+        keys: StateKeys,
         now: Callable[[], datetime],
         monotonic: Callable[[], float],
     ) -> None:
         self.client = client
         self.seals = seals
         self.renderer = renderer
-        self.reviewed = reviewed
+        self.reviewed = Reviewed(rules)
         self.now = now
         self.monotonic = monotonic
         self._identity = identity
-        self._notices: Expiring[Notice] = Expiring(NOTICE_SECONDS, NOTICES_MAX, monotonic)
+        self._notices = SealedCookie(rules, "-notice", keys, NOTICE_SECONDS, now)
 
     def visit(self, request: Request, query: Mapping[str, str]) -> Visit:
         """Return the visit, for whose person the client makes calls from now on.
 
+        Raises NotSignedIn, NotChosen and Refused.
+        """
+        viewer = choose(self._identity.viewer(request), query.get("account", ""))
+        latchkey.current_person.set(viewer.person or None)
+        reviewed = self.reviewed.read(request, viewer.account_id, self.now())
+        wanted = replace(Filter.read(query), account=viewer.in_url)
+        return Visit(viewer, session_id(request), wanted, reviewed)
+
+    def visitor(self, request: Request) -> tuple[Viewer, str]:
+        """Return the visitor, who has not chosen an account yet, and the seal for forms.
+
         Raises NotSignedIn and Refused.
         """
         viewer = self._identity.viewer(request)
-        latchkey.current_person.set(viewer.person or None)
-        reviewed = self.reviewed.read(request, viewer.account_id, self.now())
-        return Visit(viewer, session_id(request), Filter.read(query), reviewed)
+        return viewer, self.seals.csrf(session_id(request), "")
 
     def is_ours(self, fields: Mapping[str, str], visit: Visit) -> bool:
         """Return whether a form of this session and account sent the fields."""
@@ -116,9 +128,16 @@ class Frame:
         """Return a mark for a new form."""
         return self.seals.new_form(visit.session, visit.account_id)
 
-    def leave(self, visit: Visit, notice: Notice) -> None:
-        """Keep a notice for the next list that the visitor sees."""
-        self._notices.put(visit.owner, notice)
+    def redirect(self, path: str) -> Response:
+        """Return a redirect to a path of the page."""
+        return self.renderer.redirect(path)
+
+    def done(self, visit: Visit, notice: Notice) -> Response:
+        """Return the redirect to the list, on which the visitor sees a notice once."""
+        response = self.redirect(f"/{visit.filter.query}")
+        packed = {**asdict(notice), "receipt": pack_receipt(notice.receipt)}
+        self._notices.write(response, visit.owner, packed)
+        return response
 
     async def limits(self, visit: Visit) -> latchkey.Limits:
         """Return the limits for the account's tokens, so that forms offer only what is allowed.
@@ -134,13 +153,17 @@ class Frame:
 
     async def list(self, request: Request, visit: Visit, notice: Notice | None = None) -> Response:
         """Return the list, with the notice that the previous request left."""
-        # Taken first: a request that waits here for the list must not take the notice of a change
-        # that comes after it. Its answer may not be shown any more.
-        notice = notice or self._notices.pop(visit.owner)
         context = await self._context(visit)
+        left = self._notices.read(request, visit.owner)
+        if notice is None and left:
+            notice = Notice(**{**left, "receipt": unpack_receipt(left["receipt"])})
         context["notice"] = notice
         message: Trouble | None = context["trouble"]
-        return self.renderer.page(request, context, message.status if message else 200)
+        response = self.renderer.page(request, context, message.status if message else 200)
+        # A request that was sent before a change does not have the notice of the change, so it
+        # cannot take it away.
+        self._notices.delete(request, response)
+        return response
 
     async def dialog(
         self,

@@ -8,6 +8,7 @@ does not clearly identify its account is rejected.
 from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address
 from typing import Final, Protocol
+from urllib.parse import urlencode
 
 from starlette.requests import Request
 
@@ -35,6 +36,18 @@ class Viewer:
     can_sign_out: bool = False
     person: str = ""
     """The visitor's own name, for the audit log of Latchkey."""
+    accounts: tuple[str, ...] | None = None
+    """The accounts among which the visitor chooses (`accounts`). None: there is only one."""
+
+    @property
+    def query(self) -> str:
+        """The query string of the list, which names the account if the visitor has several."""
+        return f"?{urlencode({'account': self.account_id})}" if self.in_url else ""
+
+    @property
+    def in_url(self) -> str:
+        """The account as each URL and each form names it, or an empty text."""
+        return self.account_id if self.accounts is not None else ""
 
 
 class NotSignedIn(Exception):
@@ -42,10 +55,16 @@ class NotSignedIn(Exception):
 
 
 class Refused(Exception):
-    """The request is refused. The page shows `title` and `text`, which never quote the request."""
+    """The request is refused. The page shows `title` and `text`, which never quote the request.
 
-    def __init__(self, status: int, title: str, text: str) -> None:
+    `action` is the text and the URL of a link.
+    """
+
+    def __init__(
+        self, status: int, title: str, text: str, action: tuple[str, str] | None = None
+    ) -> None:
         super().__init__(title)
+        self.action = action
         self.status = status
         self.title = title
         self.text = text
@@ -97,9 +116,19 @@ class ProxyHeader:
         self._header = settings.header
         self._person_header = settings.person_header
         self._trusted = settings.trusted
+        self.operators = settings.operators
 
     def viewer(self, request: Request) -> Viewer:
-        """Return the account that the header names. Raises Refused.
+        """Return the account that the header names. Raises Refused."""
+        value = self.value(request, "The sign-in proxy did not send a single valid account ID.")
+        if not value:
+            raise self.nobody()
+        if not is_account_id(value):
+            raise invalid_account_id("The sign-in proxy did not send a single valid account ID.")
+        return Viewer(value, person=self.person(request) or value)
+
+    def value(self, request: Request, several: str) -> str:
+        """Return the header's value. Raises Refused: with `several` if there are several.
 
         Trust depends on the connection's own address, never on one that a header claims.
         """
@@ -110,18 +139,22 @@ class ProxyHeader:
                 "This page only answers its sign-in proxy. Use the address that you were given.",
             )
         values = request.headers.getlist(self._header)
-        if not values or not values[0]:
-            raise Refused(
-                401,
-                "You are not signed in",
-                "The sign-in proxy did not say who you are. Sign in there and come back.",
-            )
+        if not values:
+            raise self.nobody()
         # With two values, one may come from the caller, and we cannot know which.
-        if len(values) > 1 or not is_account_id(values[0]):
-            raise invalid_account_id("The sign-in proxy did not send a single valid account ID.")
-        return Viewer(values[0], person=self._person(request) or values[0])
+        if len(values) > 1:
+            raise invalid_account_id(several)
+        return values[0]
 
-    def _person(self, request: Request) -> str:
+    def nobody(self) -> Refused:
+        """Return the error for a request that names no visitor."""
+        return Refused(
+            401,
+            "You are not signed in",
+            "The sign-in proxy did not say who you are. Sign in there and come back.",
+        )
+
+    def person(self, request: Request) -> str:
         """Return the name in the header for people, or "" if it has none, or several."""
         names = [] if self._person_header is None else request.headers.getlist(self._person_header)
         return names[0].strip() if len(names) == 1 else ""

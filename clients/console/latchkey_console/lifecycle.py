@@ -2,24 +2,34 @@
 
 import logging
 from collections.abc import Awaitable, Callable
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 import latchkey
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
+from latchkey_console.creation import Different
 from latchkey_console.editing import EditForm, ReplaceForm, ends_within
 from latchkey_console.failures import is_refusal, trouble
 from latchkey_console.forms import durations, expiries, last_day
 from latchkey_console.frame import Frame, Notice, Visit, read_fields, unchanged
-from latchkey_console.replacing import Changed, NotReplaced, Replaced, Replacements
-from latchkey_console.showing import Displays
+from latchkey_console.replacing import NotReplaced, Replacements
+from latchkey_console.showing import Displays, NewSecret, place_of
 
 __all__ = ["Lifecycle"]
 
 _log = logging.getLogger("latchkey.console")
 
+# The methods that report secrets as leaked, as the audit log names them.
+_REPORTS: Final = tuple(
+    f"/latchkey.v1.TokenService/{name}" for name in ("ReportSecret", "RevokeSecret")
+)
+# Between the time of a report and that of its entry in the audit log, which is rounded.
+_REPORT_MARGIN: Final = timedelta(seconds=1)
+# More entries about one token than there are reports among them.
+_ENTRIES_MAX: Final = 50
 _STALE: Final = (
     "This form has expired or belongs to another session. Nothing was changed. "
     "Check the form and submit it again."
@@ -36,7 +46,9 @@ class Lifecycle:
     def __init__(self, frame: Frame, displays: Displays) -> None:
         self._frame = frame
         self._client = frame.client
-        self._replacements = Replacements(frame.client, displays, frame.now, frame.monotonic)
+        self._may_audit = True
+        self._displays = displays
+        self._replacements = Replacements(frame.client, frame.now)
 
     def routes(self) -> list[Route]:
         """Return the routes of these pages."""
@@ -64,8 +76,41 @@ class Lifecycle:
         except latchkey.LatchkeyError as error:
             # The rest is worth showing. A policy, or an older server, may refuse this.
             _log.info("usage is not shown: %s", error.code.name)
-        values = {"token": token, "usage": usage}
+        reporters = await self._reporters(visit, token)
+        values = {"token": token, "usage": usage, "reporters": reporters}
         return await self._frame.dialog(request, visit, "token.html", values)
+
+    async def _reporters(self, visit: Visit, token: latchkey.Token) -> dict[datetime, str]:
+        """Return who reported the token's leaked secrets, by the time of the report.
+
+        The audit log has this. A policy may forbid the console to read it, and then this asks only
+        once, because the log has an entry for each refusal.
+        """
+        times = {s.leak_report_time for s in token.secrets if s.leak_report_time is not None}
+        if not times or not self._may_audit:
+            return {}
+        wanted = latchkey.AuditFilter(
+            account_id=visit.account_id,
+            token_id=token.id,
+            outcome=latchkey.Outcome.OK,
+            start_time=min(times) - _REPORT_MARGIN,
+            end_time=max(times) + _REPORT_MARGIN,
+        )
+        try:
+            page = await self._client.audit_page(wanted, page_size=_ENTRIES_MAX)
+        except latchkey.PermissionDenied:
+            self._may_audit = False
+            return {}
+        except latchkey.LatchkeyError as error:
+            _log.info("reporters are not shown: %s", error.code.name)
+            return {}
+        reports = [entry for entry in page.entries if entry.method in _REPORTS]
+        return {
+            time: entry.caller
+            for time in times
+            for entry in reports
+            if abs(entry.time - time) <= _REPORT_MARGIN and entry.caller
+        }
 
     async def replace_form(self, request: Request) -> Response:
         """Ask how long the old secret should still work."""
@@ -85,11 +130,19 @@ class Lifecycle:
             status = 403 if mark is None else 422
             error = _STALE if mark is None else "Choose when the old secret stops working."
             return await self._replace_again(request, visit, token_id, form, error, status)
-        outcome = await self._replacements.replace(mark, visit.owner, visit.account_id, wanted)
+        used = self._displays.used(request, visit.owner, mark, wanted)
+        if used is not None:
+            if used.same:
+                return self._frame.redirect(f"/created/{used.place}{visit.filter.query}")
+            return await self._replace_again(request, visit, token_id, form, _AGAIN, 409)
+        outcome = await self._replacements.replace(mark, visit.account_id, wanted)
         match outcome:
-            case Replaced():
-                return RedirectResponse(f"/created/{outcome.place}{visit.filter.query}", 303)
-            case Changed():
+            case NewSecret():
+                place = place_of(mark)
+                response = self._frame.redirect(f"/created/{place}{visit.filter.query}")
+                self._displays.leave(request, response, visit.owner, mark, wanted, outcome)
+                return response
+            case Different():
                 return await self._replace_again(request, visit, token_id, form, _AGAIN, 409)
             case NotReplaced():
                 return await self._not_replaced(request, visit, token_id, form, outcome, fields)
@@ -115,7 +168,7 @@ class Lifecycle:
         if isinstance(changes, EditForm):
             return await self._edit_again(request, visit, token_id, changes, 422)
         if not changes:
-            return RedirectResponse(f"/{visit.filter.query}", 303)
+            return self._frame.redirect(f"/{visit.filter.query}")
         try:
             change = await self._client.update(visit.account_id, token_id, **changes)
         except latchkey.NotFound:
@@ -204,8 +257,7 @@ class Lifecycle:
             self._frame.milliseconds_since(began),
             change.receipt,
         )
-        self._frame.leave(visit, notice)
-        return RedirectResponse(f"/{visit.filter.query}", 303)
+        return self._frame.done(visit, notice)
 
     async def _not_replaced(
         self,

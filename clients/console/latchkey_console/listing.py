@@ -82,6 +82,8 @@ class Filter:
     """The order that the visitor chose. None: the usual one."""
     start: str = ""
     """The page token of the first row. Empty: the list begins at its beginning."""
+    account: str = ""
+    """The account, if the visitor has several. Every URL and every form names it."""
     at: datetime | None = None
     """The time from which the review counts its days, if `start` belongs to an earlier one."""
 
@@ -128,6 +130,7 @@ class Filter:
         The names differ from those of `TokenForm`, because forms carry both.
         """
         fields = {
+            "account": self.account,
             "q": self.text,
             "access": self.scope.value if self.scope else "",
             "state": self.state.value if self.state else "",
@@ -299,14 +302,18 @@ async def _findings(
 
     async def count(kind: review.Kind) -> review.Finding | None:
         async with at_once:
-            page = await client.list_page(
-                account_id,
-                kind.selects(now),
-                order=kind.order,
-                include_total_size=True,
-                page_size=1,
-                timeout_seconds=CALL_SECONDS,
-            )
+            try:
+                page = await client.list_page(
+                    account_id,
+                    kind.selects(now),
+                    order=kind.order,
+                    include_total_size=True,
+                    page_size=1,
+                    timeout_seconds=CALL_SECONDS,
+                )
+            except InvalidArgument:
+                # A server of an earlier release does not know the filter of each kind.
+                return None
         found = _count(page)
         if not page.tokens:
             return None

@@ -6,31 +6,33 @@ Nothing else differs.
 """
 
 import logging
-import secrets
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime
-from typing import Final
+from typing import Any, Final
+from urllib.parse import urlencode
 
 import latchkey
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import Response
 
 from latchkey_console import listing
-from latchkey_console.creation import Creations, Different, Lost, Made, NotMade
-from latchkey_console.expiring import Expiring
+from latchkey_console.creation import Creations, Different, Lost, NotMade
 from latchkey_console.failures import Trouble, is_refusal, trouble
 from latchkey_console.forms import NewToken, TokenForm, expiries, last_day
 from latchkey_console.frame import Frame, Notice, Visit, read_fields, rows_context, unchanged
 from latchkey_console.identity import NotSignedIn
-from latchkey_console.showing import Displays
+from latchkey_console.settings import is_account_id
+from latchkey_console.showing import Displays, NewSecret, Used, place_of
+from latchkey_console.text import visible
 
 __all__ = ["Pages"]
 
 _log = logging.getLogger("latchkey.console")
 
 # Signing in takes a while if the visitor must reset a password.
-DRAFT_SECONDS: Final = 900.0
-DRAFTS_MAX: Final = 1_000
+DRAFT_SECONDS: Final = 900
+# The session, in which the input waits for the sign-in, has to fit into a cookie.
+DRAFT_LENGTH_MAX: Final = 400
 # Where the script finds the address of the rows after those that it received.
 NEXT_HEADER: Final = "x-latchkey-next"
 
@@ -48,8 +50,7 @@ class Pages:
         self._client = frame.client
         self._renderer = frame.renderer
         self._displays = displays
-        self._creations = Creations(frame.client, displays, frame.monotonic)
-        self._drafts: Expiring[TokenForm] = Expiring(DRAFT_SECONDS, DRAFTS_MAX, frame.monotonic)
+        self._creations = Creations(frame.client, frame.now)
 
     async def index(self, request: Request) -> Response:
         """Show the list and the notice that the previous request left."""
@@ -70,14 +71,14 @@ class Pages:
         response = self._renderer.fragment("rows.html", context)
         if listed.following:
             following = wanted.after(listed.following, wanted.at or listed.now)
-            response.headers[NEXT_HEADER] = f"/rows{following.query}"
+            address = self._renderer.address(f"/rows{following.query}")
+            response.headers[NEXT_HEADER] = address
         return response
 
     async def new(self, request: Request) -> Response:
         """Show the form for a new token."""
         visit = self._frame.visit(request, request.query_params)
-        draft = self._drafts.pop(str(request.session.pop("draft", "")))
-        return await self._form(request, visit, draft)
+        return await self._form(request, visit, self._draft(request))
 
     async def create(self, request: Request) -> Response:
         """Create the form's token once, or show the form again with its errors."""
@@ -86,7 +87,7 @@ class Pages:
         try:
             visit = self._frame.visit(request, fields)
         except NotSignedIn:
-            self._keep_draft(request, form)
+            self._keep_draft(request, form, fields.get("account", ""))
             raise
         mark = self._frame.mark(fields, visit)
         if mark is None:
@@ -94,18 +95,19 @@ class Pages:
         new = form.checked(self._frame.now())
         if isinstance(new, TokenForm):
             return await self._form(request, visit, new, status=422)
-        outcome = await self._creations.create(
-            mark, visit.owner, visit.account_id, new, replace="replace" in fields
-        )
+        used = self._displays.used(request, visit.owner, mark, new)
+        if used is not None:
+            return await self._used(request, visit, form, used)
+        again = "again" in fields
+        outcome = await self._creations.create(mark, visit.account_id, new, again=again)
         match outcome:
-            case Made():
-                return RedirectResponse(f"/created/{outcome.place}{visit.filter.query}", 303)
+            case NewSecret():
+                place = place_of(mark)
+                response = self._frame.redirect(f"/created/{place}{visit.filter.query}")
+                self._displays.leave(request, response, visit.owner, mark, new, outcome)
+                return response
             case Different():
-                text = (
-                    f"This form has already created the token “{outcome.name}”. To create another "
-                    "token, check the form and submit it again."
-                )
-                return await self._form(request, visit, form.with_errors({"": text}), status=409)
+                return await self._used(request, visit, form, None)
             case NotMade():
                 return await self._not_made(request, visit, form, outcome.error)
             case Lost():
@@ -119,7 +121,7 @@ class Pages:
             return Response(status_code=204)
         # Fetch the list first: once the secret is taken, nothing may prevent its display.
         context = await self._frame.behind(request, visit)
-        shown = self._displays.show(request.path_params["place"], visit.owner)
+        shown = await self._displays.show(request, request.path_params["place"], visit.owner)
         if shown is None:
             message = Trouble(
                 404,
@@ -129,7 +131,9 @@ class Pages:
             return self._frame.message(request, visit, message)
         secret = None if shown.secret is None else shown.secret.reveal()
         values = {"token": shown.token, "shown": shown, "secret": secret, "dialog": "created.html"}
-        return self._renderer.page(request, {**context, **values})
+        response = self._renderer.page(request, {**context, **values})
+        self._displays.end(request, response)
+        return response
 
     async def confirm_delete(self, request: Request) -> Response:
         """Ask for confirmation before a deletion."""
@@ -166,14 +170,43 @@ class Pages:
         notice = _notice(token_id, token, receipt, self._frame.milliseconds_since(began))
         if receipt is not None:  # without a receipt, the id is arbitrary user input
             _log.info("%s: account %s, token %s", notice.kind, visit.account_id, token_id)
-        self._frame.leave(visit, notice)
-        return RedirectResponse(f"/{visit.filter.query}", 303)
+        return self._frame.done(visit, notice)
 
-    def _keep_draft(self, request: Request, form: TokenForm) -> None:
-        """Keep the form's input until after the sign-in; names do not belong in cookies."""
-        request.session["draft"] = draft = secrets.token_urlsafe(12)
-        request.session["return"] = "/new"
-        self._drafts.put(draft, form)
+    def _keep_draft(self, request: Request, form: TokenForm, account: str) -> None:
+        """Keep the form's input until after the sign-in, in the sealed session."""
+        draft = {name: value for name, value in asdict(form).items() if name != "errors"}
+        if sum(map(len, draft.values())) <= DRAFT_LENGTH_MAX:
+            until = int(self._frame.now().timestamp()) + DRAFT_SECONDS
+            request.session["draft"] = {"form": draft, "until": until}
+        # The sign-in checks the account again.
+        named = f"?{urlencode({'account': account})}" if is_account_id(account) else ""
+        request.session["return"] = f"/new{named}"
+
+    def _draft(self, request: Request) -> TokenForm | None:
+        """Return the input that was kept, once."""
+        kept: dict[str, Any] = request.session.pop("draft", None) or {"until": 0}
+        late = self._frame.now().timestamp() > kept["until"]
+        return None if late else TokenForm(**kept["form"])
+
+    async def _used(
+        self, request: Request, visit: Visit, form: TokenForm, used: Used | None
+    ) -> Response:
+        """Answer a form that has created a token before."""
+        if used is not None and used.same:
+            return self._frame.redirect(f"/created/{used.place}{visit.filter.query}")
+        what = "a token"
+        if used is not None:
+            try:
+                token = await self._client.get(visit.account_id, used.token_id)
+            except latchkey.LatchkeyError as error:
+                _log.info("the token is not named: %s", error.code.name)
+            else:
+                what = f"the token “{visible(token.name)}”"
+        text = (
+            f"This form has already created {what}. To create another token, check the form and "
+            "submit it again."
+        )
+        return await self._form(request, visit, form.with_errors({"": text}), status=409)
 
     async def _form(
         self, request: Request, visit: Visit, form: TokenForm | None, status: int = 200
@@ -198,6 +231,12 @@ class Pages:
                     "Choose another name, or delete that token first."
                 )
                 return await self._form(request, visit, form.with_errors({"name": text}), 409)
+            case latchkey.NotFound():
+                text = (
+                    "The token that this form created has been deleted. To create another token, "
+                    "submit the form again."
+                )
+                return await self._form(request, visit, form.with_errors({"": text}), 409)
             case latchkey.InvalidArgument():
                 return await self._form(request, visit, form.refused(error.field_violations), 422)
             case _:

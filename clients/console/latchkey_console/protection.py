@@ -6,7 +6,7 @@ This module owns the checks that apply to every page. `identity` identifies the 
 
 import asyncio
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from itsdangerous import BadSignature, Signer, TimestampSigner
@@ -33,14 +33,12 @@ FORM_SECONDS: Final = 3_600
 BODY_SECONDS: Final = 10.0
 _UNSAFE: Final = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 
-# Forbids inline scripts and styles, foreign resources, framing, and forms to other sites.
+# Forbids inline scripts and styles, foreign resources, and forms to other sites.
 _POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+    "form-action 'self'; base-uri 'none'; frame-ancestors "
 )
 _HEADERS: Final[Mapping[str, str]] = {
-    "content-security-policy": _POLICY,
-    "x-frame-options": "DENY",
     "x-content-type-options": "nosniff",
     # Not no-referrer: with it, browsers send forms with the origin "null".
     "referrer-policy": "same-origin",
@@ -69,8 +67,14 @@ class Protection:
         hosts: frozenset[str],
         scheme: str,
         open_paths: frozenset[str],
+        frame_ancestors: Sequence[str] = (),
     ) -> None:
         self._app = app
+        policy = _POLICY + (" ".join(frame_ancestors) or "'none'")
+        self._headers = {"content-security-policy": policy, **_HEADERS}
+        if not frame_ancestors:
+            # For old browsers. It cannot name origins.
+            self._headers["x-frame-options"] = "DENY"
         self._hosts = hosts
         self._origins = frozenset(f"{scheme}://{host}" for host in hosts)
         self._open_paths = open_paths
@@ -84,7 +88,7 @@ class Protection:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                for name, value in _HEADERS.items():
+                for name, value in self._headers.items():
                     headers[name] = value
                 # Only static files set another value, and they contain no personal data.
                 headers.setdefault("cache-control", "no-store")
@@ -144,8 +148,9 @@ def new_session(request: Request) -> str:
 class Seals:
     """Signs forms, to prove their session and account and to recognise repeated submissions."""
 
-    def __init__(self, key: str) -> None:
-        self._key = key
+    def __init__(self, keys: Sequence[str]) -> None:
+        """`keys` are those of all seals that are valid. The last one makes new seals."""
+        self._keys = list(keys)
 
     def csrf(self, session: str, account_id: str) -> str:
         """Return the seal that every form of the session carries."""
@@ -169,10 +174,10 @@ class Seals:
         return mark.decode()
 
     def _signer(self, session: str, account_id: str) -> Signer:
-        return Signer(self._key, salt=f"csrf {session} {account_id}", key_derivation="hmac")
+        return Signer(self._keys, salt=f"csrf {session} {account_id}", key_derivation="hmac")
 
     def _timed(self, session: str, account_id: str) -> TimestampSigner:
-        return TimestampSigner(self._key, salt=f"mark {session} {account_id}")
+        return TimestampSigner(self._keys, salt=f"mark {session} {account_id}")
 
 
 async def read_form(request: Request, repeated: str = "") -> dict[str, str]:

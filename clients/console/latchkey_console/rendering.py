@@ -12,14 +12,15 @@ from typing import Any, Final
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from latchkey import TokenOrder
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from latchkey_console import times
+from latchkey_console.cookies import CookieRules
 from latchkey_console.failures import Trouble
 from latchkey_console.identity import Viewer
 from latchkey_console.review import Kind
 from latchkey_console.reviewed import REVIEWED_DAYS
-from latchkey_console.settings import Brand
+from latchkey_console.settings import Brand, Embedding
 from latchkey_console.text import visible, visible_lines
 
 __all__ = ["PART_HEADER", "Renderer", "is_part"]
@@ -35,18 +36,33 @@ SORTS: Final = {
     "last-use": "longest unused first",
     "-last-use": "last used first",
 }
-_TYPES: Final = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+_TYPES: Final = {
+    "css": "text/css",
+    "js": "text/javascript",
+    "png": "image/png",
+    "svg": "image/svg+xml",
+    "webp": "image/webp",
+}
+SEAL_SECONDS: Final = 60
+_THEME: Final = "theme.css"
 
 
 class Renderer:
     """Renders templates and serves static files. Reads both only once."""
 
-    def __init__(self, brand: Brand) -> None:
+    def __init__(self, brand: Brand, embedding: Embedding, rules: CookieRules) -> None:
+        self._rules = rules
+        self._base = embedding.base_path
         folder = resources.files("latchkey_console") / "static"
         self._static = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+        if brand.theme is not None:
+            self._static[_THEME] = brand.theme.encode()
+        if brand.logo is not None:
+            self._static[brand.logo.name] = brand.logo.data
         digest = hashlib.sha256(b"\0".join(self._static[name] for name in sorted(self._static)))
         # Part of the URL, so that browsers cache a file forever and still fetch a new version.
         self._version = digest.hexdigest()[:12]
+        static = f"{self._base}/static/{self._version}"
         self._templates = Environment(
             loader=PackageLoader("latchkey_console"),
             autoescape=True,
@@ -66,13 +82,25 @@ class Renderer:
             "visible_lines": visible_lines,
         }
         self._templates.globals |= {
+            "base": self._base,
             "brand": brand,
-            "static": f"/static/{self._version}",
+            "has_header": embedding.header,
+            "logo": f"{static}/{brand.logo.name if brand.logo else 'icon.svg'}",
+            "static": static,
+            "theme": None if brand.theme is None else f"{static}/{_THEME}",
             "Kind": Kind,
             "Order": TokenOrder,
             "reviewed_days": REVIEWED_DAYS,
             "sorts": SORTS.items(),
         }
+
+    def address(self, path: str) -> str:
+        """Return the address, for browsers, of a path of the page."""
+        return f"{self._base}{path}"
+
+    def redirect(self, path: str) -> Response:
+        """Return a redirect to a path of the page."""
+        return RedirectResponse(self.address(path), 303)
 
     def page(self, request: Request, context: Mapping[str, Any], status: int = 200) -> Response:
         """Return the list with its open dialog, or for the script only the part to insert."""
@@ -87,7 +115,9 @@ class Renderer:
         part: bool = False,
         action: tuple[str, str] | None = None,
     ) -> Response:
-        """Return a page with one message. `action` is a link's text and URL."""
+        """Return a page with one message. `action` is a link's text, and its URL or path."""
+        if action is not None and action[1].startswith("/"):
+            action = (action[0], self.address(action[1]))
         layout = "part.html" if part else "page.html"
         context = {"message": trouble, "viewer": viewer, "action": action, "layout": layout}
         response = self._html(
@@ -97,19 +127,29 @@ class Renderer:
             response.headers["retry-after"] = str(trouble.retry_seconds)
         return response
 
+    def view(self, name: str, context: Mapping[str, Any], status: int = 200) -> Response:
+        """Return a whole page that has no dialog."""
+        return self._html(name, {**context, "dialog": None}, status)
+
     def fragment(self, name: str, context: Mapping[str, Any]) -> Response:
         """Return a template without the frame."""
         return self._html(name, context, 200)
 
     def static(self, request: Request) -> Response:
-        """Return a static file that browsers may cache forever, or 404."""
+        """Return a static file that browsers may cache forever, or 404.
+
+        During an upgrade, a page may come from a process of the other release. Then the file is
+        ours, and browsers do not keep it.
+        """
         name = request.path_params["name"]
-        if request.path_params["version"] != self._version or name not in self._static:
+        if name not in self._static:
             return Response(status_code=404)
+        same = request.path_params["version"] == self._version
+        kept = {"cache-control": "public, max-age=31536000, immutable"}
         return Response(
             self._static[name],
             media_type=_TYPES[name.rpartition(".")[2]],
-            headers={"cache-control": "public, max-age=31536000, immutable"},
+            headers=kept if same else {},
         )
 
     def seal(self, _: Request) -> Response:
@@ -124,9 +164,7 @@ class Renderer:
             media_type=_TYPES["svg"],
             headers={"cache-control": "no-store"},
         )
-        response.set_cookie(
-            "latchkey_seal", secrets.token_hex(8), max_age=60, httponly=True, samesite="strict"
-        )
+        self._rules.set(response, "-seal", secrets.token_hex(8), SEAL_SECONDS)
         return response
 
     def _html(self, name: str, context: Mapping[str, Any], status: int) -> Response:

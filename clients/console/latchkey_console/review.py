@@ -26,6 +26,7 @@ NEVER_USED: Final = timedelta(days=7)
 class Kind(enum.Enum):
     """A kind of finding. The value is its name in URLs."""
 
+    LEAKED = "leaked"
     EXPIRED = "expired"
     EXPIRES_SOON = "expires-soon"
     NEVER_EXPIRES = "never-expires"
@@ -47,11 +48,15 @@ class Kind(enum.Enum):
     @property
     def order(self) -> TokenOrder:
         """The order that begins with the most urgent tokens."""
+        if self is Kind.LEAKED:
+            return TokenOrder.NEWEST
         return TokenOrder.LAST_USE if self in _BY_USE else TokenOrder.EXPIRY
 
     def selects(self, now: datetime) -> TokenFilter:
         """Return the filter for the tokens with this finding, as `findings_of` decides."""
         match self:
+            case Kind.LEAKED:
+                return TokenFilter(state=TokenState.ACTIVE, leaked=True)
             case Kind.EXPIRED:
                 # Disabled ones too.
                 return TokenFilter(expires_before=now)
@@ -73,35 +78,42 @@ class Kind(enum.Enum):
                 )
 
     @property
-    def remedy(self) -> tuple[str, str]:
-        """The page that mends it, and the words of the link, which the token's name follows."""
-        return _REMEDIES.get(self, ("replace", "Replace"))
+    def remedies(self) -> tuple[tuple[str, str], ...]:
+        """The pages that mend it, each with the words of its link.
+
+        The token's name follows the words of the first link.
+        """
+        return _REMEDIES.get(self, (_REPLACE,))
 
 
 _WORDS: Final = {
+    Kind.LEAKED: (
+        "Leaked",
+        "A secret was found where others can read it. Replace it at once, or delete the token.",
+    ),
     Kind.EXPIRED: (
         "Expired",
-        "Already refused everywhere. Delete expired tokens to keep this list short.",
+        "These are refused everywhere. Delete them to keep this list short.",
     ),
     Kind.EXPIRES_SOON: (
         "Expiring soon",
-        f"Expires within {SOON.days} days. Replace it and set a later expiry in time.",
+        f"Expires within {SOON.days} days. If a program still needs it, replace it in time.",
     ),
     Kind.NEVER_EXPIRES: (
         "No expiry",
-        "A leaked copy works until someone notices. Replace it and set an expiry.",
+        "If a copy leaks, it works until someone notices. Set an expiry.",
     ),
     Kind.OLD: (
         "Old",
-        f"Its secret is over {OLD.days} days old. Copies spread over time, so replace it.",
+        f"The secret is over {OLD.days} days old. Copies spread over time, so replace it.",
     ),
     Kind.WRITE: (
         "Can write",
-        "Anyone who holds it can change things. If reading is enough, reduce it to Read.",
+        "Whoever has the secret can change data. If reading is enough, change it to Read.",
     ),
     Kind.UNUSED: (
         "Unused",
-        f"Not used for {UNUSED.days} days. If nothing needs it, delete it.",
+        f"Not used for over {UNUSED.days} days. If nothing needs it, delete it.",
     ),
     Kind.NEVER_USED: (
         "Never used",
@@ -109,12 +121,17 @@ _WORDS: Final = {
     ),
 }
 _BY_USE: Final = frozenset({Kind.UNUSED, Kind.NEVER_USED})
-# For the other kinds, a new secret is the remedy.
+_REPLACE: Final = ("replace", "Replace")
+_DELETE: Final = ("delete", "Delete")
+_EDIT: Final = ("edit", "Edit")
+# For the other kinds, a new secret is the remedy. Its form suggests a later expiry if that is near.
 _REMEDIES: Final = {
-    Kind.EXPIRED: ("delete", "Delete"),
-    Kind.WRITE: ("edit", "Edit"),
-    Kind.UNUSED: ("delete", "Delete"),
-    Kind.NEVER_USED: ("delete", "Delete"),
+    Kind.LEAKED: (_REPLACE, _DELETE),
+    Kind.EXPIRED: (_DELETE,),
+    Kind.NEVER_EXPIRES: (_EDIT,),
+    Kind.WRITE: (_EDIT,),
+    Kind.UNUSED: (_DELETE,),
+    Kind.NEVER_USED: (_DELETE,),
 }
 
 
@@ -144,6 +161,8 @@ def findings_of(token: Token, now: datetime, *, use_recorded: bool) -> list[Kind
     if token.disable_time is not None:
         return []
     found = []
+    if token.leak_report_time is not None:
+        found.append(Kind.LEAKED)
     if token.expire_time is None:
         found.append(Kind.NEVER_EXPIRES)
     elif token.expire_time - now <= SOON:

@@ -13,6 +13,7 @@ from typing import Final
 from starlette.requests import Request
 from starlette.responses import Response
 
+from latchkey_console.cookies import CookieRules
 from latchkey_console.review import Kind
 
 __all__ = ["REVIEWED_DAYS", "Reviewed"]
@@ -22,15 +23,14 @@ REVIEWED_DAYS: Final = 30
 _KINDS: Final = {kind.value: kind for kind in Kind}
 _COUNT_LENGTH_MAX: Final = 9
 _VALUE_LENGTH_MAX: Final = 500
+_SUFFIX: Final = "-reviewed"
 
 
 class Reviewed:
     """The cookie. Its value is `ACCOUNT_KIND.COUNT.DAY_...`: a hash, and days since 1970."""
 
-    def __init__(self, session_cookie: str, *, secure: bool) -> None:
-        # Different for each port, as that name is.
-        self._name = f"{session_cookie}-reviewed"
-        self._secure = secure
+    def __init__(self, rules: CookieRules) -> None:
+        self._rules = rules
 
     def read(self, request: Request, account_id: str, now: datetime) -> dict[Kind, int]:
         """Return how many tokens had each finding when the visitor was done with it."""
@@ -57,12 +57,10 @@ class Reviewed:
 
     def clear(self, response: Response) -> None:
         """Forget everything."""
-        response.delete_cookie(
-            self._name, path="/", secure=self._secure, httponly=True, samesite="lax"
-        )
+        self._rules.delete(response, _SUFFIX)
 
     def _entries(self, request: Request, account_id: str) -> dict[Kind, tuple[int, int]]:
-        owner, *parts = request.cookies.get(self._name, "")[:_VALUE_LENGTH_MAX].split("_")
+        owner, *parts = self._rules.read(request, _SUFFIX)[:_VALUE_LENGTH_MAX].split("_")
         if owner != _owner(account_id):
             return {}
         entries = {}
@@ -77,15 +75,8 @@ class Reviewed:
         self, response: Response, account_id: str, entries: Mapping[Kind, tuple[int, int]]
     ) -> None:
         parts = [f"{kind.value}.{count}.{day}" for kind, (count, day) in entries.items()]
-        response.set_cookie(
-            self._name,
-            "_".join([_owner(account_id), *parts]),
-            max_age=REVIEWED_DAYS * 86_400,
-            path="/",
-            secure=self._secure,
-            httponly=True,
-            samesite="lax",
-        )
+        value = "_".join([_owner(account_id), *parts])
+        self._rules.set(response, _SUFFIX, value, REVIEWED_DAYS * 86_400)
 
 
 def _owner(account_id: str) -> str:

@@ -31,7 +31,7 @@ def run(settings: Settings) -> None:
     with bound(settings.host, settings.port) as listener:
         settings = _with_port(settings, listener.getsockname()[1])
         app = RequestLimit(make_app(settings), frozenset({HEALTH}))
-        greeting = f"API Tokens: {settings.public_url} ({_whose(settings)}). Ctrl-C stops it."
+        greeting = f"API Tokens: {settings.home_url} ({_whose(settings)}). Ctrl-C stops it."
         serve(app, Protocol, listener, "latchkey.console", greeting)
 
 
@@ -43,7 +43,7 @@ def serve(
     `name` is that of the logger whose information is shown too, not only its warnings.
     """
     _log_to_stderr(name)
-    # One process, because the console keeps forms and new secrets in memory.
+    # One process: the first signal stops it, and a load balancer can spread over several.
     config = uvicorn.Config(
         app,
         workers=1,
@@ -122,6 +122,8 @@ def _with_port(settings: Settings, port: int) -> Settings:
 
 
 def _whose(settings: Settings) -> str:
+    if settings.is_for_operators:
+        return "the operators' view"
     if settings.account is not None:
         return f"everyone uses account {settings.account}"
     if settings.proxy is not None:

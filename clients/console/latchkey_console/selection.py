@@ -5,7 +5,7 @@ import logging
 import latchkey
 from latchkey import TokenFilter
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from latchkey_console.failures import Trouble, is_refusal, trouble
@@ -88,8 +88,7 @@ class Selection:
             count=done.count,
             asked=len(ids),
         )
-        self._frame.leave(visit, notice)
-        return RedirectResponse(f"/{visit.filter.query}", 303)
+        return self._frame.done(visit, notice)
 
     async def review(self, request: Request) -> Response:
         """Remember that the visitor is done with a kind of finding, or forget all of these."""
@@ -97,7 +96,7 @@ class Selection:
         visit = self._frame.visit(request, fields)
         if not self._frame.is_ours(fields, visit):
             return self._frame.expired(request, visit)
-        response = RedirectResponse(f"/{visit.filter.query}", 303)
+        response = self._frame.redirect(f"/{visit.filter.query}")
         reviewed, kind = self._frame.reviewed, fields.get("kind", "")
         if kind:
             count = fields.get("count", "")

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import IO, Final
 
-from latchkey_console import extra, settings
+from latchkey_console import extra, grpc_core, settings
 
 __all__ = ["main"]
 
@@ -91,6 +91,7 @@ def _service(stopping: Sequence[signal.Signals]) -> Iterator[str]:
         [sys.executable, "-P", "-m", "latchkey_service"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
+        env=grpc_core.for_the_service(),
         # Ctrl-C must reach only this process, which stops the service after the console.
         start_new_session=True,
     )

@@ -50,6 +50,8 @@ class AuditEntry:
     """The client's address, as a trusted proxy reported it."""
     call_id: str = ""
     """The service's own identifier of the call. `request_id` may be the caller's."""
+    trace_id: str = ""
+    """Identifies the trace of the call, if it has one: 32 hexadecimal digits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,7 @@ def page_in(message: pb.AuditServiceListResponse) -> AuditPage:
                 person=entry.person,
                 client_address=entry.client_address,
                 call_id=entry.call_id,
+                trace_id=entry.trace_id,
             )
             for entry in message.entries
         ),

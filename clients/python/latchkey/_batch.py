@@ -8,8 +8,9 @@ import asyncio
 import copy
 import itertools
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
+from latchkey import _tracing
 from latchkey.client import Client
 from latchkey.errors import (
     InternalError,
@@ -19,6 +20,9 @@ from latchkey.errors import (
     late,
 )
 from latchkey.models import Scope, Verification
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 
 # With the largest labels, networks and permissions, this many complete answers fit into the 4 MiB
 # that a response may have. Larger batches are not faster.
@@ -40,6 +44,8 @@ class _Waiter:
     future: "asyncio.Future[Verification | None]"
     end: float
     """Deadline, by the event loop's clock."""
+    span: "Span | None"
+    """Of the application, if it records a trace."""
 
 
 class Batcher:
@@ -76,7 +82,7 @@ class Batcher:
             return None
         if not self._unsent:
             loop.call_soon(self._send)
-        waiter = _Waiter(loop.create_future(), end)
+        waiter = _Waiter(loop.create_future(), end, _tracing.current())
         # Only join questions that are not sent yet. The answer to a sent question may have been
         # read before a change that precedes this verify (coherence rule 4).
         key = (question, next(self._numbers) if alone else 0)
@@ -109,9 +115,11 @@ class Batcher:
         # Any other exception is a bug. Even then, no waiter may wait forever.
         failure: LatchkeyError = InternalError("BatchVerify failed because of a library bug.")
         try:
-            answers = await self._client.batch_verify(
-                [question for question, _ in batch], timeout_seconds=max(end - loop.time(), 0.001)
-            )
+            with _tracing.serving(waiter.span for waiter in everybody):
+                answers = await self._client.batch_verify(
+                    [question for question, _ in batch],
+                    timeout_seconds=max(end - loop.time(), 0.001),
+                )
             for waiters, answer in zip(batch.values(), answers, strict=True):
                 if answer.details_omitted:
                     # The application gets the whole token, so the question is asked again.

@@ -14,7 +14,7 @@ import grpc
 from google.protobuf.message import Message
 from latchkey_proto.v1.token_service_pb2_grpc import TokenServiceStub
 
-from latchkey import _retry
+from latchkey import _retry, _tracing
 from latchkey._channel import check_target, open_channel
 from latchkey._status import from_rpc_error
 from latchkey.access import Access, Metadata
@@ -136,7 +136,8 @@ class Connection:
         async def attempt(left_seconds: float) -> ResponseT:
             return await self._attempt(rpc, method, request, left_seconds)
 
-        return await _retry.run(rpc, attempt, timeout_seconds=timeout, budget=self._budget)
+        with _tracing.call(rpc):
+            return await _retry.run(rpc, attempt, timeout_seconds=timeout, budget=self._budget)
 
     async def _attempt(
         self,
@@ -148,7 +149,7 @@ class Connection:
         answer: ResponseT | None = None
         failure: LatchkeyError
         try:
-            metadata = self._access.metadata()
+            metadata = (*self._access.metadata(), *_tracing.metadata())
             if (person := current_person.get()) is not None:
                 metadata = (*metadata, (_PERSON, quote(person[:_PERSON_LENGTH_MAX])))
             answer = await method(request, timeout=left_seconds, metadata=metadata)

@@ -36,6 +36,8 @@ from latchkey._uses import UseReport
 from latchkey.errors import FieldViolation, InternalError, InvalidArgument, invalid
 from latchkey.models import (
     CallerUsage,
+    FoundPage,
+    FoundToken,
     Limits,
     Notifications,
     Page,
@@ -205,7 +207,7 @@ def _token_secret_in(message: pb.TokenSecret) -> TokenSecret:
     )
 
 
-def usage_in(message: pb.GetUsageResponse) -> tuple[CallerUsage, ...]:
+def usage_in(message: pb.GetUsageResponse | pb.FindResponse) -> tuple[CallerUsage, ...]:
     """Convert the uses of a token from protobuf."""
     return tuple(
         CallerUsage(
@@ -215,6 +217,21 @@ def usage_in(message: pb.GetUsageResponse) -> tuple[CallerUsage, ...]:
             days={time_in(day.start_time).date(): day.count for day in usage.days},
         )
         for usage in message.callers
+    )
+
+
+def found_in(message: pb.FindResponse) -> FoundPage:
+    """Convert found tokens from protobuf."""
+    return FoundPage(
+        tokens=tuple(
+            FoundToken(
+                token=token_in(found.token),
+                delete_time=time_in(found.delete_time) if found.HasField("delete_time") else None,
+            )
+            for found in message.tokens
+        ),
+        callers=usage_in(message),
+        next_page_token=message.next_page_token,
     )
 
 

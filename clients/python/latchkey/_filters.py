@@ -34,6 +34,7 @@ def filter_out(wanted: TokenFilter) -> pb.TokenFilter:
         can_write=wanted.can_write,
         never_used=wanted.never_used,
         never_expires=wanted.never_expires,
+        leaked=wanted.leaked,
     )
     if wanted.scope is not None:
         message.scope = _convert.scope_out(wanted.scope, "filter.scope")

@@ -63,7 +63,7 @@ TIMEOUTS_SECONDS: Final[Mapping[str, float]] = {
     # A repeated Create or Rotate ends the secret that nobody received, and waits for that.
     **dict.fromkeys(("Create", "Rotate"), CHANGE_TIMEOUT_SECONDS),
     **dict.fromkeys(
-        ("Get", "GetLimits", "GetUsage", "List", "Enable", "ReportSecret"),
+        ("Get", "GetLimits", "GetUsage", "Find", "List", "Enable", "ReportSecret"),
         MANAGEMENT_TIMEOUT_SECONDS,
     ),
     **dict.fromkeys(("Delete", "DeleteAll", "Disable", "Update"), CHANGE_TIMEOUT_SECONDS),

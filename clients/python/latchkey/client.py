@@ -25,6 +25,7 @@ from latchkey.filters import TokenFilter, TokenOrder
 from latchkey.models import (
     CallerUsage,
     CreatedToken,
+    FoundPage,
     Limits,
     Page,
     Receipt,
@@ -132,6 +133,30 @@ class Client(LifecycleCalls):
         request = _convert.build(lambda: pb.GetUsageRequest(account_id=account_id, id=token_id))
         answer = await self._call("GetUsage", self._rpcs().GetUsage, request, timeout_seconds)
         return _convert.usage_in(answer)
+
+    async def find(
+        self,
+        *,
+        token_id: str = "",
+        hint: str = "",
+        page_size: int = 0,
+        page_token: str = "",
+        timeout_seconds: float | None = None,
+    ) -> FoundPage:
+        """Find tokens in all accounts, for operators. Give either `token_id` or `hint`.
+
+        `hint` has the last four characters of a secret, or all of its hint. The newest token comes
+        first. Includes disabled, expired and deleted tokens, the latter until their records are
+        purged. With a `token_id`, the answer says who used the token. With `page_size` 0 the
+        service chooses the size (50). The maximum is 100.
+        """
+        request = _convert.build(
+            lambda: pb.FindRequest(
+                id=token_id, hint=hint, page_size=page_size, page_token=page_token
+            )
+        )
+        answer = await self._call("Find", self._rpcs().Find, request, timeout_seconds)
+        return _convert.found_in(answer)
 
     async def get_limits(self, account_id: str, *, timeout_seconds: float | None = None) -> Limits:
         """Return the limits for an account's tokens that this caller creates or changes."""

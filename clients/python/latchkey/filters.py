@@ -62,3 +62,5 @@ class TokenFilter:
     """True: tokens without an expire_time. False: tokens with one."""
     secret_created_before: datetime | None = None
     """Tokens whose newest secret was created before this time."""
+    leaked: bool | None = None
+    """True: tokens with one of `Token.secrets` reported as leaked. False: all others."""

@@ -226,6 +226,26 @@ class Page:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FoundToken:
+    """A token of any account. It may be deleted."""
+
+    token: Token
+    delete_time: datetime | None
+    """When it was deleted, or None."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundPage:
+    """A page of tokens of all accounts. It can be empty without being the last one."""
+
+    tokens: tuple[FoundToken, ...]
+    callers: tuple[CallerUsage, ...]
+    """If the search was for an id: who used that token, the most recent caller first."""
+    next_page_token: str
+    """Opaque; requests the next page. Empty on the last page."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
     """Proof that a change that takes something away, such as a deletion, is in effect.
 

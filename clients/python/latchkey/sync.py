@@ -19,7 +19,7 @@ from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar
 
 import grpc
 
-from latchkey import _fork
+from latchkey import _fork, _tracing
 from latchkey import client as _client
 from latchkey import verifier as _async
 from latchkey._retry import TIMEOUTS_SECONDS, VERIFY_TIMEOUT_SECONDS, checked_timeout
@@ -105,6 +105,8 @@ class Verifier:
             secret, scope, client_address=client_address, permissions=permissions
         )
         if answer is not None:
+            if _tracing.active:
+                _tracing.note(answer)
             return answer
         checked_timeout(timeout_seconds)
         timeout = self._timeout_seconds
@@ -126,14 +128,11 @@ class Verifier:
         self,
         secret: str | Secret,
         scope: Scope | None = None,
-        *,
         client_address: str = "",
         permissions: Collection[str] = (),
     ) -> Verification | None:
         """Answer at once, as `latchkey.Verifier.verify_nowait` does, or return None."""
-        return self._verifier.verify_nowait(
-            secret, scope, client_address=client_address, permissions=permissions
-        )
+        return self._verifier.verify_nowait(secret, scope, client_address, permissions)
 
     def stats(self) -> VerifierStats:
         """Return the verifier's state: whether it answers from its cache, why not, and counters."""
@@ -222,6 +221,7 @@ class Client:
     create = _blocking(_client.Client.create)
     get = _blocking(_client.Client.get)
     get_usage = _blocking(_client.Client.get_usage)
+    find = _blocking(_client.Client.find)
     get_limits = _blocking(_client.Client.get_limits)
     import_tokens = _blocking(_client.Client.import_tokens)
     list_page = _blocking(_client.Client.list_page)

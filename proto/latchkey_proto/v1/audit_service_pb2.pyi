@@ -159,6 +159,7 @@ class AuditEntry(_message.Message):
     PERSON_FIELD_NUMBER: _builtins.int
     CLIENT_ADDRESS_FIELD_NUMBER: _builtins.int
     CALL_ID_FIELD_NUMBER: _builtins.int
+    TRACE_ID_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Opaque identifier."""
     caller: _builtins.str
@@ -204,6 +205,10 @@ class AuditEntry(_message.Message):
     """The service's own identifier of the call; the log has it too. request_id may
     be the caller's. Empty: several calls.
     """
+    trace_id: _builtins.str
+    """Identifier of the trace to which the call belongs (W3C Trace Context): 32
+    hexadecimal digits. Empty: none, or several calls.
+    """
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
         """When the call was made."""
@@ -226,10 +231,11 @@ class AuditEntry(_message.Message):
         person: _builtins.str = ...,
         client_address: _builtins.str = ...,
         call_id: _builtins.str = ...,
+        trace_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "call_id", b"call_id", "caller", b"caller", "calls", b"calls", "client_address", b"client_address", "code", b"code", "id", b"id", "method", b"method", "outcome", b"outcome", "peer", b"peer", "person", b"person", "reason", b"reason", "request_id", b"request_id", "time", b"time", "token_id", b"token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "call_id", b"call_id", "caller", b"caller", "calls", b"calls", "client_address", b"client_address", "code", b"code", "id", b"id", "method", b"method", "outcome", b"outcome", "peer", b"peer", "person", b"person", "reason", b"reason", "request_id", b"request_id", "time", b"time", "token_id", b"token_id", "trace_id", b"trace_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

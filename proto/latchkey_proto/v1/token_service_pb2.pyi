@@ -620,6 +620,7 @@ class TokenFilter(_message.Message):
     NEVER_USED_FIELD_NUMBER: _builtins.int
     NEVER_EXPIRES_FIELD_NUMBER: _builtins.int
     SECRET_CREATED_BEFORE_FIELD_NUMBER: _builtins.int
+    LEAKED_FIELD_NUMBER: _builtins.int
     scope: Global___Scope.ValueType
     """Tokens with exactly this scope."""
     name_contains: _builtins.str
@@ -639,6 +640,10 @@ class TokenFilter(_message.Message):
     """true: tokens without a recorded use. false: tokens with one."""
     never_expires: _builtins.bool
     """true: tokens without an expire_time. false: tokens with one."""
+    leaked: _builtins.bool
+    """true: tokens with a secret that was reported as leaked, and that works or is
+    the newest one. false: all others.
+    """
     @_builtins.property
     def label(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Tokens that have all of these labels, with these values: up to 16."""
@@ -677,19 +682,24 @@ class TokenFilter(_message.Message):
         never_used: _builtins.bool | None = ...,
         never_expires: _builtins.bool | None = ...,
         secret_created_before: _timestamp_pb2.Timestamp | None = ...,
+        leaked: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_can_write", b"_can_write", "_never_expires", b"_never_expires", "_never_used", b"_never_used", "can_write", b"can_write", "expires_before", b"expires_before", "never_expires", b"never_expires", "never_used", b"never_used", "secret_created_before", b"secret_created_before", "unused_since", b"unused_since"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_can_write", b"_can_write", "_leaked", b"_leaked", "_never_expires", b"_never_expires", "_never_used", b"_never_used", "can_write", b"can_write", "expires_before", b"expires_before", "leaked", b"leaked", "never_expires", b"never_expires", "never_used", b"never_used", "secret_created_before", b"secret_created_before", "unused_since", b"unused_since"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_can_write", b"_can_write", "_never_expires", b"_never_expires", "_never_used", b"_never_used", "can_write", b"can_write", "expires_before", b"expires_before", "ids", b"ids", "label", b"label", "name_contains", b"name_contains", "never_expires", b"never_expires", "never_used", b"never_used", "scope", b"scope", "search", b"search", "secret_created_before", b"secret_created_before", "state", b"state", "unused_since", b"unused_since"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_can_write", b"_can_write", "_leaked", b"_leaked", "_never_expires", b"_never_expires", "_never_used", b"_never_used", "can_write", b"can_write", "expires_before", b"expires_before", "ids", b"ids", "label", b"label", "leaked", b"leaked", "name_contains", b"name_contains", "never_expires", b"never_expires", "never_used", b"never_used", "scope", b"scope", "search", b"search", "secret_created_before", b"secret_created_before", "state", b"state", "unused_since", b"unused_since"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__can_write: _TypeAlias = _typing.Literal["can_write"]  # noqa: Y015
     _WhichOneofArgType__can_write: _TypeAlias = _typing.Literal["_can_write", b"_can_write"]  # noqa: Y015
+    _WhichOneofReturnType__leaked: _TypeAlias = _typing.Literal["leaked"]  # noqa: Y015
+    _WhichOneofArgType__leaked: _TypeAlias = _typing.Literal["_leaked", b"_leaked"]  # noqa: Y015
     _WhichOneofReturnType__never_expires: _TypeAlias = _typing.Literal["never_expires"]  # noqa: Y015
     _WhichOneofArgType__never_expires: _TypeAlias = _typing.Literal["_never_expires", b"_never_expires"]  # noqa: Y015
     _WhichOneofReturnType__never_used: _TypeAlias = _typing.Literal["never_used"]  # noqa: Y015
     _WhichOneofArgType__never_used: _TypeAlias = _typing.Literal["_never_used", b"_never_used"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__can_write) -> _WhichOneofReturnType__can_write | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__leaked) -> _WhichOneofReturnType__leaked | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__never_expires) -> _WhichOneofReturnType__never_expires | None: ...
     @_typing.overload
@@ -2706,3 +2716,107 @@ class Closing(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Closing: _TypeAlias = Closing  # noqa: Y015
+
+@_typing.final
+class FindRequest(_message.Message):
+    """Request of TokenService.Find. Set either id or hint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    HINT_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Identifier of the token."""
+    hint: _builtins.str
+    """The last four characters of a secret, or its hint, such as lk_…3kF9. Letter
+    case is ignored. Old secrets count too, until they are purged.
+    """
+    page_size: _builtins.int
+    """Maximum number of tokens. 0 means 50; more than 100 means 100."""
+    page_token: _builtins.str
+    """The next_page_token of the previous page. The hint must be the same. Empty:
+    returns the first page.
+    """
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        hint: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hint", b"hint", "id", b"id", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindRequest: _TypeAlias = FindRequest  # noqa: Y015
+
+@_typing.final
+class FindResponse(_message.Message):
+    """Response of TokenService.Find."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    CALLERS_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """The page_token of the next page. Empty: this is the last page."""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___FoundToken]:
+        """The tokens, newest first. With a whole hint, a page can be shorter, or empty,
+        without being the last one.
+        """
+
+    @_builtins.property
+    def callers(self) -> _containers.RepeatedCompositeFieldContainer[Global___CallerUsage]:
+        """With an id: the callers that used the token, as in GetUsageResponse."""
+
+    def __init__(
+        self,
+        *,
+        tokens: _abc.Iterable[Global___FoundToken] | None = ...,
+        next_page_token: _builtins.str = ...,
+        callers: _abc.Iterable[Global___CallerUsage] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["callers", b"callers", "next_page_token", b"next_page_token", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindResponse: _TypeAlias = FindResponse  # noqa: Y015
+
+@_typing.final
+class FoundToken(_message.Message):
+    """A token that Find found."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: _builtins.int
+    DELETE_TIME_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def token(self) -> Global___Token:
+        """The token, as Get returns it."""
+
+    @_builtins.property
+    def delete_time(self) -> _timestamp_pb2.Timestamp:
+        """When the token was deleted. Absent: it is not deleted."""
+
+    def __init__(
+        self,
+        *,
+        token: Global___Token | None = ...,
+        delete_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["delete_time", b"delete_time", "token", b"token"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delete_time", b"delete_time", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FoundToken: _TypeAlias = FoundToken  # noqa: Y015

@@ -138,6 +138,11 @@ class TokenServiceStub(object):
                 request_serializer=latchkey_dot_v1_dot_token__service__pb2.GetLimitsRequest.SerializeToString,
                 response_deserializer=latchkey_dot_v1_dot_token__service__pb2.GetLimitsResponse.FromString,
                 _registered_method=True)
+        self.Find = channel.unary_unary(
+                '/latchkey.v1.TokenService/Find',
+                request_serializer=latchkey_dot_v1_dot_token__service__pb2.FindRequest.SerializeToString,
+                response_deserializer=latchkey_dot_v1_dot_token__service__pb2.FindResponse.FromString,
+                _registered_method=True)
         self.Verify = channel.unary_unary(
                 '/latchkey.v1.TokenService/Verify',
                 request_serializer=latchkey_dot_v1_dot_token__service__pb2.VerifyRequest.SerializeToString,
@@ -395,6 +400,17 @@ class TokenServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Find(self, request, context):
+        """Finds tokens in all accounts, for operators: one by its id, or those with a
+        secret that has a certain hint, newest first. Includes disabled and expired
+        tokens, and deleted ones until their records are purged. Finds nothing if
+        there is no such token. Has no side effects and is safe to retry.
+        Errors: INVALID_ARGUMENT; UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Verify(self, request, context):
         """Verifies a presented secret. Returns a verdict, not an error, for any
         string. Safe to retry. Has three side effects: if the verdict is VALID, it
@@ -523,6 +539,11 @@ def add_TokenServiceServicer_to_server(servicer, server):
                     servicer.GetLimits,
                     request_deserializer=latchkey_dot_v1_dot_token__service__pb2.GetLimitsRequest.FromString,
                     response_serializer=latchkey_dot_v1_dot_token__service__pb2.GetLimitsResponse.SerializeToString,
+            ),
+            'Find': grpc.unary_unary_rpc_method_handler(
+                    servicer.Find,
+                    request_deserializer=latchkey_dot_v1_dot_token__service__pb2.FindRequest.FromString,
+                    response_serializer=latchkey_dot_v1_dot_token__service__pb2.FindResponse.SerializeToString,
             ),
             'Verify': grpc.unary_unary_rpc_method_handler(
                     servicer.Verify,
@@ -974,6 +995,33 @@ class TokenService(object):
             '/latchkey.v1.TokenService/GetLimits',
             latchkey_dot_v1_dot_token__service__pb2.GetLimitsRequest.SerializeToString,
             latchkey_dot_v1_dot_token__service__pb2.GetLimitsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Find(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/latchkey.v1.TokenService/Find',
+            latchkey_dot_v1_dot_token__service__pb2.FindRequest.SerializeToString,
+            latchkey_dot_v1_dot_token__service__pb2.FindResponse.FromString,
             options,
             channel_credentials,
             insecure,

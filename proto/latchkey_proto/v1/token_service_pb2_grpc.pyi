@@ -210,6 +210,13 @@ class TokenServiceStub:
     effects and is safe to retry.
     Errors: INVALID_ARGUMENT.
     """
+    Find: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.FindRequest, _token_service_pb2.FindResponse]
+    """Finds tokens in all accounts, for operators: one by its id, or those with a
+    secret that has a certain hint, newest first. Includes disabled and expired
+    tokens, and deleted ones until their records are purged. Finds nothing if
+    there is no such token. Has no side effects and is safe to retry.
+    Errors: INVALID_ARGUMENT; UNAVAILABLE.
+    """
     Verify: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.VerifyRequest, _token_service_pb2.VerifyResponse]
     """Verifies a presented secret. Returns a verdict, not an error, for any
     string. Safe to retry. Has three side effects: if the verdict is VALID, it
@@ -431,6 +438,13 @@ class TokenServiceAsyncStub(TokenServiceStub):
     changes, so that a page or a tool can offer only what is allowed. Has no side
     effects and is safe to retry.
     Errors: INVALID_ARGUMENT.
+    """
+    Find: _aio.UnaryUnaryMultiCallable[_token_service_pb2.FindRequest, _token_service_pb2.FindResponse]  # type: ignore[assignment]
+    """Finds tokens in all accounts, for operators: one by its id, or those with a
+    secret that has a certain hint, newest first. Includes disabled and expired
+    tokens, and deleted ones until their records are purged. Finds nothing if
+    there is no such token. Has no side effects and is safe to retry.
+    Errors: INVALID_ARGUMENT; UNAVAILABLE.
     """
     Verify: _aio.UnaryUnaryMultiCallable[_token_service_pb2.VerifyRequest, _token_service_pb2.VerifyResponse]  # type: ignore[assignment]
     """Verifies a presented secret. Returns a verdict, not an error, for any
@@ -740,6 +754,19 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         changes, so that a page or a tool can offer only what is allowed. Has no side
         effects and is safe to retry.
         Errors: INVALID_ARGUMENT.
+        """
+
+    @_abc_1.abstractmethod
+    def Find(
+        self,
+        request: _token_service_pb2.FindRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_token_service_pb2.FindResponse, _abc.Awaitable[_token_service_pb2.FindResponse]]:
+        """Finds tokens in all accounts, for operators: one by its id, or those with a
+        secret that has a certain hint, newest first. Includes disabled and expired
+        tokens, and deleted ones until their records are purged. Finds nothing if
+        there is no such token. Has no side effects and is safe to retry.
+        Errors: INVALID_ARGUMENT; UNAVAILABLE.
         """
 
     @_abc_1.abstractmethod

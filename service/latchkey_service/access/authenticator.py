@@ -58,8 +58,15 @@ class ActivePolicy:
         """Activate another policy and notify observers, which end streams it no longer allows."""
         self.policy = policy
         self.since_unix_seconds = time.time()
+        failures = []
         for changed in self._watchers:
-            changed()
+            try:
+                changed()
+            except Exception as error:  # noqa: BLE001 - the others must know the policy too
+                failures.append(error)
+        if failures:
+            # The worker then starts again, with this policy.
+            raise failures[0]
 
     def on_change(self, changed: Callable[[], None]) -> None:
         """Call `changed` after each change of the policy."""

@@ -130,6 +130,8 @@ METHODS: Final[Mapping[str, Rule]] = MappingProxyType(
         _TOKENS + "Import": Rule(
             IMPORTER, AccountSource.ALL, audited=True, bytes_max=IMPORT_BYTES_MAX
         ),
+        # The tokens may belong to any account.
+        _TOKENS + "Find": Rule(OPERATOR, AccountSource.ALL, audited=True),
         "/latchkey.v1.StatusService/GetStatus": Rule(OPERATOR),
         "/latchkey.v1.MaintenanceService/InvalidateAll": Rule(
             OPERATOR, AccountSource.ALL, audited=True

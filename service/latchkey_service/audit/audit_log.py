@@ -53,6 +53,8 @@ class AuditContext:
     """The client's address, as the trusted proxy reports it."""
     call_id: str = ""
     """The service's own id."""
+    trace_id: str = ""
+    """The id of the call's trace, if it has one."""
 
     @classmethod
     def of(
@@ -67,6 +69,7 @@ class AuditContext:
         person: str = "",
         client_address: str = "",
         call_id: str = "",
+        trace_id: str = "",
     ) -> "AuditContext":
         """Build the context; drop ids from the caller that do not have the expected form."""
         if not ACCOUNT_ID.fullmatch(account_id) or (
@@ -86,12 +89,13 @@ class AuditContext:
             person,
             client_address,
             call_id,
+            trace_id,
         )
 
     @property
     def details(self) -> list[str]:
         """The values of `audit_table.DETAIL_COLUMNS`."""
-        return [self.person, self.client_address, self.call_id]
+        return [self.person, self.client_address, self.call_id, self.trace_id]
 
     def fields(self) -> dict[str, str]:
         """Return the fields for the log, except method and peer."""
@@ -102,6 +106,7 @@ class AuditContext:
             "person": self.person,
             "client_address": self.client_address,
             "call_id": self.call_id,
+            "trace_id": self.trace_id,
         }
         return {name: value for name, value in fields.items() if value}
 
@@ -213,6 +218,25 @@ class AuditLog:
                 "audit entries not written", entries=len(self._waiting), calls_without=without_entry
             )
 
+    async def _insert_singly(self, batch: list[NewEntry]) -> tuple[list[NewEntry], int]:
+        """Write the entries of a batch that was refused, each alone.
+
+        Return those that are done, and how many of these are lost. If the database becomes
+        unavailable, the rest is kept.
+        """
+        done = lost = 0
+        for entry in batch:
+            try:
+                await self._table.insert([entry])
+            except StoreUnavailable:
+                break
+            except Exception:  # noqa: BLE001 - the caller logs the first error of the batch
+                lost += 1
+            done += 1
+        self.lost += lost
+        self.written += done - lost
+        return batch[:done], lost
+
     @property
     def _full(self) -> bool:
         return len(self._waiting) >= WAITING_MAX
@@ -238,6 +262,7 @@ class AuditLog:
             audit_context.person,
             audit_context.client_address,
             audit_context.call_id,
+            audit_context.trace_id,
         )
 
     def _close_samples(self, before: float) -> None:
@@ -294,8 +319,8 @@ class AuditLog:
             self._failing = True
             return False
         except Exception as error:  # noqa: BLE001 - one bad batch must not hold up the others
-            self._log.error("audit entries lost", entries=len(batch), error=type(error).__name__)
-            self.lost += len(batch)
+            batch, lost = await self._insert_singly(batch)
+            self._log.error("audit entries lost", entries=lost, error=type(error).__name__)
         else:
             self.written += len(batch)
         self._failing = False

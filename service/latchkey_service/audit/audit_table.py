@@ -33,13 +33,13 @@ POLICY_IN_FORCE: Final = "/latchkey.v1.Policy/InForce"
 # The columns of an entry, in the order of the fields of `Entry`.
 ENTRY_COLUMNS: Final = (
     "a.id, a.time, a.caller, a.method, a.account_id, a.token_id, a.peer, a.request_id, a.code,"
-    " a.reason, a.calls, a.person, a.client_address, a.call_id"
+    " a.reason, a.calls, a.person, a.client_address, a.call_id, a.trace_id"
 )
 # For the statements of changes, which write their entries themselves.
-DETAIL_COLUMNS: Final = "person, client_address, call_id"
+DETAIL_COLUMNS: Final = "person, client_address, call_id, trace_id"
 # Their values, by the number of the parameter that is a list of them.
 DETAIL_VALUES: Final = {
-    number: f"(${number}::text[])[1], (${number}::text[])[2], (${number}::text[])[3]"
+    number: ", ".join(f"(${number}::text[])[{place}]" for place in range(1, 5))
     for number in range(1, 50)
 }
 
@@ -60,6 +60,7 @@ class NewEntry(NamedTuple):
     person: str = ""
     client_address: str = ""
     call_id: str = ""
+    trace_id: str = ""
 
 
 class Entry(NamedTuple):
@@ -79,6 +80,7 @@ class Entry(NamedTuple):
     person: str
     client_address: str
     call_id: str
+    trace_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +117,11 @@ class AuditTable:
             await session.execute(
                 """
                 INSERT INTO audit (time, caller, method, account_id, token_id, peer, request_id,
-                                   code, reason, calls, person, client_address, call_id)
+                                   code, reason, calls, person, client_address, call_id, trace_id)
                 SELECT * FROM unnest($1::timestamptz[], $2::text[], $3::text[], $4::text[],
                                      $5::text[], $6::text[], $7::text[], $8::smallint[],
                                      $9::text[], $10::bigint[], $11::text[], $12::text[],
-                                     $13::text[])
+                                     $13::text[], $14::text[])
                 """,
                 *(list(column) for column in zip(*entries, strict=True)),
             )

@@ -4,6 +4,7 @@ removes dead verifiers.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from latchkey_coherence.lease import outwait_seconds
@@ -56,6 +57,7 @@ class Acknowledgements(NamedTuple):
 NO_ACKNOWLEDGEMENTS = Acknowledgements(0, 0)
 
 
+@dataclass(slots=True, eq=False)
 class PendingDeletion:
     """A Delete that waits until the revision of `position` is acknowledged.
 
@@ -68,30 +70,20 @@ class PendingDeletion:
     nothing before it committed the row.
     """
 
-    __slots__ = (
-        "_clients",
-        "_committed",
-        "_outwaited",
-        "_pending",
-        "_processes",
-        "_processes_outwaited",
-        "position",
-    )
-
-    def __init__(self, position: Position, committed: float) -> None:
-        self.position = position
-        self._committed = committed
-        # For each verifier that was read, how many processes it represents: when it acknowledged,
-        # or when it was last read.
-        self._processes: dict[str, int] = {}
-        self._pending: set[str] = set()
-        # For each verifier that acknowledged: how many of its clients had confirmed at that time.
-        self._clients: dict[str, int] = {}
-        # For each verifier that was behind: its `clients_outwaited` when it was first read, and
-        # when it was last read.
-        self._outwaited: dict[str, tuple[int, int]] = {}
-        # The same for its `processes_outwaited`.
-        self._processes_outwaited: dict[str, tuple[int, int]] = {}
+    position: Position
+    committed: float
+    _processes: dict[str, int] = field(default_factory=dict, init=False)
+    """For each verifier that was read, how many processes it represents: when it acknowledged, or
+    when it was last read."""
+    _pending: set[str] = field(default_factory=set, init=False)
+    """The verifiers that were behind when they were last read."""
+    _clients: dict[str, int] = field(default_factory=dict, init=False)
+    """For each verifier that acknowledged: how many of its clients had confirmed at that time."""
+    _outwaited: dict[str, tuple[int, int]] = field(default_factory=dict, init=False)
+    """For each verifier that was behind: its `clients_outwaited` when it was first read, and when
+    it was last read."""
+    _processes_outwaited: dict[str, tuple[int, int]] = field(default_factory=dict, init=False)
+    """The same for its `processes_outwaited`."""
 
     def evaluate(self, rows: Iterable[VerifierRow], now: float) -> Acknowledgements | None:
         """Return the acknowledgements if `rows` prove that no verifier can answer with the token.
@@ -121,7 +113,7 @@ class PendingDeletion:
                 self._pending.discard(row.id)
         self._pending.update(behind)
         longest = max(behind.values(), default=0.0)
-        if behind and now < self._committed + outwait_seconds(longest) + OUTWAIT_MARGIN_SECONDS:
+        if behind and now < self.committed + outwait_seconds(longest) + OUTWAIT_MARGIN_SECONDS:
             return None
         # A row that was removed before it acknowledged counts as outwaited.
         outwaited = sum(self._processes[each] for each in self._pending)

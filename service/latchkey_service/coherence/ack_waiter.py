@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from latchkey_coherence.verdict_cache import Position
 
+from latchkey_service import tracing
 from latchkey_service.coherence.ack_rules import Acknowledgements, PendingDeletion
 from latchkey_service.coherence.rows import RowId
 from latchkey_service.coherence.verifier_table import Rows, VerifierTable, read_rows
@@ -99,6 +100,15 @@ class AckWaiter:
 
         Raises NotConfirmed at `deadline`, seconds on the process's clock.
         """
+        if tracing.of_task() is None:
+            return await self._wait(position, deadline)
+        with tracing.span("wait for verifiers", {}) as span:
+            found = await self._wait(position, deadline)
+            if span is not None:
+                span.set({f"latchkey.verifiers.{name}": n for name, n in found._asdict().items()})
+            return found
+
+    async def _wait(self, position: Position, deadline: float) -> Acknowledgements:
         future: asyncio.Future[Acknowledgements] = asyncio.get_running_loop().create_future()
         began = self._clock()
         self._waits[future] = PendingDeletion(position, began)
@@ -132,6 +142,7 @@ class AckWaiter:
 
     async def _announce(self) -> None:
         """Send notifications until there is no newer revision."""
+        tracing.leave()
         try:
             while self._unannounced:
                 revision, self._unannounced = self._unannounced, 0
@@ -146,6 +157,7 @@ class AckWaiter:
 
     async def _poll(self) -> None:
         """Poll the rows until no Delete waits."""
+        tracing.leave()
         try:
             while self._waits:
                 await asyncio.sleep(self._poll_seconds)

@@ -27,6 +27,7 @@ from latchkey_service.errors import (
     StoreUnavailable,
     Unavailable,
 )
+from latchkey_service.loop_delay import WATCH
 from latchkey_service.postgres.circuit_breaker import jittered
 from latchkey_service.settings.logs import logger
 
@@ -390,7 +391,13 @@ class LeaseRenewer:
         if not isinstance(error, StoreUnavailable):
             self._log.exception("lease renewal failed", error=type(error).__name__)
         elif not self._failing:
-            self._log.warning("the lease cannot be renewed", cause=type(error.__cause__).__name__)
+            late = round(WATCH.longest_seconds(), 3)
+            self._log.warning(
+                "the lease cannot be renewed",
+                cause=type(error.__cause__).__name__,
+                # If it is large, this process is too busy, and the database may be well.
+                event_loop_late_seconds=late,
+            )
         self._failing = self._news = True
         self._next_renewal = self._next_detection = -math.inf
         self._retry_at = self._clock() + _pause_after_failure()

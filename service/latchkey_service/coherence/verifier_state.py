@@ -1,13 +1,12 @@
 """The state of this process as a verifier: its cache, its lease, its row (rules 2-5, 7, 12).
 
-Pure, with the clock passed in. Owns the rules. `lease_renewer` runs the statements, and
-`client_leases` tracks the clients. A verify may be answered until `lease_ends`, from the cache or
-from a read (rule 5).
+Pure, with the clock passed in. Owns the rules. `lease_renewer` runs the statements, `client_leases`
+tracks the clients, and `reads` decides which reads to accept. A verify may be answered until
+`lease_ends`, from the cache or from a read (rule 5).
 """
 
-import enum
 import math
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 from latchkey_coherence.lease import LEASE_SECONDS_MAX, outwait_seconds, server_lease_end
 from latchkey_coherence.verdict_cache import NOWHERE, Entry, Position, VerdictCache
@@ -16,31 +15,13 @@ from latchkey_service.coherence.ack_rules import OUTWAIT_MARGIN_SECONDS
 from latchkey_service.coherence.client_leases import ClientLeases
 from latchkey_service.coherence.log import EVERY_TOKEN, Change, Log, Server
 from latchkey_service.coherence.recent_log import RecentLog
-from latchkey_service.coherence.snapshot import Snapshot
 
-__all__ = ["EVERY_TOKEN", "Change", "Log", "ReadBegan", "Server", "Standing", "VerifierState"]
+__all__ = ["EVERY_TOKEN", "Change", "Log", "Server", "VerifierState"]
 
 E = TypeVar("E", bound=Entry)
 
 # Limit of clients that a status or a log line names: enough to see a pattern.
 WAITED_FOR_MAX = 5
-
-
-class ReadBegan(NamedTuple):
-    """The state of the verifier when a read was sent."""
-
-    applied: int
-    epoch: int
-
-
-class Standing(enum.Enum):
-    """How the snapshot of a read relates to the history of the lease (rule 12)."""
-
-    BELIEVED = enum.auto()
-    AHEAD = enum.auto()
-    """The revision is not applied yet: read the log first, then check again."""
-    REFUSED = enum.auto()
-    """The snapshot belongs to another history or server, or is too old."""
 
 
 class VerifierState(Generic[E]):
@@ -133,27 +114,6 @@ class VerifierState(Generic[E]):
         if log.changes:
             self._behind_since = min(self._behind_since, began)
         return bool(log.changes)
-
-    def begin_read(self) -> ReadBegan:
-        """Return the state before a read is sent, which `standing` needs."""
-        return ReadBegan(self.cache.position.revision, self.epoch)
-
-    def standing(self, snapshot: Snapshot, began: ReadBegan) -> Standing:
-        """Return whether a read with this snapshot is acceptable.
-
-        If the snapshot is older than the position applied when the read was sent, it comes from
-        another server, such as a deposed primary, because the lease's server cannot return it. A
-        read that was sent in an earlier epoch is rejected, because the lease of that epoch was on
-        another history.
-        """
-        if snapshot.timeline != self.server.timeline or began.epoch != self.epoch:
-            return Standing.REFUSED
-        position = snapshot.position
-        if position.revision > self.cache.position.revision:
-            return Standing.AHEAD
-        if position.revision < began.applied or not self.cache.knows(position):
-            return Standing.REFUSED
-        return Standing.BELIEVED
 
     def acknowledgeable(self, now: float) -> int:
         """Return the revision that this process and every client under its lease have applied (rule

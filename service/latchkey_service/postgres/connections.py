@@ -1,8 +1,7 @@
 """Connections to Postgres: pooling, time-outs and the translation of driver errors.
 
 Bounds every wait for Postgres and translates every driver error by class or SQLSTATE, so other
-rooms need not know asyncpg's exceptions. Does not own SQL: see `tokens/token_store.py`,
-`coherence/verifier_table.py` and `audit/audit_table.py`.
+rooms need not know asyncpg's exceptions. Does not own SQL: see `tokens/token_store.py`.
 """
 
 import asyncio
@@ -26,6 +25,7 @@ from latchkey_service.errors import (
     StoreUnavailable,
     StoreUnsupported,
 )
+from latchkey_service.loop_delay import reason_for
 from latchkey_service.postgres.circuit_breaker import Attempt, CircuitBreaker
 from latchkey_service.postgres.hosts import CONNECT_ERRORS, Hosts
 from latchkey_service.postgres.sessions import GENERIC_PLAN, SETTINGS, Pooler, driver_options
@@ -34,6 +34,7 @@ __all__ = [
     "DURABLE",
     "Connector",
     "DedicatedConnection",
+    "PlainConnection",
     "Pool",
     "require_durable_commit",
     "retry_on_conflict",
@@ -87,7 +88,7 @@ DURABLE = """CASE WHEN current_setting('synchronous_commit') IN ('on', 'remote_a
      ELSE set_config('synchronous_commit', 'on', true) IS NOT NULL END"""
 
 
-class _Connection(asyncpg.Connection):
+class PlainConnection(asyncpg.Connection):
     """A connection that returns to the pool without a round trip: our statements leave no state."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -98,6 +99,7 @@ class _Connection(asyncpg.Connection):
         self.generation = 0
 
     def get_reset_query(self) -> str:
+        """Return no statement."""
         return ""
 
     def touch(self) -> None:
@@ -125,8 +127,10 @@ class Connector:
         randomness: Callable[[], float] = random.random,
         *,
         pooler: Pooler = "none",
+        connection_class: type[PlainConnection] = PlainConnection,
     ) -> None:
         self._pooler: Pooler = pooler
+        self._connection_class = connection_class
         self._hosts = Hosts(database_url)
         self.breaker = CircuitBreaker(monotonic, randomness)
         self._failure: BaseException | None = None
@@ -156,10 +160,7 @@ class Connector:
         # A separate task, because the circuit breaker needs the result even if the caller leaves.
         # Otherwise impatient callers would start one attempt after another.
         task = asyncio.create_task(
-            self._hosts.connect(
-                self._settings(settings),
-                **self._options(),
-            ),
+            self._hosts.connect(self._settings(settings), **self._options()),
             name="connect",
         )
         self._attempts[task] = kind
@@ -197,7 +198,7 @@ class Connector:
 
     def _options(self) -> dict[str, Any]:
         return {
-            "connection_class": _Connection,
+            "connection_class": self._connection_class,
             "timeout": CONNECT_TIMEOUT_SECONDS,
             "command_timeout": STATEMENT_TIMEOUT_SECONDS,
             "server_settings": {"application_name": "latchkey"},
@@ -241,7 +242,7 @@ class Pool:
             connect=pool._connect,
             min_size=0,
             max_size=POOL_SIZE_MAX,
-            connection_class=_Connection,
+            connection_class=PlainConnection,
         )
         return pool
 
@@ -395,7 +396,7 @@ def translate_errors() -> Iterator[None]:
         asyncpg.InternalClientError,  # the same, if it ended between two messages
         OSError,  # TimeoutError included
     ) as error:
-        raise StoreUnavailable(NO_ANSWER) from error
+        raise StoreUnavailable(reason_for(error)) from error
 
 
 @contextlib.contextmanager

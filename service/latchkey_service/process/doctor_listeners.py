@@ -6,6 +6,7 @@ They open connections as clients do, and bind an address for a moment if nobody 
 import errno
 import socket
 import ssl
+import time
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +20,8 @@ __all__ = ["listener_findings"]
 
 # Both ends are on this machine.
 CONNECT_SECONDS: Final = 2.0
+# An idle service answers within milliseconds.
+SLOW_SECONDS: Final = 0.5
 _START: Final = "start the service: latchkey serve"
 
 
@@ -38,6 +41,7 @@ def _plaintext(listen: str) -> Finding:
         return skipped(check, str(error))
     if (closed := _closed(check, "LISTEN", listen, address)) is not None:
         return closed
+    began = time.monotonic()
     try:
         status = ask(address)
     except grpc.RpcError as error:
@@ -47,6 +51,14 @@ def _plaintext(listen: str) -> Finding:
             f"({error.code().name})",
             f"stop it, or choose another address with {PREFIX}LISTEN; if it is Latchkey, see its "
             "log",
+        )
+    took = time.monotonic() - began
+    if took >= SLOW_SECONDS:
+        return warning(
+            check,
+            f"the service on {listen} took {took:.1f} s to report {status}",
+            "its event loop is late: it has too much load or too little processor time, and may "
+            "report the database as unavailable although it answers; add workers or processors",
         )
     if status != SERVING:
         return warning(

@@ -143,14 +143,25 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "latchkey_connections_ended": Family(
         "counter",
         ("reason",),
-        "connections that were ended: too_many, address, idle, silent, unread",
+        "connections that were ended: too_many, address, idle, silent, unread, refused",
     ),
     "latchkey_policy_callers": Family("gauge", (), "callers in the policy"),
     "latchkey_policy_age_seconds": Family("gauge", (), "time since the policy came into force"),
     "latchkey_certificate_expiry_seconds": Family(
         "gauge", (), "time until the server's certificate expires; negative: expired"
     ),
+    "latchkey_trace_spans": Family(
+        "counter",
+        ("result",),
+        "spans of traces: exported, dropped because the queue was full, failed at the collector",
+    ),
+    "latchkey_trace_calls_limited": Family(
+        "counter", (), "calls that were not traced because of LATCHKEY_TRACES_PER_SECOND"
+    ),
     "latchkey_event_loop_tasks": Family("gauge", (), "tasks of the event loop"),
+    "latchkey_event_loop_delay_seconds": Family(
+        "gauge", (), "longest delay of the event loop in the last 15 seconds"
+    ),
     "latchkey_log_lines_dropped": Family(
         "counter", (), "log lines that were dropped because nobody read them"
     ),

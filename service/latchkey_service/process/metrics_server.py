@@ -95,9 +95,14 @@ class WorkerReports:
         ):
             up = Families()
             up.add("latchkey_worker_up", float(report is not None))
-            reports[str(number)] = [*(report or ()), *up.to_plain()]
+            found.add_all(up.to_plain(), str(number))
+            reports[str(number)] = report or ()
         for worker, report in reports.items():
-            found.add_all(report, worker)
+            try:
+                found.add_all(report, worker)
+            except (KeyError, TypeError, ValueError) as error:
+                # Not a report: a library may have printed a line.
+                logger().warning("metrics of a worker lost", worker=worker, error=repr(error))
         return found.metrics()
 
     async def _ask(self, worker: int) -> Any:

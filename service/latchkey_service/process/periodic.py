@@ -126,7 +126,10 @@ async def rest(rests: Sequence[Callable[[], None]]) -> None:
     while True:
         await asyncio.sleep(REST_SECONDS)
         for close_if_idle in rests:
-            close_if_idle()
+            try:
+                close_if_idle()
+            except Exception as error:  # noqa: BLE001 - the others must be closed too
+                logger().warning("idle connection not closed", error=type(error).__name__)
 
 
 async def follow_peppers(table: VerifierTable, own_id: str, reports: fleet.Reports) -> None:
@@ -170,7 +173,10 @@ async def log_counts_regularly(counts: Counts, gauges: Gauges) -> None:
     """Log the counts once a minute. Runs until cancelled."""
     while True:
         await asyncio.sleep(SUMMARY_SECONDS)
-        log_counts(counts, gauges)
+        try:
+            log_counts(counts, gauges)
+        except Exception as error:  # noqa: BLE001 - a summary must not end the worker
+            logger().warning("summary failed", error=type(error).__name__)
 
 
 def log_counts(counts: Counts, gauges: Gauges) -> None:

@@ -138,6 +138,8 @@ class Server:
         addresses = [address for address in (self.address, self.tls_address) if address is not None]
         proxied = [] if settings.trusted_proxy is None else [self.address]
         self.guard = ConnectionGuard(addresses, limits, proxied)
+        self.refused = reporter.refused
+        self.refused.end_connection = self.guard.end
         self.metrics: WorkerMetrics
         """Set by `running`."""
 

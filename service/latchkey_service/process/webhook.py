@@ -148,15 +148,15 @@ class Deliverer:
 
     async def _send(self, event: Event) -> str | None:
         """Send an event; return None if the receiver accepted it, and otherwise the problem."""
-        body, message_id, now = body_of(event), f"msg_{event.message_id.hex}", datetime.now(UTC)
-        headers = {
-            "content-type": "application/json",
-            "user-agent": "latchkey",
-            "webhook-id": message_id,
-            "webhook-timestamp": str(int(now.timestamp())),
-            "webhook-signature": " ".join(s.sign(message_id, now, body) for s in self._signers),
-        }
         try:
+            body, message_id, now = body_of(event), f"msg_{event.message_id.hex}", datetime.now(UTC)
+            headers = {
+                "content-type": "application/json",
+                "user-agent": "latchkey",
+                "webhook-id": message_id,
+                "webhook-timestamp": str(int(now.timestamp())),
+                "webhook-signature": " ".join(s.sign(message_id, now, body) for s in self._signers),
+            }
             async with (
                 self._slots,
                 asyncio.timeout(REQUEST_SECONDS),

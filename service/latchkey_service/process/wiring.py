@@ -37,6 +37,7 @@ from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.coherence.verifier_state import VerifierState
 from latchkey_service.coherence.verifier_table import Identity, VerifierTable
 from latchkey_service.coherence.watch_sessions import WatchSessions
+from latchkey_service.loop_delay import WATCH
 from latchkey_service.postgres.connections import Connector, Pool
 from latchkey_service.process.announcements import Announcements
 from latchkey_service.process.host_sharing import HostSharing
@@ -53,6 +54,7 @@ from latchkey_service.process.periodic import (
     purge_usage,
 )
 from latchkey_service.process.server import SERVICES, Server, Services
+from latchkey_service.process.traces import Traces
 from latchkey_service.process.worker_metrics import WorkerMetrics
 from latchkey_service.release import release
 from latchkey_service.rpc.audit_service import AuditService
@@ -109,11 +111,16 @@ async def running(
         raise PolicyError("a worker needs both the setting and the text of the policy, or neither")
     active_policy = None if text is None else ActivePolicy(policies.parse(text))
     keyring = Keyring(keyring.peppers, settings.accepted_prefixes)
-    connector = Connector(settings.database_url.get_secret_value(), pooler=settings.pooler)
     cache, notify, identity = (
         settings.cache == "on",
         settings.notify == "on",
         _identity(settings, keyring),
+    )
+    traces = Traces(settings, identity.id, time.monotonic)
+    connector = Connector(
+        settings.database_url.get_secret_value(),
+        pooler=settings.pooler,
+        connection_class=traces.connection_class,
     )
     verifier_state: VerifierState[CachedToken] = VerifierState(
         VerdictCache(settings.cache_entries if cache else 0),
@@ -123,9 +130,9 @@ async def running(
     pool = await Pool.open(connector)
     # Reads a file, so before the worker gives up root.
     announcements = Announcements(settings, pool, _now)
-    lookup = Lookup(connector.connect_with_generic_plans, boottime)
+    lookup = Lookup(connector.connect_with_generic_plans, boottime, keyring)
     # Connects when the first imported secret is presented.
-    imported_lookup = Lookup(connector.connect_with_generic_plans, boottime)
+    imported_lookup = Lookup(connector.connect_with_generic_plans, boottime, keyring)
 
     def reconnect() -> None:
         """Make the other connections follow the lease to another server."""
@@ -214,8 +221,10 @@ async def running(
     )
     counts, audit_table = Counts(), AuditTable(pool)
     audit = AuditLog(audit_table, time.monotonic, _now)
-    sealer = AuditSealer(ChainTable(pool), ChainKeys(keyring), time.monotonic, random.random)
-    reporter = CallReporter(counts, audit, time.monotonic)
+    sealer, reporter = (
+        AuditSealer(ChainTable(pool), ChainKeys(keyring), time.monotonic, random.random),
+        CallReporter(counts, audit, time.monotonic),
+    )
     managed = ManagedCalls(counts, audit, reporter, time.monotonic, boottime)
     paths = Paths(
         VerifyCalls(
@@ -230,6 +239,7 @@ async def running(
         ),
         managed,
         Streams(reporter, time.monotonic),
+        traces.calls,
     )
     if active_policy is not None:
         _follow_policy(active_policy, paths, audit)
@@ -264,6 +274,7 @@ async def running(
         active_policy=active_policy,
         certificates=server.certificates,
         announcements=announcements,
+        traces=traces,
         seals=management.guard,
         pepper_reports=Reports(),
     )
@@ -289,7 +300,7 @@ async def running(
         active_policy.replace(policies.parse(latest))
     await server.start()
     # These run until then too, because calls during the stop are audited, and use tokens.
-    lasts = [begin(audit.run()), begin(usage.run()), begin(server.guard.run())]
+    lasts = [begin(audit.run()), begin(usage.run()), begin(server.guard.run()), begin(WATCH.run())]
     background = [
         follow_verifier(
             verifier.check,
@@ -334,6 +345,7 @@ async def running(
             primary.close(),
             lookup.close(),
             announcements.close(),
+            traces.close(),
             imported_lookup.close(),
             rates.draws.close(),
             store.close(),

@@ -19,9 +19,11 @@ from latchkey_service.coherence.lease_renewer import LeaseRenewer
 from latchkey_service.coherence.notify_listener import Notifications, NotifyListener
 from latchkey_service.coherence.primary import Primary
 from latchkey_service.coherence.watch_sessions import WatchSessions
+from latchkey_service.loop_delay import WATCH
 from latchkey_service.postgres.connections import POOL_SIZE_MAX, Connector, Pool
 from latchkey_service.process.announcements import Announcements
 from latchkey_service.process.metric_families import FAMILIES, Families
+from latchkey_service.process.traces import Traces
 from latchkey_service.rpc.counters import UNARY, Counts
 from latchkey_service.rpc.managed_calls import ManagedCalls
 from latchkey_service.settings import logs
@@ -65,6 +67,7 @@ class WorkerMetrics:
     active_policy: ActivePolicy | None
     certificates: Certificates | None
     announcements: Announcements
+    traces: Traces
     seals: SealGuard
     pepper_reports: Reports
 
@@ -82,7 +85,9 @@ class WorkerMetrics:
         found.add("latchkey_audit_newest_batch", self.sealer.head.number)
         found.add("latchkey_audit_regressions", self.sealer.regressions)
         self.announcements.add_metrics(found)
+        self.traces.add_metrics(found)
         found.add("latchkey_event_loop_tasks", len(asyncio.all_tasks()))
+        found.add("latchkey_event_loop_delay_seconds", WATCH.longest_seconds())
         process_metrics(found)
         return found
 

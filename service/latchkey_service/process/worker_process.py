@@ -18,6 +18,7 @@ from latchkey_service.postgres.embedded_host import OsAccount
 from latchkey_service.process.privileges import ACCOUNT_VARIABLE, home_of
 from latchkey_service.process.worker_watch import HEARTBEAT_VARIABLE
 from latchkey_service.settings.exposure import transport_of
+from latchkey_service.settings.logs import logger
 from latchkey_service.settings.settings import Settings
 from latchkey_service.transport import tls
 
@@ -91,10 +92,18 @@ def temporary_folder(settings: Settings) -> Iterator[str | None]:
 
 
 def send(process: asyncio.subprocess.Process, *lines: bytes) -> int:
-    """Write lines to a worker without waiting. Return how many bytes it has not read yet."""
+    """Write lines to a worker without waiting. Return how many bytes it has not read yet.
+
+    If the lines cannot be written, no number would be large enough. The other workers need them
+    too, so this does not raise.
+    """
     assert process.stdin is not None, "it is a pipe"  # noqa: S101 - for the type checker
-    process.stdin.writelines(lines)
-    return process.stdin.transport.get_write_buffer_size()
+    try:
+        process.stdin.writelines(lines)
+        return process.stdin.transport.get_write_buffer_size()
+    except Exception as error:  # noqa: BLE001 - see above
+        logger().error("a worker's pipe failed", pid=process.pid, error=type(error).__name__)
+        return sys.maxsize
 
 
 def policy_line(text: str | None) -> bytes:

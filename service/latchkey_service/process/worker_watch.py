@@ -115,6 +115,7 @@ class _Watched:
         self, process: asyncio.subprocess.Process, heartbeats: int, bytes_max: int
     ) -> None:
         self.reason: Reason | None = None
+        self._failed_with = ""
         self._process = process
         self._vitals = Vitals(bytes_max)
         self._bytes_max = bytes_max
@@ -150,6 +151,13 @@ class _Watched:
                 self._loop.call_soon_threadsafe(self._process.kill)
             else:
                 signal.pidfd_send_signal(self._handle, signal.SIGKILL)
+
+    def report(self, error: Exception) -> None:
+        """Log that a check failed. Repeated failures of the same kind are logged once."""
+        kind = type(error).__name__
+        if kind != self._failed_with:
+            self._failed_with = kind
+            logger().error("worker not watched", pid=self._process.pid, error=kind)
 
     def close(self) -> None:
         """Close the files."""
@@ -221,4 +229,7 @@ class WorkerWatch:
             passed, last = now - last, now
             with self._lock:
                 for watched in self._workers.values():
-                    watched.look(passed)
+                    try:
+                        watched.look(passed)
+                    except Exception as error:  # noqa: BLE001 - the others must still be watched
+                        watched.report(error)

@@ -10,7 +10,9 @@ the database at once, and the queue for these slots is short:
   accepted call takes at most a few times as long as it does alone, under any load. This lasts until
   no call has been rejected for `CALM_SECONDS`.
 - A call whose deadline would pass in the queue is rejected at once.
-- Callers take turns, and a full queue makes room for a caller that has less than its share.
+- Callers take turns, and a full queue makes room for a caller that has less than its share. The
+  total has shares too, because most calls in it are Deletes whose change stands: they cannot make
+  room. One of n callers may have 1/(n+1) of it, so a further one always finds room.
 - Calls that only take rights away (removals) go before others, and have their own room. While other
   calls wait, every fourth slot is theirs: anyone who may delete could stop them otherwise.
 
@@ -78,14 +80,25 @@ class ConcurrencyLimiter:
     """Slots for the calls of one role, and the queue for them. Event loop only.
 
     At most `count` calls hold a slot. At most `total_max` calls are present: this includes those in
-    the queue, and those that have released their slot to wait for something else.
+    the queue, and those that have released their slot to wait for something else. Calls without a
+    caller's name, as without a policy, share the whole.
     """
 
-    def __init__(self, count: int, total_max: int, monotonic: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        count: int,
+        total_max: int,
+        monotonic: Callable[[], float],
+        answering: Callable[[], float] | None = None,
+    ) -> None:
         self._count = self._free = count
         self._total_max = total_max
         self._total = 0
+        # The present calls of each caller.
+        self._present: dict[str, int] = {}
         self._monotonic = monotonic
+        # Stands still while the event loop is late, which is not the fault of the database.
+        self._answering = answering or monotonic
         # By a number. A future with a result means that its call now holds a slot.
         self._queue: FairQueue[asyncio.Future[None]] = FairQueue(sys.maxsize)
         self._removals: FairQueue[asyncio.Future[None]] = FairQueue(sys.maxsize)
@@ -93,8 +106,8 @@ class ConcurrencyLimiter:
         self._removals_in_a_row = 0
         self._numbers = itertools.count()
         self._queue_limit = QueueLimit(count * STANDING, count * BURST)
-        # When a call last succeeded, or the queue formed; and whether the last call failed because
-        # of the database.
+        # When a call last succeeded while others waited, or the queue formed, by the clock
+        # `_answering`; and whether the last call failed because of the database.
         self._progress_at = 0.0
         self._failing = False
         self._call_seconds = 0.0
@@ -115,13 +128,21 @@ class ConcurrencyLimiter:
         Raises Overloaded, or StoreUnavailable if the database hangs. Changes nothing for others:
         the call may still be refused for another reason.
         """
-        if self._total >= self._total_max:
+        if self._total >= self._total_max or self._has_its_share(caller):
             raise self._rejection()
         if self._free:
             return
         queue, full = self._room(removal=removal)
         if full and not queue.yields_to(caller):
             raise self._rejection()
+
+    def _has_its_share(self, caller: str) -> bool:
+        """Return whether a caller has as many calls present as it may."""
+        if not caller:
+            return False
+        present = self._present.get(caller, 0)
+        callers = len(self._present) + (not present)
+        return present >= self._total_max // (callers + 1)
 
     def _room(self, *, removal: bool) -> tuple[FairQueue[asyncio.Future[None]], bool]:
         """Return the queue for a call that arrives now, and whether it is full."""
@@ -139,7 +160,7 @@ class ConcurrencyLimiter:
 
     async def acquire(self, seconds: float, caller: str, removal: bool) -> float:  # noqa: FBT001 - from Slot
         """Wait for a slot. Return the time at which the call acquired it."""
-        self._total += 1
+        self._enter(caller)
         try:
             # Overtaking the queue would starve it.
             if self._free and not self.queued:
@@ -147,7 +168,7 @@ class ConcurrencyLimiter:
             else:
                 await self._wait(seconds, caller, removal=removal)
         except BaseException:
-            self._total -= 1
+            self.leave(caller)
             raise
         return self._monotonic()
 
@@ -158,19 +179,27 @@ class ConcurrencyLimiter:
             self._failing = True
         elif not isinstance(error, asyncio.CancelledError):
             self._failing = False
-            self._progress_at = self._monotonic()
-            held_seconds = self._progress_at - since
+            if self.queued:
+                self._progress_at = self._answering()
+            held_seconds = self._monotonic() - since
             self._call_seconds += SMOOTHING * (held_seconds - self._call_seconds)
         self._pass_on()
 
-    def leave(self) -> None:
-        """Leave the limiter after the call has ended."""
+    def leave(self, caller: str) -> None:
+        """Leave the limiter after a call of `caller` has ended."""
         self._total -= 1
+        left = self._present[caller] = self._present[caller] - 1
+        if not left:
+            del self._present[caller]
+
+    def _enter(self, caller: str) -> None:
+        self._total += 1
+        self._present[caller] = self._present.get(caller, 0) + 1
 
     async def _wait(self, seconds: float, caller: str, *, removal: bool) -> None:
         if not self.queued:
             # The queue was empty, so nothing is stuck yet.
-            self._progress_at = self._monotonic()
+            self._progress_at = self._answering()
         queue, full = self._room(removal=removal)
         ahead = queue.ahead_of(caller)
         if not removal:
@@ -218,7 +247,7 @@ class ConcurrencyLimiter:
 
     def _rejection(self, message: str = TOO_MANY) -> LatchkeyError:
         longest = max(STUCK_SECONDS, STUCK_CALLS * self._call_seconds)
-        hangs = self.queued and self._monotonic() - self._progress_at > longest
+        hangs = self.queued and self._answering() - self._progress_at > longest
         stuck = self._failing or hangs
         return StoreUnavailable(NO_ANSWER) if stuck else Overloaded(message)
 
@@ -254,7 +283,7 @@ class Slot:
         traceback: TracebackType | None,
     ) -> None:
         self._release(error)
-        self._limiter.leave()
+        self._limiter.leave(self._caller)
 
     def release(self) -> None:
         """Release the slot before the call ends, because the call now only waits."""

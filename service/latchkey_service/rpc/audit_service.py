@@ -116,6 +116,7 @@ def _put_entry(entry: Entry, message: pb.AuditEntry) -> None:
     message.person = entry.person
     message.client_address = entry.client_address
     message.call_id = entry.call_id
+    message.trace_id = entry.trace_id
     if entry.code == 0:
         message.outcome = pb.OUTCOME_OK
     elif entry.code in DENIED_CODES:

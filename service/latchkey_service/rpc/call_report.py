@@ -12,6 +12,7 @@ from typing import Any, Final, TypeGuard
 
 import structlog
 
+from latchkey_service import tracing
 from latchkey_service.access.methods import METHODS, OPEN
 from latchkey_service.access.policy import ANONYMOUS, Caller
 from latchkey_service.audit.audit_log import AuditContext, AuditLog
@@ -33,6 +34,7 @@ from latchkey_service.errors import (
 from latchkey_service.rpc.admission import RejectionPacer
 from latchkey_service.rpc.call_context import CallContext
 from latchkey_service.rpc.counters import UNARY, Counts
+from latchkey_service.rpc.refused_calls import RefusedCalls
 from latchkey_service.settings.logs import logger
 
 __all__ = [
@@ -48,11 +50,6 @@ __all__ = [
 
 REQUEST_ID_LENGTH_MAX = 64
 Metadata = Iterable[tuple[str, str | bytes]] | None
-# Answers to callers without an identity. grpcio needs 0.1 ms for each, so this takes some 2 % of a
-# core. Until its answer, a call takes one of its connection's places, so a flood with as many
-# connections as one address may have cannot make much more than a thousand calls in a second.
-ANONYMOUS_PER_SECOND = 200
-ANONYMOUS_SECONDS_MAX = 30.0
 # Delay of an answer to a caller above its rate limit, which keeps it from retrying at once.
 LIMITED_SECONDS_MAX = 0.25
 
@@ -65,7 +62,7 @@ class CallReporter:
         self._audit = audit
         self._monotonic = monotonic
         self._pacer = RejectionPacer()
-        self._anonymous_pacer = RejectionPacer(ANONYMOUS_PER_SECOND, ANONYMOUS_SECONDS_MAX)
+        self.refused = RefusedCalls(monotonic)
         self._log: structlog.stdlib.BoundLogger = logger()
 
     def failed(
@@ -125,13 +122,6 @@ class CallReporter:
         status = status_of(error, request_id, random.random())  # noqa: S311 - to spread retries
         return status, 0.0 if delayed else self._delay_seconds(error, context)
 
-    def anonymous_delay_seconds(self) -> float:
-        """Return the delay before a caller without an identity is refused, and count it.
-
-        The deadline does not matter: a flood of calls with short ones must not be faster.
-        """
-        return self._anonymous_pacer.delay_seconds(self._monotonic())
-
     def started(self, path: str) -> None:
         """Count a call that starts. Each must be reported again when it ends."""
         self._counts.method(path).started += 1
@@ -145,7 +135,8 @@ class CallReporter:
             counts.codes[code] += 1
 
     def _count(self, path: str, code: str, reason: str, seconds: float, request_id: str) -> None:
-        """Count a call that failed."""
+        """Count a call that failed, and add its status to its trace."""
+        tracing.failed(code, reason, request_id)
         counts = self._counts.method(path)
         counts.codes[code] += 1
         self._counts.failures[reason] += 1
@@ -162,7 +153,7 @@ class CallReporter:
         if isinstance(error, Overloaded):
             return self._pacer.delay_seconds(self._monotonic(), context.time_remaining())
         if isinstance(error, Unauthenticated):
-            return self.anonymous_delay_seconds()
+            return self.refused.delay_seconds()
         return 0.0
 
     def succeeded(
@@ -217,6 +208,8 @@ class CallReporter:
             fields["reason"] = reason
         if audit_context is not None:
             fields |= audit_context.fields()
+        elif trace_id := tracing.trace_id_of(context.invocation_metadata()):
+            fields["trace_id"] = trace_id
         if error is not None and not isinstance(error, LatchkeyError):
             fields["exc_info"] = _without_values(error)
         elif error is not None:
@@ -228,40 +221,36 @@ class CallReporter:
         self,
         path: str,
         seconds: float | None,
-        error: LatchkeyError | None = None,
+        error: Exception | None = None,
         peer: str = "",
     ) -> tuple[StatusParts, float]:
         """Count a call that is rejected before it starts.
 
         Returns what `failed` returns. `seconds` is how long the caller waits; None means no limit.
-        Without an `error`, the call is rejected because too many others wait. `peer` is the address
-        of the caller.
+        Without an `error`, the call is rejected because too many others wait. An error that is not
+        ours means that the call could not be handled. `peer` is the address of the caller.
         """
         if error is None:
             error = Overloaded("Too many calls are waiting to start; try again shortly.")
         counts = self._counts.method(path)
         counts.started += 1
-        counts.codes[code_of(error).name] += 1
-        self._counts.failures[error.reason] += 1
+        code, reason = code_of(error).name, reason_of(error)
+        counts.codes[code] += 1
+        self._counts.failures[reason] += 1
         request_id = next(NEW_IDS)
-        code = code_of(error).name
         if METHODS.get(path, OPEN).audited and not isinstance(error, Overloaded):
             entry = AuditContext.of("", path, peer, request_id, "", "", call_id=request_id)
-            logged = self._audit.record(entry, code, error.reason)
+            logged = self._audit.record(entry, code, reason)
         else:
-            logged = self._audit.should_log("", path, error.reason)
+            logged = self._audit.should_log("", path, reason)
         if logged:
-            self._log.log(
-                level_of(code, error.reason),
-                "call",
-                request_id=request_id,
-                method=path,
-                code=code,
-                reason=error.reason,
-                peer=peer,
-            )
+            fields: dict[str, Any] = {"reason": reason, "peer": peer}
+            if not isinstance(error, LatchkeyError):
+                fields["exc_info"] = _without_values(error)
+            level = level_of(code, reason)
+            self._log.log(level, "call", request_id=request_id, method=path, code=code, **fields)
         if isinstance(error, Unauthenticated):
-            delay_seconds = self.anonymous_delay_seconds()
+            delay_seconds = self.refused.delay_seconds()
         else:
             delay_seconds = self._pacer.delay_seconds(self._monotonic(), seconds)
         status = status_of(error, request_id, random.random())  # noqa: S311 - to spread retries

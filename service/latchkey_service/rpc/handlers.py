@@ -17,6 +17,7 @@ from latchkey_service.errors import LatchkeyError
 from latchkey_service.rpc.call_report import Metadata
 from latchkey_service.rpc.managed_calls import ManagedCalls
 from latchkey_service.rpc.streams import Streams
+from latchkey_service.rpc.traced_calls import CallTracing, Handler
 from latchkey_service.rpc.verify_calls import VerifyCalls
 
 __all__ = ["Paths", "Registrar"]
@@ -25,7 +26,15 @@ __all__ = ["Paths", "Registrar"]
 class Paths:
     """The three paths of calls. One instance per worker process."""
 
-    def __init__(self, verifies: VerifyCalls, managed: ManagedCalls, streams: Streams) -> None:
+    def __init__(
+        self,
+        verifies: VerifyCalls,
+        managed: ManagedCalls,
+        streams: Streams,
+        tracing: CallTracing | None = None,
+    ) -> None:
+        # None if no call is recorded. The handlers then stay as they are.
+        self._tracing = tracing
         self._verifies = verifies
         self._managed = managed
         self._streams = streams
@@ -56,9 +65,8 @@ class Paths:
         if parse is None:
             raise ValueError(f"{path} has no parser")
         if path in (VERIFY, BATCH_VERIFY):
-            return grpc.unary_unary_rpc_method_handler(
-                self._verifies.handler(path, authenticator, metadata_of)
-            )
+            verify = self._verifies.handler(path, authenticator, metadata_of)
+            return grpc.unary_unary_rpc_method_handler(self._traced(path, verify, metadata_of))
         if handler.request_streaming:
             streaming: Any = handler.stream_stream
             if inspect.isasyncgenfunction(streaming):
@@ -74,9 +82,13 @@ class Paths:
                 response_serializer=handler.response_serializer,
             )
         behaviour: Any = handler.unary_unary
-        return grpc.unary_unary_rpc_method_handler(
-            self._managed.handler(path, behaviour, parse, authenticator)
-        )
+        managed = self._managed.handler(path, behaviour, parse, authenticator)
+        return grpc.unary_unary_rpc_method_handler(self._traced(path, managed, metadata_of))
+
+    def _traced(
+        self, path: str, handler: Handler, metadata_of: Callable[[Any], Metadata]
+    ) -> Handler:
+        return handler if self._tracing is None else self._tracing.wrap(path, handler, metadata_of)
 
 
 class Registrar:

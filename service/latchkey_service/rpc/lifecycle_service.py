@@ -4,6 +4,7 @@ The other methods are in `token_service.py`, except Verify and BatchVerify.
 """
 
 import asyncio
+from collections.abc import Iterable
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from latchkey_service.rpc.token_service import (
     to_timedelta,
 )
 from latchkey_service.rpc.verify_calls import put_token
+from latchkey_service.tokens.bulk import Outcome as SecretOutcome
 from latchkey_service.tokens.changes import NewValues
 from latchkey_service.tokens.import_store import ROWS_AT_ONCE
 from latchkey_service.tokens.importing import IMPORTED_MAX, Row
@@ -136,8 +138,7 @@ class FullTokenService(TokenService):
         call = call_of(current_call.get(), wait=not request.no_wait)
         outcomes, receipt = await self._bulk.revoke_secrets(request.secrets, call)
         response = pb.RevokeSecretResponse()
-        for outcome in outcomes:
-            response.results.add(outcome=pb.SecretOutcome.ValueType(outcome))
+        _put_outcomes(outcomes, response)
         if receipt is not None:
             put_receipt(receipt, response.receipt)
         return response
@@ -147,8 +148,7 @@ class FullTokenService(TokenService):
     ) -> pb.ReportSecretResponse:
         call = call_of(current_call.get(), wait=False)
         response = pb.ReportSecretResponse()
-        for outcome in await self._bulk.report_secrets(request.secrets, call):
-            response.results.add(outcome=pb.SecretOutcome.ValueType(outcome))
+        _put_outcomes(await self._bulk.report_secrets(request.secrets, call), response)
         return response
 
     async def DeleteAll(
@@ -164,6 +164,13 @@ class FullTokenService(TokenService):
         if deletions.receipt is not None:
             put_receipt(deletions.receipt, response.receipt)
         return response
+
+
+def _put_outcomes(
+    outcomes: Iterable[SecretOutcome], response: pb.RevokeSecretResponse | pb.ReportSecretResponse
+) -> None:
+    for outcome in outcomes:
+        response.results.add(outcome=pb.SecretOutcome.ValueType(outcome))
 
 
 def _row(token: pb.ImportedToken) -> Row:

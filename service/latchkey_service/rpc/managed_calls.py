@@ -19,6 +19,7 @@ from typing import Any, Final, Protocol
 
 import grpc
 
+from latchkey_service import tracing
 from latchkey_service.access import origin
 from latchkey_service.access.authenticator import Authenticator, check_account
 from latchkey_service.access.methods import (
@@ -42,11 +43,19 @@ from latchkey_service.errors import (
     code_of,
     reason_of,
 )
+from latchkey_service.loop_delay import WATCH
 from latchkey_service.rpc.admission import ConcurrencyLimiter, Slot
 from latchkey_service.rpc.call_context import CallContext
-from latchkey_service.rpc.call_report import NEW_IDS, CallReporter, end_with, given_id
+from latchkey_service.rpc.call_report import (
+    NEW_IDS,
+    CallReporter,
+    Metadata,
+    end_with,
+    given_id,
+)
 from latchkey_service.rpc.counters import Counts
 from latchkey_service.rpc.removals import may_narrow
+from latchkey_service.tracing import TRACEPARENT
 
 __all__ = ["ManagedCall", "ManagedCalls", "current_call"]
 
@@ -140,7 +149,8 @@ class ManagedCalls:
         self._monotonic = monotonic
         self._clock = clock
         self.limiters = {
-            role: ConcurrencyLimiter(*size, monotonic) for role, size in CONCURRENCY_LIMITS.items()
+            role: ConcurrencyLimiter(*size, monotonic, WATCH.clock)
+            for role, size in CONCURRENCY_LIMITS.items()
         }
 
     def handler(
@@ -253,9 +263,7 @@ class ManagedCalls:
         """
 
         async def refuse(_messages: Any, context: CallContext) -> None:
-            delay_seconds = self._reporter.anonymous_delay_seconds()
-            if delay_seconds:
-                await asyncio.sleep(delay_seconds)
+            await self._reporter.refused.wait(context.peer())
             context.set_code(grpc.StatusCode.UNIMPLEMENTED)
             context.set_details("Method not found!")
 
@@ -276,9 +284,7 @@ class ManagedCalls:
             start = self._monotonic()
             counts.started += 1
             # First, so that a flood that arrives at once takes little time from other calls.
-            delay_seconds = self._reporter.anonymous_delay_seconds()
-            if delay_seconds:
-                await asyncio.sleep(delay_seconds)
+            await self._reporter.refused.wait(context.peer())
             try:
                 caller = authenticator.authorize(path, context).name
                 # The policy has changed since.
@@ -336,6 +342,7 @@ def _audit_context(
     caller: Caller,
 ) -> AuditContext:
     metadata = context.invocation_metadata()
+    headers = dict(metadata or ())
     proxied = authenticator is not None and authenticator.trusts_proxy
     # Without a policy, every caller is trusted alike.
     reports_people = authenticator is None or caller.reports_people
@@ -347,10 +354,18 @@ def _audit_context(
         given_id(metadata) or call_id,
         getattr(request, "account_id", ""),
         getattr(request, "id", "") or getattr(request, "token_id", ""),
-        person=origin.person(metadata) if reports_people else "",
+        person=origin.person(metadata) if reports_people and origin.PERSON in headers else "",
         client_address=origin.client_address(metadata) if proxied else "",
         call_id=call_id,
+        trace_id=_trace_id(metadata),
     )
+
+
+def _trace_id(metadata: Metadata) -> str:
+    if tracing.of_task() is None and all(key != TRACEPARENT for key, _ in metadata or ()):
+        # Most callers have no trace.
+        return ""
+    return tracing.trace_id_of(metadata)
 
 
 def _refused_context(

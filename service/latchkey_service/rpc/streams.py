@@ -18,7 +18,7 @@ from latchkey_service.access.authenticator import Authenticator, check_account
 from latchkey_service.access.methods import Rule, rule_of
 from latchkey_service.access.origin import source_of
 from latchkey_service.access.policy import ANONYMOUS, Caller
-from latchkey_service.errors import LatchkeyError, Overloaded, RequestNotParsed, RequestTooLarge
+from latchkey_service.errors import Overloaded, RequestNotParsed, RequestTooLarge
 from latchkey_service.rpc.call_context import CallContext
 from latchkey_service.rpc.call_report import CallReporter, end_with
 
@@ -163,7 +163,8 @@ class Streams:
             try:
                 caller = stream.authenticator.authorize(stream.path, stream.context)
                 check_account(stream.path, caller, None)
-            except LatchkeyError as error:
+            except Exception as error:  # noqa: BLE001 - the others must be checked too
+                # If we cannot tell whether the stream is still allowed, it ends.
                 stream.denied = error
                 stream.task.cancel()
 
@@ -247,7 +248,7 @@ class _Stream:
         self.authenticator = authenticator
         self.path = path
         self.context = context
-        self.denied: LatchkeyError | None = None
+        self.denied: Exception | None = None
         task = asyncio.current_task()
         assert task is not None, "a stream is served in a task"  # noqa: S101 - for the type checker
         self.task = task

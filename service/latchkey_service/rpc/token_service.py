@@ -7,7 +7,7 @@ Verify and BatchVerify are not here: `verify_calls.py` has the whole of them.
 
 import re
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
@@ -39,10 +39,11 @@ from latchkey_service.rpc.verify_calls import put_rate_limit, put_token
 from latchkey_service.tokens.assembly import Management
 from latchkey_service.tokens.confirmation import Call
 from latchkey_service.tokens.filters import Filter
+from latchkey_service.tokens.finding import Query as FindQuery
 from latchkey_service.tokens.listing import Query
 from latchkey_service.tokens.management import NewToken
 from latchkey_service.tokens.receipt_table import Deletion
-from latchkey_service.tokens.usage_table import UsageTable
+from latchkey_service.tokens.usage_table import CallerUsage, UsageTable
 
 __all__ = [
     "TokenService",
@@ -65,7 +66,7 @@ _DURATION_SECONDS_MAX = 315_576_000_000
 
 # The fields of a filter that can be absent.
 _TimeField = Literal["expires_before", "unused_since", "secret_created_before"]
-_ChoiceField = Literal["can_write", "never_used", "never_expires"]
+_ChoiceField = Literal["can_write", "never_used", "never_expires", "leaked"]
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[object, object]
@@ -87,6 +88,7 @@ class TokenService(pb_grpc.TokenServiceServicer):
         self._lifecycle = management.lifecycle
         self._bulk = management.bulk
         self._listing = management.listing
+        self._finding = management.finding
         self._importer = management.importer
         self._watch_sessions = watch_sessions
         self._usage_table = usage_table
@@ -156,16 +158,30 @@ class TokenService(pb_grpc.TokenServiceServicer):
         self, request: pb.GetUsageRequest, context: "Context"
     ) -> pb.GetUsageResponse:
         deadline = current_call.get().deadline
-        token = await self._tokens.get(request.account_id, request.id, deadline)
-        today = datetime.fromtimestamp(self._unix_time(), UTC).date()
         response = pb.GetUsageResponse()
-        for usage in await self._usage_table.by_caller(token.id, today):
-            message = response.callers.add(caller=usage.caller)
-            message.first_used_time.FromDatetime(usage.first_time)
-            message.last_used_time.FromDatetime(usage.last_time)
-            for day, count in usage.days:
-                start = message.days.add(count=count).start_time
-                start.seconds = (day.toordinal() - _EPOCH.toordinal()) * 86_400
+        put_usage(
+            await self._tokens.usage(
+                self._usage_table, request.account_id, request.id, self._today(), deadline
+            ),
+            response,
+        )
+        return response
+
+    async def Find(self, request: pb.FindRequest, context: "Context") -> pb.FindResponse:
+        deadline = current_call.get().deadline
+        query = FindQuery(request.id, request.hint, request.page_size, request.page_token)
+        page = await self._finding.find(query, deadline)
+        response = pb.FindResponse(next_page_token=page.next_page_token)
+        for record in page.records:
+            found = response.tokens.add()
+            put_token(record, found.token)
+            if record.delete_time is not None:
+                found.delete_time.FromDatetime(record.delete_time)
+        if request.id and page.records:
+            put_usage(
+                await self._finding.usage(self._usage_table, request.id, self._today(), deadline),
+                response,
+            )
         return response
 
     async def GetLimits(
@@ -215,6 +231,22 @@ class TokenService(pb_grpc.TokenServiceServicer):
         response = pb.DeleteResponse()
         put_receipt(deletion, response.receipt)
         return response
+
+    def _today(self) -> date:
+        return datetime.fromtimestamp(self._unix_time(), UTC).date()
+
+
+def put_usage(
+    callers: Sequence[CallerUsage], response: pb.GetUsageResponse | pb.FindResponse
+) -> None:
+    """Add the callers of a token to an answer."""
+    for usage in callers:
+        message = response.callers.add(caller=usage.caller)
+        message.first_used_time.FromDatetime(usage.first_time)
+        message.last_used_time.FromDatetime(usage.last_time)
+        for day, count in usage.days:
+            start = message.days.add(count=count).start_time
+            start.seconds = (day.toordinal() - _EPOCH.toordinal()) * 86_400
 
 
 def call_of(call: ManagedCall, *, wait: bool = True) -> Call:
@@ -364,4 +396,5 @@ def to_filter(message: pb.TokenFilter) -> Filter:
         choice("never_used"),
         choice("never_expires"),
         time("secret_created_before"),
+        choice("leaked"),
     )

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import structlog
 
+from latchkey_service import tracing
 from latchkey_service.settings.stream_writer import StreamWriter
 
 __all__ = [
@@ -90,6 +91,7 @@ def configure(format_: Format, level: str) -> None:
     """
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
+        _add_trace_id,
         structlog.stdlib.add_log_level,
         structlog.stdlib.ExtraAdder(),
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -125,6 +127,14 @@ def configure(format_: Format, level: str) -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
+
+
+def _add_trace_id(_logger: Any, _method: str, fields: Any) -> Any:
+    """Add the id of the call's trace to each line of the call."""
+    span = tracing.of_task()
+    if span is not None and not span.ended:
+        fields.setdefault("trace_id", span.trace_id)
+    return fields
 
 
 _stdout = StreamWriter(STDOUT)

@@ -3,11 +3,9 @@
 The service reads both once, at startup, and passes the settings to its workers through a pipe.
 """
 
-import difflib
 import json
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -18,8 +16,9 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from latchkey_service.lifetime import Lifetime, duration_in
 from latchkey_service.secret_format import IMPORTED_PREFIX
-from latchkey_service.settings import database_url, exposure, file_access, webhook
+from latchkey_service.settings import database_url, exposure, file_access, traces, webhook
 from latchkey_service.settings.data_dir import default_data_dir
+from latchkey_service.settings.spelling import misspelled
 
 __all__ = [
     "ConfigError",
@@ -33,10 +32,6 @@ __all__ = [
 
 PREFIX = "LATCHKEY_"
 ENV_FILE = ".env"
-# A name that differs from a setting's by at most this many letters counts as misspelled.
-MISSPELLED_MAX = 2
-# Kubernetes sets these variables for each service whose name begins with "latchkey-".
-_OF_KUBERNETES = re.compile(r".*_(PORT|SERVICE_HOST|SERVICE_PORT(_.*)?|PORT_\d+_(TCP|UDP)(_.*)?)")
 # A worker prints this on stdout once it answers calls; the supervisor waits for it.
 READY = b"ready\n"
 
@@ -276,6 +271,30 @@ class Settings(BaseSettings):
         description="off or on; on: core dumps and debuggers of the same user, which see keys and "
         "secrets",
     )
+    traces: Literal["off", "on"] = Field(
+        "off",
+        description="off or on; on: traces of calls go to the collector at "
+        "OTEL_EXPORTER_OTLP_ENDPOINT, by OTLP over HTTP",
+    )
+    traces_verify_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of verifies to trace whose callers have no trace, 0 to 1",
+    )
+    traces_managed_share: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="share of other calls to trace whose callers have no trace, 0 to 1",
+    )
+    traces_per_second: float = Field(
+        100.0,
+        ge=1,
+        le=100_000,
+        description="limit of calls that a worker traces in a second, whatever their callers ask "
+        "for",
+    )
     log_format: Literal["json", "console", "auto"] = Field(
         "auto",
         description="json, without the text for people on stdout; console; or auto: console on a "
@@ -338,7 +357,8 @@ def load(*, together: bool = True) -> Settings:
         settings = Settings()
     except ValidationError as error:
         raise _config_error(error) from None
-    if wrong := _misspelled([*os.environ, *dotenv_values(ENV_FILE)]):
+    names = [*os.environ, *dotenv_values(ENV_FILE)]
+    if wrong := misspelled(PREFIX, Settings.model_fields, names):
         raise ConfigError("\n".join(wrong))
     if together:
         _check_together(settings)
@@ -400,29 +420,9 @@ def _config_error(error: ValidationError) -> ConfigError:
     return ConfigError("\n".join(lines))
 
 
-def _misspelled(names: Iterable[str]) -> list[str]:
-    """Describe each misspelled setting. Otherwise a policy could be ignored without notice. Other
-    names with the prefix may belong to the command line, the console or the deployment.
-    """
-    settings = [name.upper() for name in Settings.model_fields]
-    found = []
-    for name in dict.fromkeys(names):
-        given = name.upper().removeprefix(PREFIX)
-        if given == name.upper() or given in settings or _OF_KUBERNETES.fullmatch(name.upper()):
-            continue
-        if meant := [each for each in settings if _mistakes(given, each) <= MISSPELLED_MAX]:
-            found.append(f"{name}: unknown setting; did you mean {PREFIX}{meant[0]}?")
-    return found
-
-
-def _mistakes(given: str, meant: str) -> int:
-    """Return the approximate number of differing letters; a moved letter counts twice."""
-    blocks = difflib.SequenceMatcher(None, given, meant, autojunk=False).get_opcodes()
-    return sum(max(i2 - i1, j2 - j1) for kind, i1, i2, j1, j2 in blocks if kind != "equal")
-
-
 def _check_together(settings: Settings) -> None:
-    if problems := exposure.problems(settings):
+    problems = exposure.problems(settings) + traces.problems(settings.traces, os.environ)
+    if problems:
         raise ConfigError("\n".join(problems))
 
 

@@ -16,6 +16,8 @@ from latchkey_service.tokens.bulk import Bulk
 from latchkey_service.tokens.bulk_store import BulkStore
 from latchkey_service.tokens.confirmation import Confirmations
 from latchkey_service.tokens.event_table import NO_EVENTS, Outbox
+from latchkey_service.tokens.find_store import FindStore
+from latchkey_service.tokens.finding import Finding
 from latchkey_service.tokens.first_use import FirstUse
 from latchkey_service.tokens.import_store import ImportStore
 from latchkey_service.tokens.importing import Importer
@@ -39,6 +41,7 @@ class Management:
     lifecycle: Lifecycle
     bulk: Bulk
     listing: Listing
+    finding: Finding
     importer: Importer
     guard: SealGuard
     first_use: FirstUse
@@ -81,7 +84,8 @@ def build_management(
         ImportStore(pool), store, keyring, guard, confirmations, reads, now, os.urandom, lifetime
     )
     listing = Listing(ListStore(pool), reads, now)
+    finding = Finding(FindStore(pool), reads)
     first_use = FirstUse(lifecycle.retire_older, boottime)
     return Management(
-        tokens, lifecycle, bulk, listing, importer, guard, first_use, UpkeepStore(pool)
+        tokens, lifecycle, bulk, listing, finding, importer, guard, first_use, UpkeepStore(pool)
     )

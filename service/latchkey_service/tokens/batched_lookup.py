@@ -1,7 +1,8 @@
 """Looks up tokens for Verify: simultaneous look-ups share one query.
 
-Owns the queue, its limits and one connection. It does not own the SQL (`token_store.py`) or the
-verdict (`verifier.py`).
+Owns the queue, its limits and one connection. It does not own the SQL (`token_table.py`), the rules
+of seals (`seal.py`) or the verdict (`verifier.py`). Each row that was read is converted, and its
+seal is checked, once for all look-ups that asked for it.
 
 The first look-up of an event loop tick starts a query. Look-ups of the same tick join that query,
 and later ones wait for the next query. So a single look-up waits for one round trip, and a thousand
@@ -17,6 +18,7 @@ import contextlib
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from latchkey_service import tracing
 from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.coherence.snapshot import Snapshot, snapshot_of
 from latchkey_service.errors import (
@@ -29,12 +31,15 @@ from latchkey_service.errors import (
     Unavailable,
 )
 from latchkey_service.histogram import Histogram
+from latchkey_service.loop_delay import WATCH
 from latchkey_service.postgres.connections import (
     DedicatedConnection,
     retry_on_conflict,
     translate_errors,
 )
+from latchkey_service.secret_format import Keyring
 from latchkey_service.tokens.queue_limit import STUCK_SECONDS, QueueLimit
+from latchkey_service.tokens.seal import Sealer
 from latchkey_service.tokens.token_table import FIND_BY_DIGEST, record_of, secret_of
 from latchkey_service.tokens.verdict import SecretRecord, TokenRecord
 
@@ -73,12 +78,14 @@ class Found(NamedTuple):
     record: TokenRecord | None
     secret: SecretRecord | None
     snapshot: Snapshot
+    proven: bool = False
+    """Whether the seal is right. If not, `SealGuard.trusts` decides about the row."""
 
 
 class _Waiter:
     """The digests of one call, the future for the results in the same order, and its deadline."""
 
-    __slots__ = ("deadline", "digests", "future")
+    __slots__ = ("deadline", "digests", "future", "span")
 
     def __init__(
         self, digests: Sequence[bytes], future: "asyncio.Future[list[Found]]", deadline: float
@@ -86,6 +93,8 @@ class _Waiter:
         self.digests = digests
         self.future = future
         self.deadline = deadline
+        # Of the call, if it is recorded.
+        self.span = tracing.of_task()
 
     def fail(self, error: Exception) -> None:
         if not self.future.done():
@@ -93,15 +102,25 @@ class _Waiter:
 
 
 class Lookup:
-    """Finds token records by digest. Use it on one event loop only."""
+    """Finds token records by digest. Use it on one event loop only.
+
+    The peppers of `keyring` check the seals of the rows.
+    """
 
     def __init__(
-        self, connect: "Callable[[], Awaitable[Connection]]", monotonic: Callable[[], float]
+        self,
+        connect: "Callable[[], Awaitable[Connection]]",
+        monotonic: Callable[[], float],
+        keyring: Keyring,
+        answering: Callable[[], float] = WATCH.clock,
     ) -> None:
         self._monotonic = monotonic
+        # Stands still while the event loop is late, which is not the fault of the database.
+        self._answering = answering
+        self._asked_at = 0.0
         # Kept: get_running_loop() asks the kernel for the process id each time (Python 3.11).
         self._loop = asyncio.get_running_loop()
-        self._lookup_connection = _LookupConnection(connect)
+        self._lookup_connection = _LookupConnection(connect, Sealer(keyring.peppers))
         self._waiting: list[_Waiter] = []
         self._waiting_digests = 0
         self._queue_limit = QueueLimit(STANDING, WAITING_MAX)
@@ -163,7 +182,7 @@ class Lookup:
         if self._waiting_digests + len(digests) > WAITING_MAX or (
             more > 0 and self._is_too_long(more, now)
         ):
-            if self._query_began is not None and now - self._query_began > STUCK_SECONDS:
+            if self._query_began is not None and self._answering() - self._asked_at > STUCK_SECONDS:
                 raise StoreUnavailable(NO_ANSWER)
             raise Overloaded("Too many verifies are waiting for the database; try again shortly.")
         if now + self._expected_wait_seconds() > deadline:
@@ -188,10 +207,11 @@ class Lookup:
 
     async def _run_queries(self) -> None:
         """Run queries until the queue is empty."""
+        tracing.leave()
         try:
             while self._waiting:
                 batch = self._next_batch()
-                self._query_began = self._monotonic()
+                self._query_began, self._asked_at = self._monotonic(), self._answering()
                 if len(batch) < BUSY:
                     self._queue_limit.empty(self._query_began)
                 self.batch_sizes.observe(sum(len(waiter.digests) for waiter in batch))
@@ -278,7 +298,8 @@ class LeasedLookup:
 class _LookupConnection:
     """One connection, and the batch that is being looked up on it."""
 
-    def __init__(self, connect: "Callable[[], Awaitable[Connection]]") -> None:
+    def __init__(self, connect: "Callable[[], Awaitable[Connection]]", sealer: Sealer) -> None:
+        self._sealer = sealer
         # One plan fits every array; planning each query would double its cost.
         self._connection = DedicatedConnection(connect)
         self.batch: list[_Waiter] = []
@@ -293,13 +314,15 @@ class _LookupConnection:
             if wanted := [
                 d for waiter in batch if not waiter.future.done() for d in waiter.digests
             ]:
-                _deliver(await _find(await self._connection.get(), wanted), batch)
+                connection = await self._connection.get()
+                spans = [waiter.span for waiter in batch if waiter.span is not None]
+                with tracing.joined(spans) if spans else contextlib.nullcontext():
+                    rows = await _find(connection, wanted)
+                _deliver(rows, batch, self._sealer)
         except Exception as failure:  # noqa: BLE001 - every waiter raises it
             error: Exception = failure
-            connection = self._connection.current
-            if not isinstance(failure, LatchkeyError) and (
-                connection is None or connection.is_closed()
-            ):
+            current = self._connection.current
+            if not isinstance(failure, LatchkeyError) and (current is None or current.is_closed()):
                 # The connection was terminated in the meantime, perhaps by `drop`. asyncpg may then
                 # raise AttributeError or RuntimeError if it was about to look up a type.
                 error = StoreUnavailable(NO_ANSWER)
@@ -334,15 +357,17 @@ async def _find(connection: "Connection", digests: list[bytes]) -> "list[asyncpg
         return await connection.fetch(FIND_BY_DIGEST, digests)
 
 
-def _deliver(rows: "Sequence[asyncpg.Record]", batch: list[_Waiter]) -> None:
+def _deliver(rows: "Sequence[asyncpg.Record]", batch: list[_Waiter], sealer: Sealer) -> None:
     """Give each waiter of a batch its results from the rows."""
     snapshot = snapshot_of(rows[0])
-    # Columns: the snapshot, the secret (its digest is NULL if nothing was found), then the token.
-    by_digest = {
-        row[3]: Found(record_of(row), secret_of(row), snapshot)
-        for row in rows
-        if row[3] is not None
-    }
+    by_digest: dict[bytes, Found] = {}
+    for row in rows:
+        # Columns: the snapshot, the secret (its digest is NULL if nothing was found), then the
+        # token.
+        if row[3] is not None:
+            record, secret = record_of(row), secret_of(row)
+            proven = sealer.is_genuine(record, secret)
+            by_digest[row[3]] = Found(record, secret, snapshot, proven)
     nothing = Found(None, None, snapshot)
     for waiter in batch:
         if not waiter.future.done():

@@ -5,7 +5,7 @@ Owns the rules of these calls. Contains neither protobuf nor SQL (`bulk_store.py
 
 import asyncio
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -89,7 +89,7 @@ class Bulk:
         """
         parsed, digests = self._digests_of(secrets)
         if not digests:
-            return [one for one in parsed if isinstance(one, Outcome)], None
+            return _outcomes(parsed, {}, Outcome.ENDED), None
         require_new_rules(old_verifiers=await self._lifecycle_store.has_old_verifiers())
         began = await self._reads.begin(call.deadline)
         changed, ended, audited = await self._store.revoke_secrets(
@@ -107,12 +107,7 @@ class Bulk:
             position, moment = snapshot.position, self._now()
         else:
             position, moment = changed.position, changed.moment
-        outcomes = [
-            one
-            if isinstance(one, Outcome)
-            else _outcome([ended[d] for d in one if d in ended], Outcome.ENDED)
-            for one in parsed
-        ]
+        outcomes = _outcomes(parsed, ended, Outcome.ENDED)
         if not ended:
             return outcomes, None
         return outcomes, await self._confirmations.receipt(position, moment, call)
@@ -129,12 +124,7 @@ class Bulk:
             if audited:
                 call.on_commit("")
             await self._reads.accept(snapshot, began, call.deadline)
-        return [
-            one
-            if isinstance(one, Outcome)
-            else _outcome([found[d] for d in one if d in found], Outcome.REPORTED)
-            for one in parsed
-        ]
+        return _outcomes(parsed, found, Outcome.REPORTED)
 
     async def delete_all(
         self, account_id: str, selected: Filter, call: Call, *, dry_run: bool
@@ -223,6 +213,21 @@ class Bulk:
         except Malformed:
             return self._keyring.imported_digests_of(secret) or Outcome.MALFORMED
         return Outcome.UNKNOWN if digest is None else (digest,)
+
+
+def _outcomes(
+    parsed: Sequence[Outcome | Sequence[bytes]], known: Mapping[bytes, bool], done: Outcome
+) -> list[Outcome]:
+    """Return the outcomes of secrets, in order. `known`: whether each known digest worked before.
+
+    `done` is the outcome of a secret that worked.
+    """
+    return [
+        one
+        if isinstance(one, Outcome)
+        else _outcome([known[digest] for digest in one if digest in known], done)
+        for one in parsed
+    ]
 
 
 def _outcome(working: Sequence[bool], done: Outcome) -> Outcome:

@@ -22,7 +22,7 @@ from latchkey_service.postgres.connections import (
     require_durable_commit,
     retry_on_conflict,
 )
-from latchkey_service.tokens.event_table import NO_EVENTS, Outbox
+from latchkey_service.tokens.event_table import DELETED, LEAKED, NO_EVENTS, REVOKED, Outbox
 from latchkey_service.tokens.filter_table import Arguments, Start, condition_of
 from latchkey_service.tokens.filters import Filter
 from latchkey_service.tokens.lifecycle_store import Changed
@@ -60,7 +60,10 @@ class BulkStore:
 
     def __init__(self, pool: Pool, outbox: Outbox = NO_EVENTS) -> None:
         self._pool = pool
-        self._outbox = outbox
+        # Parts of statements. A process writes the same events until it ends.
+        self._announce_revoked = outbox.insert(REVOKED, _REVOKED)
+        self._announce_leaked = outbox.insert(LEAKED, _LEAKED)
+        self._announce_deleted = outbox.insert(DELETED, _DELETED)
 
     @retry_on_conflict
     async def revoke_secrets(
@@ -111,7 +114,7 @@ class BulkStore:
                         SELECT DISTINCT s.moment, e.account_id, e.id, $3, $4, $5, $6,
                                {DETAIL_VALUES[7]}
                           FROM stamped s, ended e)
-                    {self._outbox.insert_for(audit_context.method, _REVOKED)}
+                    {self._announce_revoked}
                     SELECT s.revision, s.mark, s.moment, k.digest, coalesce(e.working, false),
                            e.digest IS NOT NULL
                       FROM secret k
@@ -168,7 +171,7 @@ class BulkStore:
                         SELECT clock_timestamp(), account_id, id, $3, $4, $5, $6,
                                {DETAIL_VALUES[7]}
                           FROM (SELECT DISTINCT account_id, id FROM marked) m)
-                    {self._outbox.insert_for(audit_context.method, _LEAKED)}
+                    {self._announce_leaked}
                     SELECT h.revision, h.mark, h.timeline, k.digest, l.digest IS NOT NULL,
                            EXISTS (SELECT FROM marked)
                       FROM {SNAPSHOT}
@@ -318,7 +321,7 @@ class BulkStore:
                     recorded AS (
                         INSERT INTO deletion (token_id, revision, mark, commit_time)
                         SELECT l.id, s.revision, s.mark, s.moment FROM stamped s, live l)
-                    {self._outbox.insert_for(audit_context.method, _DELETED)}
+                    {self._announce_deleted}
                     SELECT s.revision, s.mark, s.moment, l.id FROM stamped s, live l
                     """,  # noqa: S608 - constants, and conditions without values
                     *arguments.values,

@@ -8,28 +8,38 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
-__all__ = ["EVENT_TYPES", "EXPIRING", "NO_EVENTS", "ROTATED", "Outbox"]
+__all__ = [
+    "CREATED",
+    "DELETED",
+    "EVENT_TYPES",
+    "EXPIRING",
+    "LEAKED",
+    "NO_EVENTS",
+    "REVOKED",
+    "ROTATED",
+    "Outbox",
+]
 
+CREATED: Final = "created"
+DELETED: Final = "deleted"
 EXPIRING: Final = "expiring"
+LEAKED: Final = "leaked"
+REVOKED: Final = "revoked"
 ROTATED: Final = "rotated"
+# Those that change one token that exists.
 _TYPE_OF_METHOD: Final = MappingProxyType(
     {
-        "Create": "created",
         "Update": "updated",
         "Disable": "disabled",
         "Enable": "enabled",
         "Rotate": ROTATED,
         "RetireSecrets": "retired",
-        "RevokeSecret": "revoked",
-        "ReportSecret": "leaked",
-        "Delete": "deleted",
-        "DeleteAll": "deleted",
     }
 )
 # In the order of a token's life, for documentation.
 EVENT_TYPES: Final = (
-    *("created", "updated", "rotated", "retired", "disabled", "enabled"),
-    *(EXPIRING, "leaked", "revoked", "deleted"),
+    *(CREATED, "updated", ROTATED, "retired", "disabled", "enabled"),
+    *(EXPIRING, LEAKED, REVOKED, DELETED),
 )
 _COLUMNS: Final = "type, time, account_id, token_id, name, expire_time, caller"
 
@@ -41,9 +51,9 @@ class Outbox:
     wanted: frozenset[str]
 
     def insert_for(self, method: str, rows: str) -> str:
-        """Return the WITH query that writes the events of a method, or an empty text.
+        """Return the WITH query that writes the events of a change, or an empty text.
 
-        `method` is the full name of an RPC. See `insert` for `rows`.
+        `method` is the full name of an RPC that changes one token. See `insert` for `rows`.
         """
         return self.insert(_TYPE_OF_METHOD.get(method.rpartition("/")[2], ""), rows)
 

@@ -58,6 +58,13 @@ _NAME = r"regexp_replace(t.name_key, '^\x01[^\x01]*\x01', '')"
 _LAST_USE = "(SELECT max(u.last_time) FROM token_usage u WHERE u.token_id = t.id)"
 _RENEWED = """coalesce((SELECT max(coalesce(x.create_time, t.create_time)) FROM secret x
                                WHERE x.token_id = t.id), t.create_time)"""
+# Among the secrets that owners see: those that work, and the newest one.
+_LEAKED = """coalesce((SELECT bool_or(s.leak_report_time IS NOT NULL)
+                   FROM (SELECT x.leak_report_time, x.ordinal, max(x.ordinal) OVER () AS newest,
+                                least(x.expire_time, x.retire_time) AS end_time
+                           FROM secret x
+                          WHERE x.token_id = t.id) s
+                  WHERE s.ordinal = s.newest OR coalesce(s.end_time > {now}, true)), false)"""
 # Characters of a secret at the end of its hint.
 _HINT_LENGTH = 4
 _HINTS = f"""(position({{text}} IN lower(right(t.hint, {_HINT_LENGTH}) COLLATE "C")) > 0
@@ -74,6 +81,7 @@ def condition_of(selected: Filter, now: datetime, arguments: Arguments) -> str:
         *_about_owners_choices(selected, now, arguments),
         *_about_times(selected, arguments),
         *_about_state(selected, now, arguments),
+        *_about_leaks(selected, now, arguments),
     ]
     return " AND ".join(parts) or "true"
 
@@ -140,6 +148,12 @@ def _about_state(selected: Filter, now: datetime, arguments: Arguments) -> Itera
             yield f"t.disable_time IS NULL AND {expired()}"
     if selected.can_write is not None:
         yield f"{'' if selected.can_write else 'NOT '}(t.scope = 2 AND {active()})"
+
+
+def _about_leaks(selected: Filter, now: datetime, arguments: Arguments) -> Iterator[str]:
+    if selected.leaked is not None:
+        leaked = _LEAKED.format(now=arguments.add(now, "timestamptz"))
+        yield leaked if selected.leaked else f"NOT {leaked}"
 
 
 def best_order(selected: Filter) -> Order:

@@ -57,6 +57,7 @@ class Filter:
     never_used: bool | None = None
     never_expires: bool | None = None
     secret_created_before: datetime | None = None
+    leaked: bool | None = None
 
 
 def folded(selected: Filter) -> Filter:

@@ -7,6 +7,7 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable
 
+from latchkey_service import tracing
 from latchkey_service.audit.audit_log import AuditContext
 from latchkey_service.errors import LatchkeyError
 from latchkey_service.settings.logs import logger
@@ -58,6 +59,8 @@ class FirstUse:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _retire(self, account_id: str, token_id: str, digest: bytes) -> None:
+        # The caller of the Verify does not wait for this.
+        tracing.leave()
         for attempt in range(ATTEMPTS_MAX):
             context = AuditContext("", METHOD, PEER, "", account_id, token_id)
             call = Call(context, self._clock() + ATTEMPT_SECONDS)

@@ -277,7 +277,7 @@ class Lifecycle(TokenChanger):
         """End the secrets that are older than the one with this digest, without waiting."""
 
         def change(state: TokenState) -> Change | None:
-            ordinals = [s.ordinal for s in state.secrets if s.record.digest == digest]
+            ordinals = [s.record.ordinal for s in state.secrets if s.record.digest == digest]
             # It may have been retired meanwhile.
             return self._retiring(state, ordinals[0]) if ordinals else None
 

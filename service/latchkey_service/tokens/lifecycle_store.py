@@ -56,7 +56,6 @@ class StoredSecret(NamedTuple):
 
     record: SecretRecord
     shown: TokenSecret
-    ordinal: int
     request_id: UUID | None
 
 
@@ -96,8 +95,6 @@ class Change:
     minted: SecretRecord | None = None
     minted_hint: str = ""
     minted_at: datetime | None = None
-    ordinal: int = 0
-    """Of the new secret."""
     request: Request | None = None
     repeats: bool = False
     """Whether this replaces the secret of an earlier attempt of the request."""
@@ -141,10 +138,10 @@ class LifecycleStore:
                        (SELECT ROW(s.ordinal, s.pepper_id) FROM secret s
                          WHERE s.token_id = t.id ORDER BY s.ordinal DESC LIMIT 1),
                        (SELECT array_agg(ROW(s.digest, s.pepper_id, s.expire_time, s.retire_time,
-                                             s.retire_on_first_use, s.seal,
+                                             s.retire_on_first_use, s.seal, s.ordinal,
                                              coalesce(nullif(s.hint, ''), t.hint),
                                              coalesce(s.create_time, t.create_time),
-                                             s.ordinal, s.request_id,
+                                             s.request_id,
                                              (SELECT max(u.last_time) FROM token_usage u
                                                WHERE u.token_id = t.id
                                                  AND u.hint = coalesce(nullif(s.hint, ''), t.hint)),
@@ -166,9 +163,9 @@ class LifecycleStore:
             return None, snapshot
         stored = tuple(
             StoredSecret(
-                SecretRecord(*secret[:6]),
-                TokenSecret(secret[6], secret[7], secret[2], secret[4], *secret[10:12]),
-                *secret[8:10],
+                SecretRecord(*secret[:7]),
+                TokenSecret(secret[7], secret[8], secret[2], secret[4], *secret[10:12]),
+                secret[9],
             )
             for secret in secrets or ()
         )
@@ -291,7 +288,7 @@ class LifecycleStore:
                     "" if minted is None else minted.pepper_id,
                     change.minted_at,
                     minted is not None and minted.retire_on_first_use,
-                    change.ordinal,
+                    0 if minted is None else minted.ordinal,
                     None if minted is None else minted.seal,
                     audit_context.caller,
                     None if request is None else request.id,

@@ -69,10 +69,8 @@ class ListStore:
         """
         # One more than requested shows whether anything follows.
         arguments = Arguments(account_id, size + 1)
-        matches = (
-            "t.account_id = $1 AND t.delete_time IS NULL"
-            f" AND {condition_of(selected, now, arguments)}"
-        )
+        condition = condition_of(selected, now, arguments)
+        matches = f"t.account_id = $1 AND t.delete_time IS NULL AND {condition}"
         if selected == Filter():
             examined = min(examined, size + 1)
         walked = walk(
@@ -86,16 +84,20 @@ class ListStore:
         )
         counts = "(SELECT NULL::bigint AS matching, NULL::bigint AS walked) c"
         if counted:
+            fastest = best_order(selected)
+            # The other walks have only live tokens of the account. Asked again, Postgres would read
+            # each row for it, and not the index alone.
+            counts_as = matches if fastest is Order.LAST_USE else condition
             everything = walk(
                 selected,
-                best_order(selected),
+                fastest,
                 reverse=False,
                 now=now,
                 start=None,
                 limit=counted + 1,
                 arguments=arguments,
             )
-            counts = f"""(SELECT count(*) FILTER (WHERE {matches}) AS matching, count(*) AS walked
+            counts = f"""(SELECT count(*) FILTER (WHERE {counts_as}) AS matching, count(*) AS walked
                              FROM ({everything}) t) c"""  # noqa: S608 - constants and conditions
         # The last token that the walk may read comes back too, as the place to go on from. OFFSET 0
         # keeps the planner from computing the condition twice for each token. It only sees that the

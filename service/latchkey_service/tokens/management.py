@@ -8,7 +8,7 @@ changes of a token (`lifecycle.py`).
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 
 from latchkey_service.audit.audit_log import AuditContext
 from latchkey_service.coherence.ack_rules import NO_ACKNOWLEDGEMENTS
@@ -25,6 +25,7 @@ from latchkey_service.tokens.names import name_key
 from latchkey_service.tokens.receipt_table import Deletion
 from latchkey_service.tokens.seal import Sealer
 from latchkey_service.tokens.token_store import Request, TokenStore
+from latchkey_service.tokens.usage_table import CallerUsage, UsageTable
 from latchkey_service.tokens.validation import (
     account_violations,
     check,
@@ -46,6 +47,7 @@ CONFIRMING_MAX = 4
 # Crockford's base 32, in ASCII order, so that ids sort like the numbers that they encode.
 _BASE32 = "0123456789abcdefghjkmnpqrstvwxyz"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_NOT_LIVE = "The account has no live token with this id."
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +183,20 @@ class Tokens:
         record, snapshot = await self._store.get_token(account_id, token_id)
         await self._reads.accept(snapshot, began, deadline)
         if record is None:
-            raise NotFound("The account has no live token with this id.")
+            raise NotFound(_NOT_LIVE)
         return record
+
+    async def usage(
+        self, table: UsageTable, account_id: str, token_id: str, today: date, deadline: float
+    ) -> list[CallerUsage]:
+        """Return who used a live token. Raises NotFound."""
+        check(*account_violations(account_id), *id_violations(token_id))
+        began = await self._reads.begin(deadline)
+        callers, snapshot = await table.by_caller(account_id, token_id, today)
+        await self._reads.accept(snapshot, began, deadline)
+        if callers is None:
+            raise NotFound(_NOT_LIVE)
+        return callers
 
     async def delete(
         self,

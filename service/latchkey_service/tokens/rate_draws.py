@@ -4,16 +4,18 @@ Draws that arrive while a statement is under way share the next one. Owns the qu
 connection. It does not own the buckets (`rate_table.py`), or the shares in which calls are kept
 until they are spent (`latchkey_coherence.rate`).
 
-A draw is accepted only if it reached the database on which this process's lease stands (rule 12).
-So a deposed primary issues calls no longer than the leases that it granted last.
+A draw is accepted only under a lease, and if it reached the database on which the lease stands
+(rule 12). So a deposed primary issues calls no longer than the leases that it granted last.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from latchkey_coherence.rate import RateLimit, share_end
 
+from latchkey_service import tracing
 from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.errors import (
     NO_ANSWER,
@@ -59,11 +61,13 @@ class Drawn(NamedTuple):
 
 
 class _Waiter:
-    __slots__ = ("future", "wants")
+    __slots__ = ("future", "span", "wants")
 
     def __init__(self, wants: Sequence[Want], future: "asyncio.Future[list[Drawn]]") -> None:
         self.wants = wants
         self.future = future
+        # Of the call, if it is recorded.
+        self.span = tracing.of_task()
 
 
 class RateDraws:
@@ -125,6 +129,7 @@ class RateDraws:
 
     async def _run(self) -> None:
         """Draw until nobody waits."""
+        tracing.leave()
         try:
             while self._waiting:
                 self._under_way = self._next_batch()
@@ -161,8 +166,12 @@ class RateDraws:
                 # after they were issued.
                 sent = self._clock()
                 self.statements += 1
-                issued, snapshot = await draw_all(connection, wants)
+                spans = [waiter.span for waiter in batch if waiter.span is not None]
+                with tracing.joined(spans) if spans else contextlib.nullcontext():
+                    issued, snapshot = await draw_all(connection, wants)
                 await self._reads.accept(snapshot, began, limit)
+                # Without this, a deposed primary could issue calls for a second after the lease.
+                self._reads.require_lease()
         except TimeoutError:
             raise Unavailable(TOO_LATE) from None
         ends = share_end(sent)

@@ -70,6 +70,9 @@ class Sealer:
             *_rules_of(token),
             _microseconds(secret.expire_time),
             secret.retire_on_first_use,
+            # Decides which secrets end when a newer one is used, or when the owner ends all but the
+            # newest. Absent from the first one, so that the seals of earlier releases stay right.
+            *(() if secret.ordinal == 0 else (secret.ordinal,)),
         )
 
     def seal_token(self, token: TokenRecord, pepper_ids: Iterable[str]) -> TokenSeal:
@@ -96,12 +99,8 @@ class Sealer:
 
     def is_genuine(self, token: TokenRecord, secret: SecretRecord) -> bool:
         """Return whether the stored seal is the right one."""
-        expected = self.seal(token, secret)
-        return (
-            expected is not None
-            and secret.seal is not None
-            and hmac.compare_digest(expected, secret.seal)
-        )
+        # None and NO_SEAL: there is nothing to compare.
+        return bool(secret.seal) and _is_same(self.seal(token, secret), secret.seal)
 
     def all_sealed(self, pepper_id: str) -> bytes | None:
         """Return the proof that every secret was sealed, or None without this pepper."""
@@ -254,5 +253,8 @@ def _is_same(expected: bytes | None, proof: bytes | None) -> bool:
     return expected is not None and hmac.compare_digest(expected, proof or b"")
 
 
-def _microseconds(moment: datetime | None) -> int | None:
-    return None if moment is None else (moment - _EPOCH) // _MICROSECOND
+def _microseconds(moment: datetime | None) -> int | str | None:
+    if moment is None:
+        return None
+    # The driver returns infinity as a time without a zone. No release writes it.
+    return "infinity" if moment.tzinfo is None else (moment - _EPOCH) // _MICROSECOND

@@ -117,8 +117,13 @@ class TokenChanger:
         return Change(record, key, state.version, self._token_seal(state, record), kept)
 
     def _retiring(self, state: TokenState, ordinal: int) -> Change | None:
-        """Return the change that ends the secrets older than that with `ordinal`."""
-        older = [s.record.digest for s in state.secrets if s.ordinal < ordinal]
+        """Return the change that ends the secrets older than that with `ordinal`.
+
+        Raises FailedPrecondition as `_require_genuine`.
+        """
+        # Who could exchange the ordinals of two secrets could have the wrong one end.
+        self._require_genuine(state)
+        older = [s.record.digest for s in state.secrets if s.record.ordinal < ordinal]
         if not older:
             return None
         require_new_rules(old_verifiers=state.old_verifiers)
@@ -136,7 +141,10 @@ class TokenChanger:
         """Return the change that makes a new secret and ends those in `retired`."""
         minted = self._keyring.mint(self._secret_prefix, self._random_bytes)
         digest, record = minted.digest, state.record
-        secret = SecretRecord(digest.value, digest.pepper_id, None, None, retire_on_first_use, None)
+        ordinal = state.newest_ordinal + 1
+        secret = SecretRecord(
+            digest.value, digest.pepper_id, None, None, retire_on_first_use, None, ordinal
+        )
         return Change(
             record,
             None,
@@ -147,7 +155,6 @@ class TokenChanger:
             secret._replace(seal=self._sealer.seal(record, secret)),
             minted.hint,
             self._now(),
-            state.newest_ordinal + 1,
             request,
             text=minted.secret,
         )
@@ -155,11 +162,15 @@ class TokenChanger:
     def _resealed(
         self, state: TokenState, record: TokenRecord, secrets: Sequence[SecretRecord]
     ) -> list[SecretRecord]:
-        """Return the secrets with seals for `record`.
+        """Return the secrets with seals for `record`. Raises FailedPrecondition.
 
-        Raises FailedPrecondition if a present seal of the token or of a secret is wrong, or the
-        token lacks one: new seals would make genuine what somebody else has written into the row.
+        New seals would make genuine what somebody else has written into a row.
         """
+        self._require_genuine(state)
+        return [secret._replace(seal=self._sealer.seal(record, secret)) for secret in secrets]
+
+    def _require_genuine(self, state: TokenState) -> None:
+        """Raise FailedPrecondition if a seal of the token or of a secret is wrong or missing."""
         present = [stored.record for stored in state.secrets]
         if not self._guard.trusts_token(state.record, state.seal, present):
             raise FailedPrecondition(
@@ -167,7 +178,6 @@ class TokenChanger:
                 "Delete the token and create another one.",
                 "TOKEN_SEAL_INVALID",
             )
-        return [secret._replace(seal=self._sealer.seal(record, secret)) for secret in secrets]
 
     def _token_seal(
         self, state: TokenState, record: TokenRecord, minted_pepper_id: str | None = None

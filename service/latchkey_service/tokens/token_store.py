@@ -30,7 +30,7 @@ from latchkey_service.postgres.connections import (
 )
 from latchkey_service.postgres.sessions import Pooler
 from latchkey_service.secret_format import Digest
-from latchkey_service.tokens.event_table import NO_EVENTS, Outbox
+from latchkey_service.tokens.event_table import CREATED, DELETED, NO_EVENTS, Outbox
 from latchkey_service.tokens.fleet import KnownPepper
 from latchkey_service.tokens.receipt_table import RECEIPT, RECEIPT_COUNT, Deletion
 from latchkey_service.tokens.token_table import (
@@ -82,7 +82,10 @@ class TokenStore:
     """Reads and writes tokens. Every method raises StoreUnavailable if Postgres is too slow."""
 
     def __init__(self, pool: Pool, outbox: Outbox = NO_EVENTS) -> None:
-        self._pool, self._outbox = pool, outbox
+        self._pool = pool
+        # Parts of statements. A process writes the same events until it ends.
+        self._announce_created = outbox.insert(CREATED, _CREATED)
+        self._announce_deleted = outbox.insert(DELETED, _DELETED)
 
     @classmethod
     async def open(cls, database_url: str, pooler: Pooler = "none") -> "TokenStore":
@@ -183,7 +186,7 @@ class TokenStore:
                     SELECT account_id, id, $12, $13, $14, $15, {DETAIL_VALUES[30]} FROM token),
                 -- A database restored while this process runs may lack the process's pepper.
                 known AS (INSERT INTO pepper (id) VALUES ($11) ON CONFLICT DO NOTHING)
-                {self._outbox.insert_for(audit_context.method, _CREATED)}
+                {self._announce_created}
                 INSERT INTO secret (digest, pepper_id, token_id, hint, create_time, request_id,
                                     seal)
                 SELECT $10, $11, id, $8, $6, $19, $20 FROM token WHERE {DURABLE}
@@ -280,7 +283,7 @@ class TokenStore:
                         INSERT INTO audit (time, account_id, token_id, caller, method, peer,
                                            request_id, {DETAIL_COLUMNS})
                         SELECT moment, $1, id, $3, $4, $5, $6, {DETAIL_VALUES[7]} FROM stamped)
-                    {self._outbox.insert_for(audit_context.method, _DELETED)}
+                    {self._announce_deleted}
                     INSERT INTO deletion AS d (token_id, revision, mark, commit_time)
                     SELECT id, revision, mark, moment FROM stamped
                     RETURNING {RECEIPT}

@@ -56,6 +56,7 @@ _NO_LABELS: Mapping[str, str] = MappingProxyType({})
 FIND_BY_DIGEST = f"""
 SELECT h.revision, h.mark, h.timeline,
        s.digest, s.pepper_id, s.expire_time, s.retire_time, s.retire_on_first_use, s.seal,
+       s.ordinal,
        s.retire_on_first_use AND EXISTS (
            SELECT FROM secret o
             WHERE o.token_id = s.token_id AND o.ordinal < s.ordinal AND o.retire_time IS NULL),
@@ -63,7 +64,7 @@ SELECT h.revision, h.mark, h.timeline,
   FROM {SNAPSHOT}
   LEFT JOIN (secret s JOIN token t ON t.id = s.token_id) ON s.digest = ANY($1::bytea[])
 """  # noqa: S608 - constants only
-_SECRET = slice(3, 10)
+_SECRET = slice(3, 11)
 
 
 def secret_of(row: "asyncpg.Record") -> SecretRecord:

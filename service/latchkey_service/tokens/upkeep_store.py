@@ -54,7 +54,7 @@ class UpkeepStore:
             rows = await session.fetch(
                 f"""
                 SELECT t.version, s.digest, s.pepper_id, s.expire_time, s.retire_time,
-                       s.retire_on_first_use, s.seal, {COLUMNS}
+                       s.retire_on_first_use, s.seal, s.ordinal, {COLUMNS}
                   FROM secret s JOIN token t ON t.id = s.token_id
                  WHERE s.seal IS NULL AND s.pepper_id = ANY($1::text[])
                  ORDER BY s.digest
@@ -63,7 +63,7 @@ class UpkeepStore:
                 list(pepper_ids),
                 limit,
             )
-        return [Unsealed(record_of(row), SecretRecord(*row[1:7]), row[0]) for row in rows]
+        return [Unsealed(record_of(row), SecretRecord(*row[1:8]), row[0]) for row in rows]
 
     @retry_on_conflict
     async def store_seals(self, sealed: Sequence[Unsealed]) -> None:
@@ -123,7 +123,7 @@ class UpkeepStore:
                        (SELECT s.pepper_id FROM secret s
                          WHERE s.token_id = t.id ORDER BY s.ordinal DESC LIMIT 1),
                        (SELECT array_agg(ROW(s.digest, s.pepper_id, s.expire_time, s.retire_time,
-                                             s.retire_on_first_use, s.seal))
+                                             s.retire_on_first_use, s.seal, s.ordinal))
                           FROM secret s WHERE s.token_id = t.id AND s.retire_time IS NULL),
                        {COLUMNS}
                   FROM token t

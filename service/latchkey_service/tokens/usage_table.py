@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from datetime import UTC, date, datetime
 from typing import NamedTuple
 
+from latchkey_service.coherence.snapshot import SNAPSHOT, Snapshot, snapshot_of
 from latchkey_service.postgres.connections import Pool, retry_on_conflict
 from latchkey_service.tokens.usage import DAYS_MAX, Use
 
@@ -81,16 +82,22 @@ SELECT token_id, hint, caller, min(first_time), max(last_time)
        last_time = greatest(x.last_time, excluded.last_time)
 """
 
+# One statement, so that the token, its uses and the snapshot belong together.
 _BY_CALLER = f"""
-SELECT u.caller, u.first_time, u.last_time, d.day, d.count
-  FROM (SELECT token_id, caller, min(first_time) AS first_time, max(last_time) AS last_time
-          FROM token_usage
-         WHERE token_id = $1
-         GROUP BY token_id, caller
-         ORDER BY max(last_time) DESC, caller
-         LIMIT {CALLERS_MAX}) u
+SELECT h.revision, h.mark, h.timeline, t.id, u.caller, u.first_time, u.last_time, d.day, d.count
+  FROM {SNAPSHOT}
+  LEFT JOIN token t
+    ON t.id = $2
+   AND ($1::text IS NULL OR t.account_id = $1 AND t.delete_time IS NULL)
+  LEFT JOIN LATERAL (
+       SELECT x.caller, min(x.first_time) AS first_time, max(x.last_time) AS last_time
+         FROM token_usage x
+        WHERE x.token_id = t.id
+        GROUP BY x.caller
+        ORDER BY max(x.last_time) DESC, x.caller
+        LIMIT {CALLERS_MAX}) u ON true
   LEFT JOIN token_usage_day d
-    ON d.token_id = u.token_id AND d.caller = u.caller AND d.day > $2
+    ON d.token_id = t.id AND d.caller = u.caller AND d.day > $3
  ORDER BY u.last_time DESC, u.caller, d.day DESC
 """  # noqa: S608 - constants only
 
@@ -132,17 +139,28 @@ class UsageTable:
             )
 
     @retry_on_conflict
-    async def by_caller(self, token_id: str, today: date) -> list[CallerUsage]:
-        """Return who used a token, the most recent caller first."""
+    async def by_caller(
+        self, account_id: str | None, token_id: str, today: date
+    ) -> tuple[list[CallerUsage] | None, Snapshot]:
+        """Return who used the account's live token, and the snapshot of the read.
+
+        Without an account, the token may be any account's, and may be deleted. The most recent
+        caller comes first. None: there is no such token.
+        """
         oldest = date.fromordinal(today.toordinal() - DAYS_MAX)
         async with self._pool.session() as session:
-            rows = await session.fetch(_BY_CALLER, token_id, oldest)
+            rows = await session.fetch(_BY_CALLER, account_id, token_id, oldest)
+        snapshot = snapshot_of(rows[0])
+        if rows[0][3] is None:
+            return None, snapshot
         found: dict[str, CallerUsage] = {}
-        for caller, first_time, last_time, day, count in rows:
+        for _, _, _, _, caller, first_time, last_time, day, count in rows:
+            if caller is None:
+                continue  # nobody has used it
             usage = found.setdefault(caller, CallerUsage(caller, first_time, last_time, []))
             if day is not None:
                 usage.days.append((day, count))
-        return list(found.values())
+        return list(found.values()), snapshot
 
     @retry_on_conflict
     async def purge(self, today: date, limit: int) -> int:

@@ -6,8 +6,8 @@ the token (`batched_lookup.py`) or check the lease (`verifier.py`).
 
 import enum
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
-from sys import intern
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -87,59 +87,31 @@ class SecretRecord(NamedTuple):
     retire_on_first_use: bool
     seal: bytes | None
     """None: not sealed yet. Empty: it or its token has ended."""
+    ordinal: int = 0
+    """Numbers the secrets of a token in the order in which they were made, from 0."""
     older: bool = False
     """Whether the token has older secrets that are not retired. Only in look-ups of Verify."""
 
 
+@dataclass(slots=True, eq=False, repr=False, kw_only=True)
 class CachedToken(Entry):
     """The part of a token and secret that the cache keeps. A cache may hold a million of them."""
 
-    __slots__ = (
-        "account_id",
-        "deleted",
-        "disabled",
-        "expires",
-        "networks",
-        "permissions",
-        "retires_older",
-        "scope",
-        "share",
-        "token",
-        "use",
-    )
-
-    def __init__(
-        self,
-        token_id: str,
-        account_id: str,
-        scope: int,
-        expires: float,
-        token: bytes,
-        *,
-        deleted: bool,
-        disabled: bool = False,
-        networks: Networks | None = None,
-        permissions: frozenset[str] | None = None,
-        retires_older: bytes | None = None,
-        share: Share | None = None,
-        keep_until: float,
-    ) -> None:
-        super().__init__(token_id, keep_until)
-        # An account has many tokens: interned, their entries share one string.
-        self.account_id = intern(account_id)
-        self.scope = scope
-        self.expires = expires
-        """When the secret stops working, in seconds of Unix time. Infinite: never; minus infinite:
-        it was retired."""
-        self.token = token
-        """The encoded token, as part of a VerifyResponse."""
-        self.deleted = deleted
-        self.disabled = disabled
-        self.networks = networks
-        self.permissions = permissions
-        self.share = share
-        """The calls that this process may accept. None: the token has no rate limit."""
-        self.retires_older = retires_older
-        """The digest of the secret, if its first use ends older secrets and has not been seen."""
-        self.use: Any = None
-        """The entry of `usage.PendingUses` that counts the secret's uses, if there is one."""
+    account_id: str
+    """Interned: an account has many tokens, whose entries share one string."""
+    scope: int
+    expires: float
+    """When the secret stops working, in seconds of Unix time. Infinite: never; minus infinite: it
+    was retired."""
+    token: bytes
+    """The encoded token, as part of a VerifyResponse."""
+    deleted: bool
+    disabled: bool = False
+    networks: Networks | None = None
+    permissions: frozenset[str] | None = None
+    share: Share | None = None
+    """The calls that this process may accept. None: the token has no rate limit."""
+    retires_older: bytes | None = None
+    """The digest of the secret, if its first use ends older secrets and has not been seen."""
+    use: Any = field(default=None, init=False)
+    """The entry of `usage.PendingUses` that counts the secret's uses, if there is one."""

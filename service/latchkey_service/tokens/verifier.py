@@ -14,6 +14,7 @@ cached, so a verify recognises a new token at once.
 import math
 from collections.abc import Callable, Collection, Sequence
 from hashlib import sha256
+from sys import intern
 from typing import Final, NamedTuple
 
 from latchkey_coherence.rate import Share
@@ -272,17 +273,17 @@ class Verifier:
         if read is None or secret is None:
             return Answer(Verdict.UNKNOWN, position=position)
         ended = read.delete_time is not None or secret.retire_time is not None
-        if not ended and not self._guard.trusts(read, secret):
+        if not (ended or found.proven or self._guard.trusts(read, secret)):
             return Answer(Verdict.UNKNOWN, position=position)
         expires = _ends_at(read, secret)
         if secret.expire_time is not None and secret.expire_time.timestamp() == expires:
             read = read._replace(expire_time=secret.expire_time)
         record = CachedToken(
-            read.id,
-            read.account_id,
-            int(read.scope),
-            expires,
-            self._encode(read),
+            token_id=read.id,
+            account_id=intern(read.account_id),
+            scope=int(read.scope),
+            expires=expires,
+            token=self._encode(read),
             deleted=read.delete_time is not None,
             disabled=read.disable_time is not None,
             # What has ended is not sealed, so its networks may be damaged.

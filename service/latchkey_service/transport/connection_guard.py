@@ -101,12 +101,25 @@ class ConnectionGuard:
         self._sockets: dict[int, _SocketState] = {}
         # Files to close when no file descriptor is left.
         self._spare: list[int] = []
+        # Peers whose connections the next inspection ends, as gRPC reports them.
+        self._unwanted: set[str] = set()
         self._logged_at = -LOG_SECONDS
         self._ended = Counter[str]()
         self.ended = Counter[str]()
         """The connections that were ended, by reason. Only increases."""
         self.connections = 0
         """The connections of all listeners at the last inspection."""
+
+    def end(self, peer: str) -> bool:
+        """End the connection of a peer soon, and return whether that is possible.
+
+        `peer` is as gRPC reports it. Connections without an address cannot be told apart. If there
+        is a proxy, the peer may be that proxy, with other clients on the same connection.
+        """
+        if sys.platform != "linux" or self._shared or not peer.startswith("ip"):
+            return False
+        self._unwanted.add(peer)
+        return True
 
     async def run(self) -> None:
         """Enforce the limits until cancelled."""
@@ -127,12 +140,13 @@ class ConnectionGuard:
                 # Counts each file opened since then as a connection.
                 files = _open_files()
                 many = files - files_then > self._room
-                if not many and now - inspected_at < self._inspect_seconds:
+                due = now - inspected_at >= self._inspect_seconds
+                if not (many or due or self._unwanted):
                     continue
                 try:
                     await loop.run_in_executor(inspector, self._inspect_reliably)
-                except OSError as error:
-                    logger().error("connection check failed", error=error.strerror)
+                except Exception as error:  # noqa: BLE001 - the next check may succeed
+                    logger().error("connection check failed", error=type(error).__name__)
                 files_then = files - self._closing
                 inspected_at = time.monotonic()
                 rest = REST_FACTOR * (inspected_at - now)
@@ -164,18 +178,25 @@ class ConnectionGuard:
         Takes some 10 µs for each.
         """
         now = time.monotonic()
+        unwanted, self._unwanted = self._unwanted, set()
         files = dict(_sockets())
         # Keyed by inode: the number of a closed file is reused at once.
         self._sockets = {inode: seen for inode, seen in self._sockets.items() if inode in files}
         for inode, end in _own(files, [inode for inode in files if inode not in self._sockets]):
-            listener = self._listener_of(end)
-            self._sockets[inode] = _SocketState(listener, now, self._peer_of(listener, end))
+            # A socket that cannot be examined keeps no other from being examined. It is looked at
+            # again the next time.
+            with contextlib.suppress(OSError):
+                listener = self._listener_of(end)
+                self._sockets[inode] = _SocketState(listener, now, self._peer_of(listener, end))
         ours = [inode for inode, seen in self._sockets.items() if seen.listener is not None]
         ended: dict[int, str] = {}
         for inode, end in _own(files, ours):
-            reason = self._stuck(self._sockets[inode], end, now)
-            if reason is not None:
-                ended[inode] = reason
+            with contextlib.suppress(OSError):
+                reason = self._stuck(self._sockets[inode], end, now)
+                if reason is None and unwanted and _grpc_name(end) in unwanted:
+                    reason = "refused"
+                if reason is not None:
+                    ended[inode] = reason
         self.connections = len(ours)
         self._room = sys.maxsize
         for listener in self._listeners:
@@ -262,6 +283,18 @@ class ConnectionGuard:
 def _tcp_listener(address: str) -> _Listener:
     host, _, port = address.rpartition(":")
     return _Listener((socket.AF_INET, socket.AF_INET6), port, host.strip("[]"))
+
+
+def _grpc_name(end: socket.socket) -> str:
+    """Return the name that gRPC gives to the peer of a connection, or "" without an address."""
+    if end.family == socket.AF_UNIX:
+        return ""
+    host, port = end.getpeername()[:2]
+    address = ipaddress.ip_address(host.partition("%")[0])
+    mapped = _unmapped(address)
+    if address.version == 4 or mapped is not None:
+        return f"ipv4:{mapped or address}:{port}"
+    return f"ipv6:%5B{host}%5D:{port}"
 
 
 def _unmapped(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> object:

@@ -14,11 +14,14 @@ Streams of requests, and methods that nobody knows, reach grpcio behind the libr
 
 The server also discards calls that were cancelled before they started; the library would never free
 them. And it ends streams whose clients do not read; the library would block a thread for each.
+
+The library passes events in batches. If one of them cannot be handled, its call is answered with
+INTERNAL, and the others of its batch are handled as usual.
 """
 
 import asyncio
 import math
-import sys
+import operator
 import time
 from asyncio import sleep
 from collections import OrderedDict
@@ -32,43 +35,28 @@ import grpc
 import pygrpc_native.aio
 from pygrpc_native import EVENT_CANCEL, STREAM_CLOSED, STREAM_FULL
 
-from latchkey_service.access.methods import (
-    BATCH_VERIFY,
-    METHODS,
-    OPEN,
-    REMOVALS,
-    ROLES,
-    VERIFIER,
-    Rule,
-)
 from latchkey_service.errors import (
+    INTERNAL_MESSAGE,
     PUSHBACK_METADATA,
     LatchkeyError,
     StatusParts,
     TimeoutMalformed,
     Unavailable,
 )
-from latchkey_service.tokens.fair_queue import SMALL_BYTES, FairQueue
-from latchkey_service.tokens.queue_limit import QueueLimit
+from latchkey_service.settings.logs import logger
+from latchkey_service.tokens.fair_queue import SMALL_BYTES
+from latchkey_service.transport.native_queues import (
+    ALONE_SECONDS,
+    OPEN_IN_TURN,
+    VERIFIES_ALONE,
+    Event,
+    Queue,
+    Queues,
+    seconds_left,
+)
 
 __all__ = ["Reject", "Screen", "Server", "metadata_of"]
 
-# Calls started per turn: some 0.2 ms for each queue. A batch may contain a thousand verifies. Turns
-# have a cost, so more verifies start per turn while no other call arrives that would have to wait.
-VERIFIES_IN_TURN: Final = 16
-VERIFIES_ALONE: Final = 64
-ALONE_SECONDS: Final = 1.0
-OTHERS_IN_TURN: Final = 4
-BATCHES_IN_TURN: Final = 1
-# Health checks: a probe must not wait, and a flood of probes must not delay others.
-OPEN_IN_TURN: Final = 16
-# Calls that may wait beyond those of the next turn. Under sustained load: some 1 ms of verifies. In
-# a burst: more, at some 2 kB each.
-STANDING: Final = 48
-BURST: Final = 5_000
-# The bytes of the requests in a queue: a burst of the largest verifies, or a hundred of the largest
-# batches.
-QUEUED_BYTES_MAX: Final = 32 * 1024 * 1024
 # How many calls may start before new ones are fetched, and how many are fetched at most.
 FETCH_AFTER: Final = 48
 FETCH_MAX: Final = 256
@@ -82,22 +70,25 @@ ROOM_SECONDS_MAX: Final = 0.25
 UNREAD_SECONDS: Final = 20.0
 # Cancellations that overtook their calls; more than are ever in flight.
 CANCELLED_MAX: Final = 2_000
-
-Event = Sequence[Any]
+# Rejections that wait. Further ones go out at once, which costs less here than in grpcio.
+DELAYED_MAX: Final = 30_000
+# After the library failed to pass on a batch, so that a lasting cause does not use a whole core.
+DISPATCH_AGAIN_SECONDS: Final = 0.1
 
 
 class Reject(Protocol):
     """Returns the status for a rejected call, and the delay before sending it.
 
     `seconds` is how long its caller waits; None means no limit. Without an `error`, the call is
-    rejected because too many others wait. `peer` is the caller's address.
+    rejected because too many others wait. An error that is not ours means that the call could not
+    be handled. `peer` is the caller's address.
     """
 
     def __call__(
         self,
         path: str,
         seconds: float | None,
-        error: LatchkeyError | None = None,
+        error: Exception | None = None,
         peer: str = "",
     ) -> tuple[StatusParts, float]:
         """Count a rejection."""
@@ -106,27 +97,6 @@ class Reject(Protocol):
 
 # Returns the name of the caller that metadata seem to identify. Raises Unauthenticated.
 Screen = Callable[[Any], str]
-
-
-class _Queue:
-    """Calls that wait to start, each with its arrival time."""
-
-    def __init__(self, in_turn: int) -> None:
-        self.in_turn = in_turn
-        self.waiting: FairQueue[tuple[float, Event]] = FairQueue(QUEUED_BYTES_MAX)
-        self.limit = QueueLimit(STANDING, BURST)
-
-    def take(self, count: int, now: float) -> list[Event]:
-        """Remove and return the next `count` calls, or fewer."""
-        return [_with_time_left(now, came, event) for came, event in self.waiting.take(count)]
-
-    def has_room(self, size_bytes: int, now: float) -> bool:
-        """Return whether another call may wait."""
-        # Calls that the next turn starts do not count as queued.
-        queued = self.waiting.size - self.in_turn
-        if queued >= 0 and self.limit.rejects(queued, now):
-            return False
-        return self.waiting.fits(size_bytes)
 
 
 class Server(pygrpc_native.aio.Server):
@@ -149,18 +119,9 @@ class Server(pygrpc_native.aio.Server):
         self._monotonic = monotonic
         # None if there is no policy.
         self._screen = screen
-        self._removals = _Queue(OTHERS_IN_TURN)
-        self._open = _Queue(OPEN_IN_TURN)
-        self._verifies = _Queue(VERIFIES_IN_TURN)
-        self._batches = _Queue(BATCHES_IN_TURN)
-        self._by_role = {role: _Queue(OTHERS_IN_TURN) for role in ROLES}
-        self._by_role[VERIFIER] = self._verifies
-        self._queues = (self._open, self._removals, self._batches, *self._by_role.values())
+        self._queues = Queues()
         # A cancellation may overtake its call: the library's thread and this one both fetch.
         self._cancelled: OrderedDict[int, None] = OrderedDict()
-        # Both by the method's number in events.
-        self._queue_of: list[_Queue] = []
-        self._rule_of: list[Rule] = []
         self._opened = 0
         # Whether it is stopping, with its connections still open.
         self._finishing = False
@@ -170,12 +131,14 @@ class Server(pygrpc_native.aio.Server):
         self._in_turn = False
         # Calls started since the last fetch.
         self._begun = 0
+        # Rejections that wait for their time, by call.
+        self._delayed: dict[int, asyncio.TimerHandle] = {}
 
     async def start(self) -> None:
         """Start serving."""
         # Before the first event: the event loop does not run in between.
         await super().start()
-        self._set_paths([path for path, _ in self._table])
+        self._queues.set_paths([path for path, _ in self._table])
 
     async def stop(self, grace: float | None) -> None:
         """Stop after calls have had `grace` seconds to finish.
@@ -184,8 +147,7 @@ class Server(pygrpc_native.aio.Server):
         Until it closes, verifies and health checks are answered; other calls are rejected.
         """
         # Queued calls arrived before the stop, so they still run.
-        waiting = [event for queue in self._queues for _, event in queue.waiting.take(sys.maxsize)]
-        super()._on_events(waiting)  # type: ignore[arg-type]
+        self._pass_on(self._queues.take_all())
         if self._front is not None and not self._finishing:
             self._finishing = True
             tasks = [call.task for call in self._calls.values() if call.task is not None]
@@ -202,16 +164,16 @@ class Server(pygrpc_native.aio.Server):
             await asyncio.get_running_loop().run_in_executor(None, self._front.close)
         await super().stop(0)
 
-    def _set_paths(self, paths: Sequence[str]) -> None:
-        self._queue_of = [self._queue_for(path) for path in paths]
-        self._rule_of = [METHODS.get(path, OPEN) for path in paths]
-
-    def _queue_for(self, path: str) -> _Queue:
-        if path == BATCH_VERIFY:
-            return self._batches
-        if path in REMOVALS:
-            return self._removals
-        return self._by_role.get(METHODS.get(path, OPEN).role or "", self._open)
+    def _dispatch(self) -> None:
+        """Pass batches to the event loop, until the server stops. Runs in the library's thread."""
+        while True:
+            try:
+                super()._dispatch()
+            except Exception as error:  # noqa: BLE001 - the thread must not end before the server
+                logger().error("events not fetched", error=type(error).__name__)
+                time.sleep(DISPATCH_AGAIN_SECONDS)
+            else:
+                return
 
     def _on_events(self, events: Sequence[Event]) -> None:
         """Queue the events in order; start a share if this turn has not started one."""
@@ -219,48 +181,100 @@ class Server(pygrpc_native.aio.Server):
             # Usually the queues are empty, and using them would add a twentieth to a verify's time.
             self._begin(events)
             return
-        at_once, now = [], self._monotonic()
+        at_once: list[Event] = []
+        now = self._monotonic()
         for event in events:
-            kind, call_id, method_id = event[0], event[1], event[2]
-            if kind == EVENT_CANCEL:
-                if not any(queue.waiting.remove(call_id) for queue in self._queues):
-                    at_once.append(event)
-                continue
-            if self._cancelled and call_id in self._cancelled:
-                del self._cancelled[call_id]
-                continue
-            queue = self._queue_of[method_id]
-            if self._finishing and queue not in (self._verifies, self._batches, self._open):
-                self._reject_event(event, Unavailable(STOPPING_MESSAGE))
-                continue
-            if queue is not self._verifies:
-                self._others_at = now
-            if (
-                self._screen is None
-                and len(event[3]) <= SMALL_BYTES
-                and not _has_malformed_timeout(event)
-                and queue.has_room(0, now)
-            ):
-                # The same as `_enqueue` for most calls without a policy.
-                queue.waiting.add(call_id, "", (now, event))
-            else:
-                self._enqueue(queue, event, now)
-            if queue is self._open and self._in_turn and self._opened < OPEN_IN_TURN:
-                # A probe does not even wait for the next turn.
-                self._opened += 1
-                at_once += queue.take(1, now)
+            try:
+                self._receive(event, at_once, now)
+            except Exception as error:  # noqa: BLE001 - one event must not stop the others
+                self._answer_fault(event, error)
         if at_once:
-            super()._on_events(at_once)  # type: ignore[arg-type]
+            self._pass_on(at_once)
             self._forget_cancelled(at_once)
         if not self._in_turn:
             self._begin_some()
 
-    def _enqueue(self, queue: _Queue, event: Event, now: float) -> None:
+    def _receive(self, event: Event, at_once: list[Event], now: float) -> None:
+        """Queue, reject or remove a call. Add events that must not wait to `at_once`."""
+        kind, call_id, method_id = event[0], event[1], event[2]
+        if kind == EVENT_CANCEL:
+            if (rejection := self._delayed.pop(call_id, None)) is not None:
+                # Its client has left. The rest of the delay would only use memory.
+                rejection.cancel()
+            elif not self._queues.remove(call_id):
+                at_once.append(event)
+            return
+        if self._cancelled and call_id in self._cancelled:
+            del self._cancelled[call_id]
+            return
+        queues = self._queues
+        queue = queues.of_method[method_id]
+        if self._finishing and queue not in (queues.verifies, queues.batches, queues.open):
+            self._reject_event(event, Unavailable(STOPPING_MESSAGE))
+            return
+        if queue is not queues.verifies:
+            self._others_at = now
+        if (
+            self._screen is None
+            and len(event[3]) <= SMALL_BYTES
+            and not has_malformed_timeout(event)
+            and queue.has_room(0, now)
+        ):
+            # The same as `_enqueue` for most calls without a policy.
+            queue.waiting.add(call_id, "", (now, event))
+        else:
+            self._enqueue(queue, event, now)
+        if queue is queues.open and self._in_turn and self._opened < OPEN_IN_TURN:
+            # A probe does not even wait for the next turn.
+            self._opened += 1
+            at_once += queue.take(1, now)
+
+    def _pass_on(self, events: Sequence[Event]) -> None:
+        """Let the library start and cancel calls. An event that it cannot handle stops no other."""
+        left, handled = iter(events), 0
+        while True:
+            try:
+                super()._on_events(left)  # type: ignore[arg-type]
+            except Exception as error:  # noqa: BLE001 - see above
+                position = len(events) - operator.length_hint(left)
+                if position == handled:
+                    # It failed before it took one.
+                    next(left, None)
+                    position += 1
+                if position > len(events):
+                    return
+                self._answer_fault(events[position - 1], error)
+                handled = position
+            else:
+                return
+
+    def _answer_fault(self, event: Event, error: Exception) -> None:
+        """Answer a call that could not be handled because of an error that nobody foresaw."""
+        kind, call_id = event[0], event[1]
+        self._queues.remove(call_id)
+        self._calls.pop(call_id, None)
+        if kind == EVENT_CANCEL:
+            # It needs no answer.
+            asyncio.get_running_loop().call_exception_handler(
+                {"message": "a cancellation was not handled", "exception": error}
+            )
+            return
+        try:
+            self._reject_event(event, error)
+        except Exception as second:  # noqa: BLE001 - the call needs an answer in any case
+            asyncio.get_running_loop().call_exception_handler(
+                {"message": "a call was not rejected", "exception": second}
+            )
+            assert self._front is not None, "it has started"  # noqa: S101 - for the type checker
+            code = grpc.StatusCode.INTERNAL.value[0]
+            self._front.fail(call_id, code, INTERNAL_MESSAGE, trailing_metadata=[])
+
+    def _enqueue(self, queue: Queue, event: Event, now: float) -> None:
         """Let a call wait, or reject it. Only calls of known callers may wait."""
-        if _has_malformed_timeout(event):
+        if has_malformed_timeout(event):
             self._reject_event(event, TimeoutMalformed())
             return
-        caller, rule = "", self._rule_of[event[2]]
+        caller, rule = "", self._queues.rule_of[event[2]]
         # Without load, the handler refuses anonymous calls, because it also audits their accounts.
         loaded = self._in_turn or queue.waiting.size
         if loaded and self._screen is not None and rule.role is not None:
@@ -323,7 +337,7 @@ class Server(pygrpc_native.aio.Server):
                 raise
         share: list[Event] = []
         now = self._monotonic()
-        for queue in self._queues:
+        for queue in self._queues.all:
             if queue.waiting.size:
                 share += queue.take(self._share_of(queue, now), now)
         self._in_turn = bool(share)
@@ -335,27 +349,28 @@ class Server(pygrpc_native.aio.Server):
         self._in_turn = True
         self._begun += len(share)
         try:
-            super()._on_events(share)  # type: ignore[arg-type]
+            self._pass_on(share)
         finally:
             # Runs after the first step of the calls just started. It must be scheduled even after
             # an error, or no further call would ever start.
             asyncio.get_running_loop().call_soon(self._begin_some)
 
-    def _share_of(self, queue: _Queue, now: float) -> int:
+    def _share_of(self, queue: Queue, now: float) -> int:
         """Return how many calls of a queue may start in this turn."""
-        if queue is self._verifies and now - self._others_at > ALONE_SECONDS:
+        if queue is self._queues.verifies and now - self._others_at > ALONE_SECONDS:
             return VERIFIES_ALONE
         return queue.in_turn
 
     def _is_share(self, events: Sequence[Event]) -> bool:
         """Return whether these are all verifies, and no more than may start in one turn."""
-        verifies, queue_of, cancelled = self._verifies, self._queue_of, self._cancelled
+        verifies, queue_of = self._queues.verifies, self._queues.of_method
+        cancelled = self._cancelled
         if len(events) > self._share_of(verifies, self._monotonic()):
             return False
         for event in events:
             if event[0] == EVENT_CANCEL or queue_of[event[2]] is not verifies:
                 return False
-            if _has_malformed_timeout(event):
+            if has_malformed_timeout(event):
                 return False
             if cancelled and event[1] in cancelled:
                 return False
@@ -383,12 +398,16 @@ class Server(pygrpc_native.aio.Server):
 
     def _fail(self, call: Any, context: Any, details: str | None) -> None:
         """End a call with the status of its context."""
-        context.set_trailing_metadata(_sendable(context.trailing_metadata()))
+        context.set_trailing_metadata(sendable(context.trailing_metadata()))
         super()._fail(call, context, details)
 
-    def _reject_event(self, event: Event, error: LatchkeyError | None = None) -> None:
-        call_id, path, seconds = event[1], self._table[event[2]][0], _seconds_left(event)
+    def _reject_event(self, event: Event, error: Exception | None = None) -> None:
+        call_id, path, seconds = event[1], self._table[event[2]][0], seconds_left(event)
         status, delay_seconds = self._reject_call(path, seconds, error, peer=event[5][1])
+
+        def fail_late() -> None:
+            del self._delayed[call_id]
+            fail()
 
         def fail() -> None:
             assert self._front is not None, "it has started"  # noqa: S101 - for the type checker
@@ -396,11 +415,12 @@ class Server(pygrpc_native.aio.Server):
                 call_id,
                 status.code.value[0],
                 status.message,
-                trailing_metadata=_sendable(status.trailing_metadata),
+                trailing_metadata=sendable(status.trailing_metadata),
             )
 
-        if delay_seconds:
-            asyncio.get_running_loop().call_later(delay_seconds, fail)
+        if delay_seconds and len(self._delayed) < DELAYED_MAX:
+            loop = asyncio.get_running_loop()
+            self._delayed[call_id] = loop.call_later(delay_seconds, fail_late)
         else:
             fail()
 
@@ -418,31 +438,12 @@ def metadata_of(context: Any) -> Any:
         return context.invocation_metadata()
 
 
-def _sendable(trailing_metadata: Any) -> list[tuple[str, str | bytes]]:
-    """Return the metadata without the key that the library (0.5.0) refuses as reserved.
-
-    It would then not answer the call.
-    """
+def sendable(trailing_metadata: Any) -> list[tuple[str, str | bytes]]:
+    """Return the metadata without the key at which the library (0.5.0) would drop the answer."""
     return [pair for pair in trailing_metadata if pair[0] != PUSHBACK_METADATA]
 
 
-def _has_malformed_timeout(event: Event) -> bool:
+def has_malformed_timeout(event: Event) -> bool:
     """Return whether the call has a header `grpc-timeout`, but no deadline."""
     # Without the header, this field has the peer's address, which is text.
     return event[4].__class__ is bytes and event[5][2] is None
-
-
-def _seconds_left(event: Event) -> float | None:
-    """Return the caller's remaining time when the event was fetched; None means no limit."""
-    _, _, seconds = event[5]
-    return None if seconds is None else float(seconds)
-
-
-def _with_time_left(now: float, came: float, event: Event) -> Event:
-    """Return the event with the caller's remaining time updated."""
-    seconds = _seconds_left(event)
-    # After a wait of less than a turn, updating it is not worth the cost.
-    if seconds is None or now - came < 0.001:
-        return event
-    metadata, peer, _ = event[5]
-    return (*event[:5], (metadata, peer, max(0.0, seconds - (now - came))))

@@ -147,9 +147,9 @@ def options_of(name: Transport, limits: Limits) -> list[tuple[str, int]]:
 def metadata_reader(name: Transport) -> Callable[[Any], Any]:
     """Return the function that returns the metadata of a call as key-value pairs, or None."""
     if name == "native":
-        from latchkey_service.transport import native  # noqa: PLC0415
+        from latchkey_service.transport.native import metadata_of  # noqa: PLC0415
 
-        return native.metadata_of
+        return metadata_of
     return methodcaller("invocation_metadata")
 
 

@@ -21,12 +21,19 @@ server.listen(0, "127.0.0.1", () => {
         ...(secret ? { client_secret: secret } : { token_endpoint_auth_method: "none" }),
       },
     ],
-    claims: { openid: ["sub"], profile: ["tenant"] },
+    claims: { openid: ["sub"], profile: ["tenant", "accounts", "orgs", "groups"] },
     // Put the claims into the id token, where the console reads them.
     conformIdTokenClaims: false,
     findAccount: (_, id) => ({
       accountId: id,
-      claims: () => ({ sub: id, tenant: `tenant-of-${id}` }),
+      // zoe+acme+globex belongs to two accounts, and people whose names begin with op- are operators.
+      claims: () => ({
+        sub: id,
+        tenant: `tenant-of-${id}`,
+        accounts: id.split("+").slice(1),
+        orgs: id.split("+").slice(1).map((org) => ({ id: org, role: "admin" })),
+        groups: id.startsWith("op-") ? ["staff", "latchkey operators"] : ["staff"],
+      }),
     }),
     pkce: { required: () => true },
     cookies: { keys: ["for tests"] },

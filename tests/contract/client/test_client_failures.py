@@ -52,6 +52,7 @@ METHODS: dict[str, Callable[..., Awaitable[object]]] = {
     "DeleteAll": lambda c, **kw: c.delete_all("acme", **kw),
     "Verify": lambda c, **kw: c.verify("x", **kw),
     "BatchVerify": lambda c, **kw: c.batch_verify([("x", None)], **kw),
+    "Find": lambda c, **kw: c.find(hint="3kF9", **kw),
     "GetStatus": lambda c, **kw: c.status(**kw),
     "InvalidateAll": lambda c, **kw: c.invalidate_all(**kw),
 }
@@ -60,6 +61,7 @@ ANSWERS: dict[str, Message] = {
     "Get": pb.GetResponse(),
     "GetUsage": pb.GetUsageResponse(),
     "GetLimits": pb.GetLimitsResponse(),
+    "Find": pb.FindResponse(),
     "Import": pb.ImportResponse(results=[pb.ImportResult()]),
     "List": pb.ListResponse(),
     "Delete": pb.DeleteResponse(),

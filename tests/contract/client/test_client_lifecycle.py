@@ -268,6 +268,7 @@ async def test_delete_all_sends_its_filter(client: latchkey.Client, fake: FakeLa
             never_used=True,
             never_expires=False,
             secret_created_before=TIME,
+            leaked=True,
         ),
         no_wait=True,
     )
@@ -288,6 +289,7 @@ async def test_delete_all_sends_its_filter(client: latchkey.Client, fake: FakeLa
             never_used=True,
             never_expires=False,
             secret_created_before=STAMP,
+            leaked=True,
         ),
         no_wait=True,
     )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
-from latchkey import Scope, Secret, Token, Unavailable, Verdict, Verification
+from latchkey import RateLimit, Scope, Secret, Token, Unavailable, Verdict, Verification
 from latchkey.guards import current_token, current_token_or_none
 from latchkey.guards import grpc as aio_guard
 from latchkey.guards._grpc import CallRules
@@ -36,6 +37,8 @@ class Stub:
 
     def __init__(self, failure: Exception | None = None) -> None:
         self.failure = failure
+        self.answer: Verification | None = None
+        """The answer about TOKEN to a question without requirements. None: VALID."""
         self.asked: list[float | None] = []
         self.addresses: list[str] = []
 
@@ -59,7 +62,7 @@ class Stub:
             return Verification(verdict=Verdict.INSUFFICIENT_PERMISSIONS, token=TOKEN)
         if scope is Scope.WRITE:
             return Verification(verdict=Verdict.INSUFFICIENT_SCOPE, token=TOKEN)
-        return Verification(verdict=Verdict.VALID, token=TOKEN)
+        return self.answer or Verification(verdict=Verdict.VALID, token=TOKEN)
 
 
 class Demo:
@@ -162,6 +165,30 @@ def refused(*arguments: Any) -> tuple[grpc.StatusCode, str, float | None]:
         if detail.Unpack(retry):
             delay = retry.retry_delay.ToTimedelta().total_seconds()
     return error.code(), info.reason, delay
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_too_many_uses_are_refused(kind: str) -> None:
+    """The holder of a token that is used too often learns the limit and when to try again."""
+    stub = Stub()
+    stub.answer = Verification(
+        verdict=Verdict.RATE_LIMITED,
+        token=replace(TOKEN, rate_limit=RateLimit(100, timedelta(minutes=1), 20)),
+        retry_after=timedelta(seconds=7),
+    )
+    with serving(stub) as (channel, demo), pytest.raises(grpc.RpcError) as caught:
+        call(channel, kind, BEARER)
+    error: Any = caught.value
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    trailing = dict(error.trailing_metadata())
+    assert trailing["grpc-retry-pushback-ms"] == "7000"
+    quota = error_details_pb2.QuotaFailure()
+    assert any(
+        packed.Unpack(quota)
+        for packed in status_pb2.Status.FromString(trailing["grpc-status-details-bin"]).details
+    )
+    assert quota.violations[0].description == "the token's rate limit is 100/minute, burst 20"
+    assert demo.reached == []
 
 
 def test_valid_tokens_are_let_in() -> None:

@@ -77,15 +77,18 @@ async def test_a_live_token_that_does_not_suffice(
 async def test_a_token_that_is_used_too_often(
     verifier: latchkey.Verifier, fake: FakeLatchkey, secret: str
 ) -> None:
-    """The holder learns when to try again."""
+    """The holder learns the limit and when to try again."""
     seven = duration_pb2.Duration(seconds=7)
     limited = pb.VerifyResponse(verdict=pb.VERDICT_RATE_LIMITED, retry_after=seven)
+    limited.token.rate_limit.count = 5
+    limited.token.rate_limit.period.seconds = 60
     fake.on("Verify", fake.says(limited))
     async with service(Demo(), GuardInterceptor(verifier, Scope.READ)) as channel:
         error = await refused(channel, "uu", f"Bearer {secret}")
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert detail(error, error_details_pb2.ErrorInfo).reason == "TOKEN_RATE_LIMITED"
     assert detail(error, error_details_pb2.RetryInfo).retry_delay.seconds == 7
+    assert "5/minute" in detail(error, error_details_pb2.QuotaFailure).violations[0].description
 
 
 def test_a_guard_with_a_typing_error_cannot_be_created(verifier: latchkey.Verifier) -> None:

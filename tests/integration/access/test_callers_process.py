@@ -40,7 +40,7 @@ from tests.helpers.free_ports import free_port
 from tests.helpers.held_workers import Hold
 from tests.helpers.repository import ROOT
 from tests.helpers.scratch import SCRATCH
-from tests.helpers.service_process import Service
+from tests.helpers.service_process import PYTHON, Service
 from tests.helpers.waiting import WAIT_SECONDS, eventually
 from tests.helpers.watch_client import WatchClient
 
@@ -62,14 +62,15 @@ def run(folder: Path, database_url: str) -> Iterator[Run]:
     """Start services on a database; the fixture stops them."""
     started: list[Service] = []
 
-    def run(**settings: object) -> Service:
+    def run(*python: str, **settings: object) -> Service:
         given: dict[str, object] = {
             "listen": "127.0.0.1:0",
             "database_url": database_url,
             "data_dir": folder / "data",
             "grace_seconds": 0.5,
         }
-        started.append(Service(folder / f"service {len(started)}", **(given | settings)))
+        name = f"service {len(started)}"
+        started.append(Service(folder / name, python or None, **(given | settings)))
         return started[-1]
 
     yield run
@@ -285,7 +286,7 @@ async def test_a_restarted_worker_has_the_settings_of_the_start(
         name.upper(): path for name, path in write_server_files(folder).items()
     }
     # Without dumps, only root may inspect its sockets.
-    service = run(core_dumps="on")
+    service = run(*PYTHON, core_dumps="on")
     address = await service.welcome()
     for text in (
         "".join(f"LATCHKEY_{name}={value}\n" for name, value in later.items()).encode(),
@@ -319,7 +320,7 @@ async def test_tls(run: Run, folder: Path, policy: Path) -> None:
         files[name].write_bytes(comment + files[name].read_bytes())
     port = free_port()
     target = f"localhost:{port}"
-    service = run(policy=policy, tls_listen=target, workers=2, **files)
+    service = run(*PYTHON, policy=policy, tls_listen=target, workers=2, **files)
     address = await service.welcome()
     assert f"With TLS it serves on {target}." in service.out
     async with encrypted(target) as first:

@@ -52,7 +52,7 @@ async def three_batches(pool: Pool) -> AuditSealer:
     """Make batches of two entries each, with the ids 1 to 6."""
     sealer = sealer_on(pool)
     for _ in range(3):
-        await AuditTable(pool).insert([entry(), entry()])
+        await AuditTable(pool).insert([entry(), entry()._replace(trace_id="a" * 32)])
         await sealer.seal()
     return sealer
 
@@ -108,6 +108,18 @@ MOVED = (
 TAMPERING = {
     "an entry is changed": (
         "UPDATE audit SET caller = 'x' WHERE id = 3",
+        "batch 2: its entries (3, 4) or those before were changed",
+    ),
+    "a trace id is changed": (
+        "UPDATE audit SET trace_id = repeat('b', 32) WHERE id = 4",
+        "batch 2: its entries (3, 4) or those before were changed",
+    ),
+    "a trace id is removed": (
+        "UPDATE audit SET trace_id = '' WHERE id = 4",
+        "batch 2: its entries (3, 4) or those before were changed",
+    ),
+    "a trace id is added": (
+        "UPDATE audit SET trace_id = repeat('a', 32) WHERE id = 3",
         "batch 2: its entries (3, 4) or those before were changed",
     ),
     "an entry is removed": (
@@ -280,16 +292,18 @@ async def test_every_field_is_covered(pool: Pool, database_url: str) -> None:
             "SELECT attname, atttypid::regtype::text FROM pg_attribute"
             " WHERE attrelid = 'audit'::regclass AND attnum > 0 AND attname <> 'id'"
         )
-        assert len(columns) == 13
+        assert len(columns) == 14
         for name, kind in columns:
+            # The id of a trace has exactly 32 digits.
+            more = 32 if name == "trace_id" else 1
             other = {
-                "text": f"{name} || 'x'",
+                "text": f"{name} || repeat('a', {more})",
                 "timestamp with time zone": f"{name} + interval '1 microsecond'",
             }.get(kind, f"{name} + 1")
             await connection.execute(f"UPDATE audit SET {name} = {other} WHERE id = 3")  # noqa: S608
             assert (await checked(database_url)).problems, name
             back = {
-                "text": f"left({name}, -1)",
+                "text": f"left({name}, -{more})",
                 "timestamp with time zone": f"{name} - interval '1 microsecond'",
             }.get(kind, f"{name} - 1")
             await connection.execute(f"UPDATE audit SET {name} = {back} WHERE id = 3")  # noqa: S608

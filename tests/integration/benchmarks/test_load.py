@@ -14,7 +14,7 @@ from tests.benchmarks.rows import SERVICE
 from tests.helpers.raw_http2 import MAX_CONCURRENT_STREAMS, SETTINGS, Frame
 
 # Few calls, and a longer time-out than a busy machine needs: all of them are answered.
-PER_S, SECONDS, PATIENCE_SECONDS = 40.0, 0.5, 10.0
+PER_S, SECONDS, PATIENCE_SECONDS = 20.0, 0.5, 10.0
 
 
 def traffic(method: str, request, begins_with: bytes = b"\x08\x01", **more) -> Traffic:

@@ -1,29 +1,32 @@
-"""The unit for systemd."""
+"""The units for systemd."""
 
 import os
 import shutil
 from pathlib import Path
 
 import pytest
+from latchkey_console.running import GRACE_SECONDS, MARGIN_SECONDS
 from latchkey_service.settings.settings import load
 
 from tests.helpers.programs import run
 from tests.helpers.repository import ROOT
 
-UNIT = (ROOT / "deploy" / "systemd" / "latchkey.service").read_text()
+UNITS = ROOT / "deploy" / "systemd"
+UNIT = (UNITS / "latchkey.service").read_text()
 VERIFY_SECONDS = 30.0
 
 
-def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["latchkey.service", "latchkey-console@.service"])
+def test_systemd_accepts_the_unit(tmp_path: Path, name: str) -> None:
     """`systemd-analyze verify` finds no fault. The program is another one, because Latchkey is not
     installed here."""
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd is not installed here")
     lines = [
         "ExecStart=/bin/true" if line.startswith("ExecStart=") else line
-        for line in UNIT.splitlines()
+        for line in (UNITS / name).read_text().splitlines()
     ]
-    unit = tmp_path / "latchkey.service"
+    unit = tmp_path / name.replace("@", "@50080")
     unit.write_text("\n".join(lines))
     command = ("systemd-analyze", "verify", "--man=no", str(unit))
     code, said = run(command, VERIFY_SECONDS, dict(os.environ))
@@ -42,3 +45,12 @@ def test_the_unit_waits_for_the_shutdown(monkeypatch: pytest.MonkeyPatch, tmp_pa
     settings = load()
     (stop,) = (line for line in UNIT.splitlines() if line.startswith("TimeoutStopSec="))
     assert int(stop.partition("=")[2]) >= settings.drain_seconds + settings.grace_seconds + 5
+
+
+def test_the_console_s_unit_waits_for_its_shutdown() -> None:
+    """The unit waits for requests in progress before systemd kills the console."""
+    unit = (UNITS / "latchkey-console@.service").read_text()
+    (start,) = (line for line in unit.splitlines() if line.startswith("ExecStart="))
+    assert start.endswith("/latchkey console --listen 127.0.0.1:%i")
+    (stop,) = (line for line in unit.splitlines() if line.startswith("TimeoutStopSec="))
+    assert int(stop.partition("=")[2]) >= GRACE_SECONDS + MARGIN_SECONDS + 5

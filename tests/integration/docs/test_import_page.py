@@ -41,6 +41,32 @@ CREATE TABLE api_keys (
     key_hash text, customer_id text, label text, can_write boolean, expires_at timestamptz,
     created_at timestamptz, last_four text, revoked_at timestamptz)
 """
+# The columns of Unkey's tables `keys` (k) and `identities` (i) in 2026.
+UNKEY = {
+    "k": {"id", "key_auth_id", "hash", "start", "workspace_id", "for_workspace_id", "name"}
+    | {"identity_id", "meta", "expires", "created_at_m", "updated_at_m", "deleted_at_m", "enabled"}
+    | {"environment", "last_used_at", "pending_migration_id"},
+    "i": {"id", "external_id", "workspace_id", "environment", "meta", "deleted", "created_at"},
+}
+# What the statement for Unkey has written, on MariaDB 10.11: for a key with an identity, for one
+# without a name that expires, and for one that is disabled.
+UNKEY_KEYS = {
+    "acme_live_3ZaAAAAbbbbCCCCddddEEEE": "VALID",
+    "acme_live_4ZaAAAAbbbbCCCCddddFFFF": "VALID",
+    "acme_live_5ZaAAAAbbbbCCCCddddGGGG": "DISABLED",
+}
+UNKEY_LINES = """\
+{"hash": "mcbbvvqK+WZnaZorGTEPAdTIDhitOQZU4ibydWmycd8=", "account": "customer-42", \
+"name": "nightly export", "scope": "write", "expires": null, "created": "2026-01-01T00:00:00Z", \
+"hint": "acme_live_3Za…", "enabled": "true", "labels": {"unkey_id": "key_1"}}
+{"hash": "9tlC6fh3AvWIxkzugINSHnVSUEPRuMNlRxlpBIPajeU=", "account": "ws_1", \
+"name": "key_2", "scope": "write", "expires": "2031-01-02T03:04:05.678000Z", \
+"created": "2026-01-01T00:00:00Z", \
+"hint": "acme_live_4Za…", "enabled": "true", "labels": {"unkey_id": "key_2"}}
+{"hash": "ssPM47bUmqreh4qSMwNSgZ+TIToCwy2j2AF2WLikEwU=", "account": "ws_1", \
+"name": "off é日", "scope": "write", "expires": null, "created": "2026-01-01T00:00:00Z", \
+"hint": "acme_live_5Za…", "enabled": "false", "labels": {"unkey_id": "key_3"}}
+"""
 
 
 def block(name: str) -> str:
@@ -155,12 +181,37 @@ async def test_export_from_a_table_of_ones_own(
     assert token["hint"] == f"acme_…{key[-4:]}"
 
 
+async def test_export_from_unkey(accepting: str, tmp_path: Path, forked: Forked) -> None:
+    """The file that the statement for Unkey writes is imported without a refused row, and the keys
+    work."""
+    path = tmp_path / "keys.jsonl"
+    path.write_text(UNKEY_LINES, "utf-8")
+    run = make_run(tmp_path, forked)
+    done = await run("import", str(path), target=accepting)
+    assert (done.code, done.out.splitlines()[0]) == (0, "imported: 3"), done.err
+    for key, verdict in UNKEY_KEYS.items():
+        found = await run("verify", "--scope", "write", "--json", target=accepting, stdin=key)
+        assert found.json["verdict"] == f"VERDICT_{verdict}"
+    shown = (await run("list", "--json", target=accepting, LATCHKEY_ACCOUNT="ws_1")).json
+    assert {token["name"]: token.get("expire_time") for token in shown} == {
+        "key_2": "2031-01-02T03:04:05.678000Z",
+        "off é日": None,
+    }
+
+
+def test_statement_for_unkey_fits_its_tables() -> None:
+    """It names only columns that Unkey has."""
+    statement = block("unkey")
+    for table, column in re.findall(r"\b([ki])\.(\w+)", statement):
+        assert column in UNKEY[table], column
+    assert len(re.findall(r"\bk\.", statement)) > 5
+
+
 def test_columns_of_the_page() -> None:
     """The table has each column once, and the statement for Unkey writes no other."""
     listed = re.findall(r"^\| `([a-z]+)` \|", PAGE, re.MULTILINE)
     assert listed == list(COLUMNS)
-    (unkey,) = re.findall(r"```sql\n(SELECT JSON_OBJECT\(.*?)```", PAGE, re.DOTALL)
-    written = set(re.findall(r"^ +'(\w+)',", unkey, re.MULTILINE))
+    written = set(re.findall(r"^ +'(\w+)',", block("unkey"), re.MULTILINE))
     assert written - {"labels"} <= set(COLUMNS)
 
 

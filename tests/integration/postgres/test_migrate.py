@@ -268,7 +268,7 @@ async def test_a_database_with_tokens_is_migrated(empty_url: str) -> None:
             """
         )
     assert row is not None
-    assert tuple(row) == ("N", "n", 0, [], None, None, 0, "", None, 0)
+    assert tuple(row) == ("N", "n", 0, [], None, None, 0, "lk_…abcd", None, 0)
 
 
 async def test_the_order_by_last_use_covers_tokens_of_earlier_releases(empty_url: str) -> None:

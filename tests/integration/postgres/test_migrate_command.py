@@ -3,7 +3,7 @@ migrate."""
 
 import asyncio
 import os
-import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import asyncpg
@@ -15,6 +15,7 @@ from latchkey_service.settings.settings import Settings
 from structlog.testing import capture_logs
 
 from tests.helpers.databases import session
+from tests.helpers.fork_server import Forked
 from tests.helpers.postgres_node import Node, Template
 
 COMMAND_SECONDS_MAX = 60.0
@@ -27,22 +28,29 @@ OPTIONAL = Migration(
 NEEDED = Migration(9_999, "more", "CREATE TABLE more (n int)")
 
 
-async def command(
-    folder: Path, *arguments: str, stdin: str = "", **settings: str
-) -> tuple[int, str]:
+Command = Callable[..., Awaitable[tuple[int, str]]]
+
+
+@pytest.fixture
+def command(forked: Forked, tmp_path: Path) -> Command:
     """Run `migrate` as people do; return its exit code and its output."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "latchkey_service", "migrate", *arguments),
-        cwd=folder,
-        env={**os.environ, **{f"LATCHKEY_{k.upper()}": v for k, v in settings.items()}},
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    async with asyncio.timeout(COMMAND_SECONDS_MAX):
-        output, errors = await process.communicate(stdin.encode())
-    assert process.returncode is not None
-    return process.returncode, (output if process.returncode == 0 else output + errors).decode()
+
+    async def run(*arguments: str, stdin: str = "", **settings: str) -> tuple[int, str]:
+        process = await asyncio.create_subprocess_exec(
+            *forked("latchkey_service", "migrate", *arguments),
+            cwd=tmp_path,
+            env={**os.environ, **{f"LATCHKEY_{k.upper()}": v for k, v in settings.items()}},
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        async with asyncio.timeout(COMMAND_SECONDS_MAX):
+            output, errors = await process.communicate(stdin.encode())
+        code = process.returncode
+        assert code is not None
+        return code, (output if code == 0 else output + errors).decode()
+
+    return run
 
 
 async def tables(url: str) -> int:
@@ -55,17 +63,17 @@ async def tables(url: str) -> int:
 
 
 async def test_the_command_has_a_url_of_its_own(
-    node: Node, node_template: Template, tmp_path: Path
+    node: Node, node_template: Template, tmp_path: Path, command: Command
 ) -> None:
     """The owner's URL comes from a variable, a file or standard input, beside the URL of the
     service. `--check` and `--dry-run` change nothing, and `--check` has an exit code."""
     await node.execute(f"CREATE ROLE service LOGIN PASSWORD '{node_template.password}'")
     service = {"database_url": node.url_at(node.address, role="service")}
     owner = {**service, "migration_url": node.url}
-    code, output = await command(tmp_path, "--check", **owner)
+    code, output = await command("--check", **owner)
     assert code == 1
     assert "missing: migration 0001 (tokens); no earlier release works with it" in output
-    code, output = await command(tmp_path, "--dry-run", "--grant", "service", **owner)
+    code, output = await command("--dry-run", "--grant", "service", **owner)
     assert code == 0
     assert bundled()[0].sql.strip() in output
     # The log goes to standard error.
@@ -74,16 +82,14 @@ async def test_the_command_has_a_url_of_its_own(
     assert await tables(node.url) == 0
     file = tmp_path / "url"
     file.write_text(node.url + "\n")
-    code, output = await command(
-        tmp_path, "--database-url-file", str(file), "--grant", "service", **service
-    )
+    code, output = await command("--database-url-file", str(file), "--grant", "service", **service)
     assert code == 0, output
     # The service itself may check: it needs no right to change anything.
-    code, output = await command(tmp_path, "--check", **service)
+    code, output = await command("--check", **service)
     up_to = bundled()[-1].version
     assert code == 0, output
     assert output.endswith(f"all migrations of this release, up to {up_to:04}\n")
-    code, output = await command(tmp_path, "--database-url-file", "-", stdin=node.url, **service)
+    code, output = await command("--database-url-file", "-", stdin=node.url, **service)
     assert code == 0, output
     assert output.endswith("the database has all migrations\n")
     # And it starts, also if it may migrate.
@@ -104,10 +110,10 @@ async def test_the_command_has_a_url_of_its_own(
     ],
 )
 async def test_wrong_arguments(
-    tmp_path: Path, arguments: tuple[str, ...], variable: str, problem: str
+    command: Command, arguments: tuple[str, ...], variable: str, problem: str
 ) -> None:
     """A wrong argument is a usage error, which quotes no URL."""
-    code, output = await command(tmp_path, *arguments, migration_url=variable)
+    code, output = await command(*arguments, migration_url=variable)
     assert code == 2
     assert problem in output
     assert "hunter2" not in output

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from latchkey_service.tokens import pepper_file as pepper_files
 
 from tests.helpers.calls import is_serving
 from tests.helpers.databases import session
+from tests.helpers.fork_server import Forked
 from tests.helpers.postgres_node import Node, Template
 from tests.helpers.servers import serving
 from tests.helpers.waiting import eventually
@@ -165,30 +165,29 @@ async def test_rights_that_protect_nothing_are_refused(node: Node, role: str, pr
         await migrate(node.url, bundled(), service_role=role)
 
 
-async def command(tmp_path: Path, *arguments: str, **settings: str) -> tuple[int, str]:
-    """Run a command of the service as people do; return its exit code and output."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "latchkey_service", *arguments),
-        cwd=tmp_path,
-        env={**os.environ, **{f"LATCHKEY_{k.upper()}": v for k, v in settings.items()}},
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    async with asyncio.timeout(COMMAND_SECONDS_MAX):
-        output, _ = await process.communicate()
-    assert process.returncode is not None
-    return process.returncode, output.decode()
-
-
 async def test_commands(
-    node: Node, node_template: Template, pepper_file: Path, tmp_path: Path
+    node: Node, node_template: Template, pepper_file: Path, tmp_path: Path, forked: Forked
 ) -> None:
     """`migrate --grant` prepares a database, and `audit verify` reports what is wrong with the log,
     with an exit code for programs."""
+
+    async def command(*arguments: str, **settings: str) -> tuple[int | None, str]:
+        """Run a command of the service as people do; return its exit code and output."""
+        process = await asyncio.create_subprocess_exec(
+            *forked("latchkey_service", *arguments),
+            cwd=tmp_path,
+            env={**os.environ, **{f"LATCHKEY_{k.upper()}": v for k, v in settings.items()}},
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        async with asyncio.timeout(COMMAND_SECONDS_MAX):
+            output, _ = await process.communicate()
+        return process.returncode, output.decode()
+
     await node.execute(f"CREATE ROLE service LOGIN PASSWORD '{node_template.password}'")
     owner = {"database_url": node.url, "pepper_file": str(pepper_file)}
     service = {**owner, "database_url": node.url_at(node.address, role="service")}
-    code, output = await command(tmp_path, "migrate", "--grant", "service", **owner)
+    code, output = await command("migrate", "--grant", "service", **owner)
     assert code == 0
     assert "applied migration 0001 (tokens)" in output
     assert "granted the rights of the service to service" in output
@@ -201,20 +200,20 @@ async def test_commands(
         await AuditTable(pool).insert([entry])
         await sealer.seal()
     await pool.close()
-    code, output = await command(tmp_path, "audit", "verify", **service)
+    code, output = await command("audit", "verify", **service)
     assert (code, output.splitlines()[-2:]) == (
         0,
         ["2 entries in 2 batches are intact", f"newest batch: {sealer.head}"],
     )
     noted = ("--noted", str(sealer.head))
-    assert (await command(tmp_path, "audit", "verify", *noted, **service))[0] == 0
+    assert (await command("audit", "verify", *noted, **service))[0] == 0
     async with node.session() as connection:
         await connection.execute("SET session_replication_role = replica")
         await connection.execute("DELETE FROM audit WHERE id = 2")
         await connection.execute("DELETE FROM audit_chain WHERE number = 2")
-    assert (await command(tmp_path, "audit", "verify", **service))[0] == 0
-    code, output = await command(tmp_path, "audit", "verify", *noted, **service)
+    assert (await command("audit", "verify", **service))[0] == 0
+    code, output = await command("audit", "verify", *noted, **service)
     assert (code, output.splitlines()[0]) == (1, "WRONG: batch 2, which was noted, is gone")
-    code, output = await command(tmp_path, "audit", "verify", "--noted", "x", **service)
+    code, output = await command("audit", "verify", "--noted", "x", **service)
     assert code == 2
     assert "NUMBER:DIGEST" in output

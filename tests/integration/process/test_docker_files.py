@@ -38,7 +38,8 @@ def settings_of(service: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Non
     environment = {name: value for name, _, value in image} | service.get("environment", {})
     for name, value in environment.items():
         if name.startswith("LATCHKEY_") and name != "LATCHKEY_DATABASE_URL":
-            monkeypatch.setenv(name, str(value))
+            # The default of `${NAME:-default}`, which compose takes where .env has no other.
+            monkeypatch.setenv(name, re.sub(r"\$\{\w+:-(.*)\}", r"\1", str(value)))
 
 
 def test_image_runs_as_an_unprivileged_user() -> None:

@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import json
 import os
-import sys
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -27,6 +26,7 @@ from latchkey_service.tokens import pepper_file as pepper_files
 
 from tests.helpers.calls import is_serving
 from tests.helpers.databases import drop_database, session
+from tests.helpers.fork_server import Forked
 from tests.helpers.free_ports import free_port
 from tests.helpers.pgbouncer import PgBouncer
 from tests.helpers.programs import INSTALLS
@@ -392,13 +392,13 @@ async def test_an_embedded_database(
     assert any("does not run: the service starts it" in f.text for f in found)
 
 
-async def test_the_command(setup: Setup, tmp_path: Path) -> None:
+async def test_the_command(setup: Setup, tmp_path: Path, forked: Forked) -> None:
     """The command prints JSON or text, and its exit code says whether a check failed."""
     setup(pepper_file=tmp_path / "nowhere")
 
     async def doctor(*arguments: str) -> tuple[int | None, str]:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "latchkey_service", "doctor", *arguments),
+            *forked("latchkey_service", "doctor", *arguments),
             cwd=tmp_path,
             env=dict(os.environ),
             stdout=asyncio.subprocess.PIPE,

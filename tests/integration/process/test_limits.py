@@ -28,7 +28,7 @@ from tests.helpers.calls import CHANNEL_OPTIONS, is_serving
 from tests.helpers.captured_log import everything_logged
 from tests.helpers.raw_http2 import connected
 from tests.helpers.servers import serving_as
-from tests.helpers.service_process import service
+from tests.helpers.service_process import PYTHON, service
 from tests.helpers.waiting import WAIT_SECONDS, eventually
 from tests.helpers.watch_client import watching
 
@@ -127,6 +127,7 @@ async def test_a_worker_that_uses_too_much_memory(
     it and starts another worker."""
     with service(
         tmp_path,
+        PYTHON,
         database_url=database_url,
         pepper_file=pepper_file,
         data_dir=tmp_path / "data",

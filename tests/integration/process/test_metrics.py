@@ -21,8 +21,8 @@ from tests.helpers.metrics import OPENMETRICS, Reading, scrape
 from tests.helpers.service_process import Service, service
 from tests.helpers.waiting import WAIT_SECONDS, eventually
 
-# Exist only with a policy, with TLS and with a webhook; tests/contract/test_metrics.py and
-# tests/integration/tokens/test_events.py cover them.
+# Exist only with a policy, TLS, a webhook and traces; tests/contract/test_metrics.py,
+# tests/integration/tokens/test_events.py and tests/contract/test_traces.py cover them.
 CONDITIONAL = {
     "latchkey_webhook_deliveries",
     "latchkey_webhook_events",
@@ -30,6 +30,8 @@ CONDITIONAL = {
     "latchkey_policy_callers",
     "latchkey_policy_age_seconds",
     "latchkey_certificate_expiry_seconds",
+    "latchkey_trace_calls_limited",
+    "latchkey_trace_spans",
 }
 
 

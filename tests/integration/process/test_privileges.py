@@ -20,7 +20,7 @@ from latchkey_service.postgres.embedded_host import OsAccount, choose_account, w
 from tests.helpers.callers import ca_pem, write_server_files
 from tests.helpers.calls import CHANNEL_OPTIONS, is_serving
 from tests.helpers.free_ports import free_port
-from tests.helpers.service_process import Service
+from tests.helpers.service_process import PYTHON, Service
 from tests.helpers.waiting import eventually
 from tests.helpers.watch_client import WatchClient
 
@@ -65,7 +65,7 @@ def start(kind: type[Service], folder: Path, **settings: object) -> Service:
         "log_format": "json",
         "data_dir": folder / "data",
     }
-    return kind(folder / "service", **(given | settings))
+    return kind(folder / "service", PYTHON, **(given | settings))
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from latchkey_service.tokens.verdict import Scope, Verdict
 
 from tests.helpers.databases import session
 from tests.helpers.domain import BelievedReads, audit_context, find
-from tests.helpers.service_process import Service
+from tests.helpers.service_process import PYTHON, Service
 from tests.helpers.waiting import WAIT_SECONDS, eventually
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -44,10 +44,10 @@ def run(tmp_path: Path, database_url: str) -> Iterator[Run]:
     """Start services on a fresh database; the fixture stops them."""
     started: list[Service] = []
 
-    def run(**settings: object) -> Service:
+    def run(*python: str, **settings: object) -> Service:
         defaults = {"listen": "127.0.0.1:0", "data_dir": tmp_path / "data", "log_format": "json"}
         settings = defaults | {"database_url": database_url} | settings
-        started.append(Service(tmp_path / f"service {len(started)}", **settings))
+        started.append(Service(tmp_path / f"service {len(started)}", python or None, **settings))
         return started[-1]
 
     yield run
@@ -84,7 +84,11 @@ async def verdict(database_url: str, keyring: Keyring, created: Created) -> Verd
     digest = keyring.digest_of(created.secret.reveal())
     if digest is None:
         return Verdict.UNKNOWN
-    lookup = Lookup(lambda: Connector(database_url).connect(), asyncio.get_running_loop().time)
+    lookup = Lookup(
+        lambda: Connector(database_url).connect(),
+        asyncio.get_running_loop().time,
+        keyring,
+    )
     try:
         record = (await find(lookup, digest, asyncio.get_running_loop().time() + 5)).record
     finally:
@@ -96,7 +100,9 @@ async def verdict(database_url: str, keyring: Keyring, created: Created) -> Verd
 
 async def test_all_invalid_settings_are_named(run: Run) -> None:
     """Each invalid setting is named with its allowed values before anything starts; exit code 2."""
-    service = run(listen="nowhere", workers=0, transport="pigeon", database_url="mysql://x:pw1@y")
+    service = run(
+        *PYTHON, listen="nowhere", workers=0, transport="pigeon", database_url="mysql://x:pw1@y"
+    )
     assert await service.ended() == 2
     for name in ("LISTEN", "WORKERS", "TRANSPORT", "DATABASE_URL"):
         assert f"LATCHKEY_{name}: " in service.err

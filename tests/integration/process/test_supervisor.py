@@ -27,7 +27,7 @@ from tests.helpers.calls import CHANNEL_OPTIONS, is_serving, outcome
 from tests.helpers.free_ports import free_port
 from tests.helpers.held_workers import Hold
 from tests.helpers.scratch import SCRATCH
-from tests.helpers.service_process import Service
+from tests.helpers.service_process import PYTHON, Service
 from tests.helpers.waiting import WAIT_SECONDS, eventually
 
 if TYPE_CHECKING:
@@ -74,9 +74,9 @@ def run(folder: Path) -> Iterator[Run]:
     """Start services, on any free port by default; the fixture stops them."""
     started: list[Service] = []
 
-    def run(**settings: object) -> Service:
+    def run(*python: str, **settings: object) -> Service:
         settings = {"listen": "127.0.0.1:0", "grace_seconds": 1} | settings
-        started.append(Service(folder / f"service {len(started)}", **settings))
+        started.append(Service(folder / f"service {len(started)}", python or None, **settings))
         return started[-1]
 
     yield run
@@ -116,7 +116,7 @@ async def test_from_nothing_to_service_and_back(
     """In an empty directory the service creates a database, migrates it, prints its address and an
     example call, and serves. On Ctrl-C or SIGTERM it ends with all its processes and exit code 0.
     The next start has the data."""
-    service = run(data_dir=folder / "new", transport=transport)
+    service = run(*PYTHON, data_dir=folder / "new", transport=transport)
     address = await service.welcome()
     assert f"    {address} latchkey.v1.TokenService/Create\n" in service.out
     async with client(address) as stub:
@@ -125,7 +125,7 @@ async def test_from_nothing_to_service_and_back(
     assert await service.end(number) == 0
     assert service.alive() == []
     assert "Traceback" not in service.err
-    again = run(data_dir=folder / "new", transport=transport)
+    again = run(*PYTHON, data_dir=folder / "new", transport=transport)
     address = await again.welcome()
     await eventually(lambda: is_valid(address, created.secret), "the token exists", BACK_SECONDS)
 
@@ -134,7 +134,7 @@ async def test_from_nothing_to_service_and_back(
 async def test_a_stop_during_the_start(run: Run, folder: Path, number: signal.Signals) -> None:
     """If it is stopped while it creates its database, it ends at once and leaves nothing
     running."""
-    service = run(data_dir=folder / "new")
+    service = run(*PYTHON, data_dir=folder / "new")
     await eventually(lambda: len(service.family()) > 1, "initdb is at work")
     assert await service.end(number) in (0, 130)
     assert "Traceback" not in service.err
@@ -145,7 +145,7 @@ async def test_repeated_ctrl_c(run: Run, data_dir: Path) -> None:
     """Repeated Ctrl-C does not break the clean shutdown: there is no traceback, and no process
     is left.
     """
-    service = run(data_dir=data_dir)
+    service = run(*PYTHON, data_dir=data_dir)
     await service.welcome()
     os.kill(service.pid, signal.SIGINT)
 
@@ -165,7 +165,7 @@ async def test_kill_9_of_the_supervisor(run: Run, data_dir: Path) -> None:
     """Its workers and its Postgres end by themselves. The next start, at once and on the same
     address, works and has the data."""
     address = f"127.0.0.1:{free_port()}"
-    service = run(data_dir=data_dir, workers=2, listen=address)
+    service = run(*PYTHON, data_dir=data_dir, workers=2, listen=address)
     assert await service.welcome() == address
     async with client(address) as stub:
         created = await stub.Create(create_request(), timeout=5)

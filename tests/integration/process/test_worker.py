@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from latchkey_service.settings.settings import Settings
 from latchkey_service.tokens import pepper_file as pepper_files
 from latchkey_service.tokens.token_store import TokenStore
 
+from tests.helpers.fork_server import Forked
 from tests.helpers.servers import make_settings
 from tests.helpers.waiting import WAIT_SECONDS
 
@@ -80,7 +80,12 @@ POLICY = '[callers.shop]\nroles = ["verifier"]\n'
     ],
 )
 def test_a_worker_rejects_incomplete_input(
-    tmp_path: Path, pepper_file: Path, given: dict[str, str] | None, policy: object, message: str
+    tmp_path: Path,
+    pepper_file: Path,
+    given: dict[str, str] | None,
+    policy: object,
+    message: str,
+    forked: Forked,
 ) -> None:
     """The settings, peppers and policy that a worker receives must be consistent, whatever the
     environment, `.env` and the policy file contain. No message reveals a secret."""
@@ -90,7 +95,7 @@ def test_a_worker_rejects_incomplete_input(
     keys = pepper_files.render(pepper_files.load_or_create(pepper_file, create=False))
     lines = "" if given is None else json.dumps(settings | given) + "\n" + keys
     ended = subprocess.run(
-        [sys.executable, "-m", "latchkey_service", "worker"],
+        forked("latchkey_service", "worker"),
         input=lines + ("" if policy is ... else json.dumps(policy) + "\n"),
         env=os.environ | {"LATCHKEY_POLICY": "policy.toml", "LATCHKEY_WORKERS": "1"},
         cwd=tmp_path,

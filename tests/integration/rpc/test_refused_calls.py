@@ -15,7 +15,7 @@ from tests.helpers.callers import ca_pem, policy_text, write_server_files
 from tests.helpers.calls import CHANNEL_OPTIONS, is_serving
 from tests.helpers.free_ports import free_port
 from tests.helpers.rich_status import refusal
-from tests.helpers.service_process import service
+from tests.helpers.service_process import PYTHON, service
 from tests.helpers.waiting import eventually
 
 BATCH_VERIFY = "/latchkey.v1.TokenService/BatchVerify"
@@ -45,6 +45,7 @@ async def test_refused_calls_leave_no_memory_behind(folder: Path, database_url: 
     target = f"localhost:{free_port()}"
     with service(
         folder / "service",
+        PYTHON,
         listen="127.0.0.1:0",
         database_url=database_url,
         data_dir=folder / "data",

@@ -55,7 +55,7 @@ async def lookup(counted):
     async def give():
         return counted
 
-    lookup = Lookup(give, time.monotonic)
+    lookup = Lookup(give, time.monotonic, KEYRING)
     yield lookup
     await lookup.close()
 
@@ -97,6 +97,9 @@ async def test_lookups_of_one_tick_share_a_query(lookup, counted, digests):
     found = await asyncio.gather(*(find(lookup, digest, soon()) for digest in wanted))
     assert counted.queries == [100]
     assert [f.record and f.record.name for f in found] == [f"token {n % 10}" for n in range(100)]
+    # Each row is converted, and its seal checked, once for the ten look-ups that asked for it.
+    assert all(f.proven for f in found)
+    assert len({id(f) for f in found}) == 10
 
 
 async def test_a_thousand_cost_one_query(lookup, counted, digests):
@@ -253,7 +256,7 @@ async def test_a_connection_that_ends_during_a_query_is_an_outage() -> None:
     async def connect() -> Any:
         return Terminated()
 
-    finder = Lookup(connect, time.monotonic)
+    finder = Lookup(connect, time.monotonic, KEYRING)
     with pytest.raises(StoreUnavailable):
         await find(finder, bytes(32), time.monotonic() + 5)
     await finder.close()

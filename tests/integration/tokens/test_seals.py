@@ -143,6 +143,63 @@ async def test_a_secret_cannot_be_moved_to_another_token(
         assert await verdict(stub, own.secret) == "UNKNOWN"
 
 
+async def test_the_order_of_secrets_cannot_be_changed(
+    settings: Settings, database_url: str
+) -> None:
+    """A writer to the database cannot have an owner end the wrong secret: RetireSecrets is refused
+    while the order of the secrets is changed, and works again afterwards."""
+    swaps = {
+        "exchanged": "UPDATE secret SET ordinal = 1 - ordinal WHERE token_id = $1",
+        "equal": "UPDATE secret SET ordinal = 1 WHERE token_id = $1",
+        "older is newest": "UPDATE secret SET ordinal = 9 WHERE token_id = $1 AND ordinal = 0",
+    }
+    async with stub_of(settings) as stub:
+        await eventually(lambda: all_sealed(database_url), "the proof that all rows are sealed")
+        for name, statement in swaps.items():
+            leaked = await create(stub, name)
+            named: dict[str, Any] = {"account_id": "acme", "id": leaked.token.id}
+            grace = duration_pb2.Duration(seconds=60)
+            rotated = await stub.Rotate(pb.RotateRequest(**named, grace=grace), timeout=9)
+            async with session(database_url) as connection:
+                before = await connection.fetch(
+                    "SELECT digest, ordinal FROM secret WHERE token_id = $1", leaked.token.id
+                )
+                await connection.execute(statement, leaked.token.id)
+                error = await refusal(stub.RetireSecrets(pb.RetireSecretsRequest(**named)))
+                assert error.reason == "TOKEN_SEAL_INVALID", name
+                assert await verdict(stub, leaked.secret) == "UNKNOWN", name
+                await connection.executemany(
+                    "UPDATE secret SET ordinal = $2 WHERE digest = $1",
+                    [(row["digest"], row["ordinal"]) for row in before],
+                )
+            await stub.RetireSecrets(pb.RetireSecretsRequest(**named), timeout=9)
+            assert await verdict(stub, leaked.secret) == "EXPIRED"
+            assert await verdict(stub, rotated.secret) == "VALID"
+
+
+async def test_a_changed_order_does_not_keep_the_older_secret(
+    settings: Settings, database_url: str
+) -> None:
+    """With `retire_on_first_use`, making the older secret look newer does not let it live on."""
+    async with stub_of(settings) as stub:
+        await eventually(lambda: all_sealed(database_url), "the proof that all rows are sealed")
+        leaked = await create(stub, "leaked")
+        named: dict[str, Any] = {"account_id": "acme", "id": leaked.token.id}
+        rotated = await stub.Rotate(pb.RotateRequest(**named, retire_on_first_use=True), timeout=9)
+        set_ordinal = "UPDATE secret SET ordinal = $2 WHERE token_id = $1 AND ordinal = $3"
+        async with session(database_url) as connection:
+            await connection.execute(set_ordinal, leaked.token.id, 9, 0)
+            assert await verdict(stub, rotated.secret) == "VALID"
+            assert await verdict(stub, leaked.secret) == "UNKNOWN"
+            await connection.execute(set_ordinal, leaked.token.id, 0, 9)
+        assert await verdict(stub, rotated.secret) == "VALID"
+
+        async def ended() -> bool:
+            return await verdict(stub, leaked.secret) == "EXPIRED"
+
+        await eventually(ended, "the next use ends the older secret")
+
+
 async def test_what_has_ended_cannot_be_revived(settings: Settings, database_url: str) -> None:
     """Restoring the columns of a deleted token, or of a retired or revoked secret, does not revive
     it."""

@@ -15,7 +15,7 @@ from latchkey_service.secret_format import Digest
 from latchkey_service.tokens import usage_writer
 from latchkey_service.tokens.upkeep_store import UpkeepStore
 from latchkey_service.tokens.usage import DAYS_MAX, Use
-from latchkey_service.tokens.usage_table import UsageTable
+from latchkey_service.tokens.usage_table import CallerUsage, UsageTable
 from latchkey_service.tokens.verdict import Scope, TokenRecord
 
 from tests.helpers.calls import CHANNEL_OPTIONS
@@ -45,6 +45,11 @@ async def table(database_url: str) -> AsyncIterator[UsageTable]:
     await pool.close()
 
 
+async def callers(table: UsageTable, token_id: str, today: date) -> list[CallerUsage]:
+    found, _ = await table.by_caller("acme", token_id, today)
+    return found or []
+
+
 async def insert(store: TokenStore, token_id: str) -> None:
     record = TokenRecord(token_id, "acme", token_id, Scope.READ, CREATED, None, HINT)
     digest = Digest(token_id.encode().ljust(32, b"0"), "pepper")
@@ -71,7 +76,7 @@ async def test_uses_add_up_by_caller_and_day(table: UsageTable) -> None:
     await table.record("a", 1, first)
     await table.record("b", 1, [used(2.0, 4)])
     await table.record("b", 2, [used(DAY, 5), used(12 * 3600.0, 7, caller="web")])
-    shop, web = await table.by_caller("t1", TODAY)
+    shop, web = await callers(table, "t1", TODAY)
     day = CREATED.date()
     next_day = day + timedelta(days=1)
     assert (shop.caller, shop.first_time, shop.last_time, shop.days) == (
@@ -81,7 +86,7 @@ async def test_uses_add_up_by_caller_and_day(table: UsageTable) -> None:
         [(next_day, 5), (day, 7)],
     )
     assert (web.caller, web.days) == ("web", [(next_day, 7), (day, 1)])
-    assert [usage.days for usage in await table.by_caller("t2", TODAY)] == [[(day, 2)]]
+    assert [usage.days for usage in await callers(table, "t2", TODAY)] == [[(day, 2)]]
 
 
 @pytest.mark.usefixtures("tokens")
@@ -92,7 +97,7 @@ async def test_a_repeated_batch_counts_once(table: UsageTable) -> None:
     await table.record("a", 2, [used(20.0)])
     await table.record("a", 1, [used(10.0)])
     await table.record("b", 1, [used(15.0)])
-    (shop,) = await table.by_caller("t1", TODAY)
+    (shop,) = await callers(table, "t1", TODAY)
     assert shop.days == [(CREATED.date(), 3)]
 
 
@@ -116,12 +121,16 @@ async def test_only_uses_that_can_be_true_are_stored(
             used(10.0, 1, "t3"),
         ],
     )
-    shop, web = sorted(await table.by_caller("t1", TODAY))
+    shop, web = sorted(await callers(table, "t1", TODAY))
     assert (shop.first_time, shop.last_time) == (CREATED, CREATED + timedelta(seconds=8))
     assert shop.days == [(CREATED.date(), 4)]
     assert (web.last_time, web.days) == (CREATED + timedelta(seconds=9), [])
-    assert [usage.caller for usage in await table.by_caller("t2", TODAY)] == ["shop"]
+    # A deleted token's uses are no longer shown, but kept with it.
+    assert (await table.by_caller("acme", "t2", TODAY))[0] is None
+    assert (await table.by_caller("other", "t1", TODAY))[0] is None
     async with session(database_url) as connection:
+        kept = await connection.fetch("SELECT caller FROM token_usage WHERE token_id = 't2'")
+        assert [row["caller"] for row in kept] == ["shop"]
         rows = await connection.fetch(
             "SELECT token_id, hint FROM token_usage ORDER BY token_id, hint, caller"
         )
@@ -139,12 +148,12 @@ async def test_old_days_are_removed_and_times_stay(table: UsageTable) -> None:
     await table.record("a", 1, [used(0.0), used(3 * DAY, caller="web")])
     last_day = CREATED.date() + timedelta(days=DAYS_MAX - 1)
     assert await table.purge(last_day, 10) == 0
-    assert [usage.days for usage in await table.by_caller("t1", last_day)] != [[], []]
+    assert [usage.days for usage in await callers(table, "t1", last_day)] != [[], []]
     next_day = last_day + timedelta(days=1)
     # Not shown, even before it is removed.
-    assert sorted(len(usage.days) for usage in await table.by_caller("t1", next_day)) == [0, 1]
+    assert sorted(len(usage.days) for usage in await callers(table, "t1", next_day)) == [0, 1]
     assert (await table.purge(next_day, 10), await table.purge(next_day, 10)) == (1, 0)
-    assert {usage.caller for usage in await table.by_caller("t1", date(2030, 1, 1))} == {
+    assert {usage.caller for usage in await callers(table, "t1", date(2030, 1, 1))} == {
         "shop",
         "web",
     }
@@ -181,7 +190,7 @@ async def test_concurrent_servers_neither_deadlock_nor_lose_counts(
     async with asyncio.timeout(WAIT_SECONDS):
         await asyncio.gather(*(write(f"w{number}") for number in range(6)))
     for name in names:
-        (usage,) = await table.by_caller(name, TODAY)
+        (usage,) = await callers(table, name, TODAY)
         assert usage.days == [(CREATED.date(), 30)]
 
 
@@ -195,7 +204,7 @@ async def test_writing_uses_takes_no_lock_on_the_token(
         await other.execute("SELECT FROM token FOR UPDATE")
         async with asyncio.timeout(WAIT_SECONDS / 2):
             await table.record("a", 1, [used(1.0)])
-        assert len(await table.by_caller("t1", TODAY)) == 1
+        assert len(await callers(table, "t1", TODAY)) == 1
 
 
 async def test_a_delete_never_waits_for_uses(

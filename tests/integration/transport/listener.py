@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 
 import grpc
 import psutil
-from latchkey_service.errors import LatchkeyError
 from latchkey_service.transport.connection_guard import ConnectionGuard
 from latchkey_service.transport.transports import (
     Limits,
@@ -116,7 +115,7 @@ Serve = Callable[..., contextlib.AbstractAsyncContextManager[Listener]]
 def nobody_is_refused(
     path: str,
     seconds: float | None,
-    error: LatchkeyError | None = None,
+    error: Exception | None = None,
     peer: str = "",
 ) -> NoReturn:
     raise AssertionError(f"{path} was refused")

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
@@ -15,10 +16,12 @@ import pytest
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.access.methods import METHODS
+from latchkey_service.rpc import refused_calls
 from latchkey_service.rpc.streams import OPEN_STREAMS_PER_ADDRESS_MAX as SHARE
 from latchkey_service.settings.settings import Settings
 from latchkey_service.transport import connection_shares
 from latchkey_service.transport.connection_guard import ConnectionGuard
+from latchkey_service.transport.transports import Limits
 
 from tests.helpers import raw_http2 as http2
 from tests.helpers.anonymous_flood import flooding
@@ -27,7 +30,7 @@ from tests.helpers.calls import CHANNEL_OPTIONS, is_serving, outcome
 from tests.helpers.flood import Peer, calls, open_count
 from tests.helpers.free_ports import free_port
 from tests.helpers.servers import serving_as
-from tests.helpers.service_process import Service, service
+from tests.helpers.service_process import PYTHON, Service, service
 from tests.helpers.waiting import eventually
 from tests.integration.transport.listener import ECHO, Serve, call
 
@@ -57,7 +60,7 @@ async def running(
         "data_dir": folder / "data",
         "log_format": "json",
     }
-    with service(folder / "service", **(given | more)) as one:
+    with service(folder / "service", PYTHON, **(given | more)) as one:
         yield one, await one.welcome()
 
 
@@ -130,6 +133,54 @@ async def test_connections_per_address(serve: Serve, transport: str) -> None:
             async with listener.channel() as channel:
                 assert (await call(channel, ECHO)).ok
             assert open_count(made) == 5
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+async def test_one_connection_of_many_is_ended(host: str) -> None:
+    """The guard ends the connection of the peer that it is given, as gRPC reports it, and no other
+    one of the same address. Behind a proxy, and for a UNIX socket, it ends none."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server((host, 0), family=family))
+        where = listener.getsockname()[:2]
+        ends = [stack.enter_context(socket.create_connection(where)) for _ in range(3)]
+        accepted = {}
+        for _ in ends:
+            own, peer = listener.accept()
+            accepted[peer[1]] = stack.enter_context(own)
+        address = f"[{host}]:{where[1]}"
+        number = ends[1].getsockname()[1]
+        peer = f"ipv6:%5B{host}%5D:{number}" if ":" in host else f"ipv4:{host}:{number}"
+        assert not ConnectionGuard([address], Limits(), [address]).end(peer)
+        guard = ConnectionGuard([address], Limits())
+        assert not guard.end("unix:")
+        assert guard.end(peer)
+        await asyncio.to_thread(guard.inspect)
+        assert guard.ended == {"refused": 1}
+        ends[1].settimeout(5)
+        assert ends[1].recv(1) == b""
+        for other in (ends[0], ends[2]):
+            accepted[other.getsockname()[1]].send(b"x")
+            assert other.recv(1) == b"x"
+
+
+async def test_too_many_refused_calls_end_connections(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, transport: str
+) -> None:
+    """When an address has too many calls of unknown methods open, it loses the connections of
+    further ones. Their calls end with them, so memory is bounded. Another address is served."""
+    if transport != "grpcio":
+        pytest.skip("its peers of unknown methods have no address")
+    monkeypatch.setattr(refused_calls, "OPEN_PER_ADDRESS_MAX", 250)
+    async with serving_as(settings) as server:
+        refused = server.refused
+        with peers(server.address, 4, calls("/no.Such/Method", 100)) as made:
+            await eventually(lambda: refused.open == 250 or open_count(made) < 4, "many wait")
+            await eventually(lambda: 1 <= open_count(made) <= 3, "a connection is ended")
+            await eventually(lambda: refused.open <= 300, "its calls have ended")
+            assert refused.excess > 0
+            async with grpc.aio.insecure_channel(server.address, options=CHANNEL_OPTIONS) as one:
+                assert await is_serving(one)
 
 
 @pytest.mark.parametrize("count", [0, 5])
@@ -248,8 +299,11 @@ async def test_large_anonymous_messages_are_not_received(
 async def test_too_much_metadata_ends_a_worker_and_no_more(database_url: str, folder: Path) -> None:
     """A client that ignores the settings of `grpcio` can fill a worker's memory with metadata. The
     worker is killed, and another one serves."""
-    async with running(folder, database_url, transport="grpcio", memory_mib=150) as (one, address):
-        peer = Peer(address, STRANGER)
+    async with (
+        running(folder, database_url, transport="grpcio", memory_mib=150) as (one, address),
+        contextlib.AsyncExitStack() as stack,
+    ):
+        peer = stack.enter_context(contextlib.closing(Peer(address, STRANGER)))
         peer.send(calls(ECHO, 0))
         field = b"\x10\x01x" + b"\x7f\xe9\x06" + b"a" * 1_000
         block = http2.headers(ECHO) + field * 1_500
@@ -267,4 +321,3 @@ async def test_too_much_metadata_ends_a_worker_and_no_more(database_url: str, fo
         assert "worker killed: too much memory" in one.err
         async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
             await eventually(partial(is_serving, channel), "it serves")
-        peer.close()

@@ -204,3 +204,31 @@ def test_nothing_secret_is_recorded() -> None:
         assert len(found.peer) == 200
     kept = AuditContext.of("a", "m", "p", "r", "acme", "tok_" + "0" * 26)
     assert (kept.account_id, kept.token_id) == ("acme", "tok_" + "0" * 26)
+
+
+async def test_an_entry_that_is_refused_loses_no_other() -> None:
+    """If the table refuses one entry of a batch, all others are written. If it becomes unavailable
+    meanwhile, the rest waits."""
+
+    class Choosy(Table):
+        async def insert(self, entries: Any) -> None:
+            if any(entry.token_id == "tok_2" for entry in entries):
+                raise ValueError
+            if len(entries) == 1 and entries[0].token_id == "tok_4" and self.error is not None:
+                raise self.error
+            self.written += entries
+
+    table = Choosy()
+    log = log_on(table, [0.0])
+    for number in range(6):
+        log.record(delete("shop", number), "OK", "")
+    table.error = StoreUnavailable("later")
+    await log._flush()
+    assert [entry.token_id for entry in table.written] == ["tok_0", "tok_1", "tok_3"]
+    assert log.waiting == 2
+    table.error = None
+    await log._flush()
+    assert sorted(entry.token_id for entry in table.written) == [
+        f"tok_{number}" for number in (0, 1, 3, 4, 5)
+    ]
+    assert (log.written, log.lost) == (5, 1)

@@ -37,8 +37,11 @@ def test_wrong_keys_are_rejected(root: Path) -> None:
         assert str(root / name) in outcome.text
 
 
-def test_missing_file_is_rejected(root: Path) -> None:
+def test_missing_file_is_rejected(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A moved file fails the check."""
+    pattern = ".github/workflows/*.yml"
+    # Alone, because each check of a file that exists takes two seconds.
+    monkeypatch.setattr(schemas, "SCHEMAS", {pattern: schemas.SCHEMAS[pattern]})
     (root / ".github/workflows/ci.yml").unlink()
     outcome = schemas.check(root)
     assert (outcome.state, outcome.text) == (

@@ -36,6 +36,8 @@ def test_public_names_are_pinned() -> None:
         "Deletions",
         "FailedPrecondition",
         "FieldViolation",
+        "FoundPage",
+        "FoundToken",
         "ImportOutcome",
         "ImportResult",
         "ImportedToken",

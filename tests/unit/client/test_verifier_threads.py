@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 import latchkey
 import pytest
 from latchkey import Scope, Token, Verdict, Verification
+from latchkey._entry import CacheEntry
 from latchkey._shape import checksum
 from latchkey._subscription import Grant, Invalidation, Request, Reset, Stream
 from latchkey_coherence.verdict_cache import NOWHERE
@@ -46,6 +47,17 @@ def warm(verifier: latchkey.Verifier) -> Stream:
     return stream
 
 
+class Overtaken(dict[bytes, CacheEntry]):
+    """The cache's entries, with a thread switch at the worst moment: during a look-up."""
+
+    def __init__(self, find: Callable[[bytes], CacheEntry]) -> None:
+        super().__init__()
+        self._slowly = find
+
+    def __getitem__(self, key: bytes) -> CacheEntry:
+        return self._slowly(key)
+
+
 @pytest.mark.parametrize("overtaken", ["before the look-up", "after the look-up"])
 def test_an_overtaken_thread_does_not_use_the_new_lease(clock: list[float], overtaken: str) -> None:
     """An entry that was found under one lease is not returned under the next one.
@@ -55,17 +67,17 @@ def test_an_overtaken_thread_does_not_use_the_new_lease(clock: list[float], over
     """
     verifier = latchkey.Verifier("nowhere:1")
     stream = warm(verifier)
-    find: Callable[[bytes], object] = verifier._find
+    find = verifier._entries.__getitem__
 
-    def slow(key: bytes) -> object:
+    def slow(key: bytes) -> CacheEntry:
         entry = find(key) if overtaken == "after the look-up" else None
         assert stream.take(clock[-1]) == Request(at(5), number=2)
         stream.receive(Invalidation(at(6), ("t1",)), clock[-1])
         stream.receive(Grant(at(6), 2, 2.0), clock[-1])
-        return entry if overtaken == "after the look-up" else find(key)
+        return entry or find(key)
 
     clock.append(102.5)
-    verifier._find = slow  # type: ignore[assignment]  # a thread switch at the worst moment
+    verifier._entries = Overtaken(slow)
     assert verifier.verify_nowait(SECRET) is None
     assert verifier._lease.end > clock[-1]
 
@@ -74,14 +86,14 @@ def test_the_clock_is_read_last(clock: list[float]) -> None:
     """A thread that pauses after the look-up does not answer if its lease has ended."""
     verifier = latchkey.Verifier("nowhere:1")
     warm(verifier)
-    find = verifier._find
+    find = verifier._entries.__getitem__
 
-    def slow(key: bytes) -> object:
+    def slow(key: bytes) -> CacheEntry:
         entry = find(key)
         clock.append(102.5)
         return entry
 
-    verifier._find = slow  # type: ignore[assignment]  # as above
+    verifier._entries = Overtaken(slow)
     assert verifier.verify_nowait(SECRET) is None
 
 

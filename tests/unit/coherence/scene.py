@@ -1,10 +1,11 @@
 """A server process with a lease, as the pure classes see it, with the clock passed in."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from latchkey_coherence.verdict_cache import Position, VerdictCache
+from latchkey_coherence.verdict_cache import Entry, Position, VerdictCache
 from latchkey_service.coherence.client_leases import ClientLeases
 from latchkey_service.coherence.verifier_state import Change, Log, Server, VerifierState
 from latchkey_service.coherence.watch_sessions import (
@@ -21,6 +22,7 @@ __all__ = [
     "LEASE_SECONDS",
     "PRIMARY",
     "Scene",
+    "caught_up",
     "confirmed",
     "grants",
     "leased",
@@ -110,3 +112,12 @@ def leased(scene: Scene) -> WatchSession:
     assert isinstance(grant, Grant)
     assert session.lease.ends == scene.state.lease_ends
     return session
+
+
+def caught_up() -> Scene:
+    """Return a process that started at revision 10, has applied 11 and 13, and caches a token."""
+    scene = Scene(at(10))
+    scene.apply((at(11), "a"), (at(13), "b"))
+    scene.renew()
+    assert scene.state.cache.store(b"k", Entry("t", math.inf), at(13))
+    return scene

@@ -1,5 +1,4 @@
-"""A process as a verifier: the reads that it accepts, and the changes that it applies and
-acknowledges.
+"""A process as a verifier: the changes that it applies and acknowledges.
 
 These tests state the server's side of rule 12, which random schedules of `tests/simulation` reach
 too rarely.
@@ -9,20 +8,18 @@ import math
 
 import pytest
 from latchkey_coherence.lease import LEASE_SECONDS_MAX
-from latchkey_coherence.verdict_cache import NOWHERE, Entry, Position
+from latchkey_coherence.verdict_cache import NOWHERE
 from latchkey_service.coherence.client_leases import ClientLease
-from latchkey_service.coherence.snapshot import Snapshot, mark_in, mark_out
+from latchkey_service.coherence.snapshot import mark_in, mark_out
 from latchkey_service.coherence.verifier_state import (
     EVERY_TOKEN,
     Change,
     Log,
-    ReadBegan,
     Server,
-    Standing,
 )
 
 from tests.helpers.positions import at
-from tests.unit.coherence.scene import LEASE_SECONDS, PRIMARY, Scene, log
+from tests.unit.coherence.scene import LEASE_SECONDS, PRIMARY, Scene, caught_up, log
 
 PROMOTED = Server(PRIMARY.identifier, "00000002")
 RESTORED = Server("7001", PRIMARY.timeline)
@@ -30,94 +27,8 @@ RESTORED = Server("7001", PRIMARY.timeline)
 
 @pytest.fixture
 def scene() -> Scene:
-    """A process that started at revision 10, has applied 11 and 13, and has a token in its
-    cache."""
-    scene = Scene(at(10))
-    scene.apply((at(11), "a"), (at(13), "b"))
-    scene.renew()
-    assert scene.state.cache.store(b"k", Entry("t", math.inf), at(13))
-    return scene
-
-
-def snapshot(position: Position, timeline: str | None = PRIMARY.timeline) -> Snapshot:
-    return Snapshot(position, timeline)
-
-
-# Reads.
-
-
-@pytest.mark.parametrize(
-    ("position", "began", "expected"),
-    [
-        (at(13), 13, Standing.BELIEVED),
-        (at(13), 10, Standing.BELIEVED),
-        (at(11), 11, Standing.BELIEVED),
-        (at(11), 10, Standing.BELIEVED),
-        (at(11), 13, Standing.REFUSED),
-        (at(12), 10, Standing.REFUSED),
-        (at(9), 9, Standing.REFUSED),
-        (at(13, 2), 13, Standing.REFUSED),
-        (Position(13, 0), 13, Standing.REFUSED),
-        (NOWHERE, 0, Standing.REFUSED),
-        (at(14), 13, Standing.AHEAD),
-        (at(14, 2), 13, Standing.AHEAD),
-    ],
-)
-def test_which_reads_are_believed(
-    scene: Scene, position: Position, began: int, expected: Standing
-) -> None:
-    """A read is accepted if its position is known by its mark and is not older than the position
-    that was applied when the read was sent.
-    """
-    read = ReadBegan(began, scene.state.epoch)
-    assert scene.state.standing(snapshot(position), read) is expected
-
-
-@pytest.mark.parametrize("timeline", ["00000002", None])
-def test_a_read_from_another_timeline_is_refused(scene: Scene, timeline: str | None) -> None:
-    """A read from a standby, or from a server that was promoted or deposed since, is refused even
-    at a known position."""
-    began = scene.state.begin_read()
-    assert scene.state.standing(snapshot(at(13), timeline), began) is Standing.REFUSED
-
-
-def test_without_timelines_marks_tell_servers_apart(scene: Scene) -> None:
-    """If the lease's server reports no timeline, a read without a timeline is judged by its
-    mark."""
-    scene.state.apply(log(at(13), server=Server(None, None)), scene.now)
-    began = scene.state.begin_read()
-    assert scene.state.standing(snapshot(at(13), None), began) is Standing.BELIEVED
-    assert scene.state.standing(snapshot(at(13, 2), None), began) is Standing.REFUSED
-
-
-def test_a_read_ahead_is_believed_once_the_log_has_its_position(scene: Scene) -> None:
-    """A read ahead is refused if the log has its revision with another mark."""
-    began = scene.state.begin_read()
-    scene.apply((at(14), "c"))
-    assert scene.state.standing(snapshot(at(14)), began) is Standing.BELIEVED
-    assert scene.state.standing(snapshot(at(14, 2)), began) is Standing.REFUSED
-
-
-@pytest.mark.parametrize("how", ["lost", "another timeline", "every token"])
-def test_a_read_sent_before_the_cache_started_over_is_refused(scene: Scene, how: str) -> None:
-    """Such a read was permitted by a lease on another history, even if its position is known
-    again."""
-    state = scene.state
-    began = state.begin_read()
-    server = PRIMARY
-    if how == "lost":
-        state.lose()
-        state.register(at(13), 0, PRIMARY, 100.0)
-    elif how == "another timeline":
-        server = PROMOTED
-        state.apply(log(at(13), server=PROMOTED), scene.now)
-    else:
-        state.apply(Log(True, PRIMARY, at(14), (Change(at(14), (EVERY_TOKEN,)),)), scene.now)
-    scene.renew()
-    position = state.cache.position
-    assert state.standing(snapshot(position, server.timeline), began) is Standing.REFUSED
-    again = state.begin_read()
-    assert state.standing(snapshot(position, server.timeline), again) is Standing.BELIEVED
+    """A process that has applied 11 and 13, and has a token in its cache."""
+    return caught_up()
 
 
 # The log.

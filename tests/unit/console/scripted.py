@@ -2,6 +2,7 @@
 
 import asyncio
 import html
+import itertools
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -61,6 +62,7 @@ class Scripted:
     calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     lists: list[asyncio.Event] = field(default_factory=list)
     limits: latchkey.Limits = field(default_factory=latchkey.Limits)
+    entries: tuple[latchkey.AuditEntry, ...] = ()
 
     async def list_page(
         self, account_id: str, wanted: latchkey.TokenFilter = EVERY, **_: Any
@@ -80,11 +82,25 @@ class Scripted:
         self._call("get")
         return self.token
 
+    async def create(
+        self, account_id: str, name: str, scope: latchkey.Scope, **fields: Any
+    ) -> latchkey.CreatedToken:
+        self._call("create", name=name, **fields)
+        new = secret(f"new{len(self.called('create'))}", 0)
+        self.token = replace(self.token, name=name, scope=scope, hint=new.hint, secrets=(new,))
+        return latchkey.CreatedToken(
+            token=self.token, secret=latchkey.Secret(f"lk{'_'}{new.hint[-4:]}"), receipt=None
+        )
+
     async def get_usage(
         self, account_id: str, token_id: str, **_: Any
     ) -> tuple[latchkey.CallerUsage, ...]:
         self._call("get_usage")
         return self.usage
+
+    async def audit_page(self, wanted: latchkey.AuditFilter, **_: Any) -> latchkey.AuditPage:
+        self._call("audit_page", wanted=wanted)
+        return latchkey.AuditPage(self.entries, "")
 
     async def get_limits(self, account_id: str, **_: Any) -> latchkey.Limits:
         self._call("get_limits")
@@ -133,18 +149,51 @@ class Scripted:
 
 @asynccontextmanager
 async def console(
-    client: Scripted, monotonic: Callable[[], float] = lambda: 0.0
+    client: Scripted,
+    monotonic: Callable[[], float] = lambda: 0.0,
+    now: Callable[[], datetime] = lambda: NOW,
+    **options: Any,
 ) -> AsyncIterator[httpx.AsyncClient]:
-    """Run the console for the account acme at NOW, and yield an HTTP client that keeps cookies."""
-    app = make_app(
-        settings.make(target="127.0.0.1:1", account="acme"),
-        client=cast("latchkey.Client", client),
-        now=lambda: NOW,
-        monotonic=monotonic,
-    )
-    transport = httpx.ASGITransport(app, raise_app_exceptions=True, client=("127.0.0.1", 40_000))
+    """Run the console for the account acme at NOW, and yield an HTTP client that keeps cookies.
+
+    `options` are further settings.
+    """
+    transport = _process(client, monotonic, now, options)
     async with httpx.AsyncClient(transport=transport, base_url=ORIGIN) as browser:
         yield browser
+
+
+@asynccontextmanager
+async def several(
+    client: Scripted, now: Callable[[], datetime] = lambda: NOW, **options: Any
+) -> AsyncIterator[httpx.AsyncClient]:
+    """Run two processes of the console. Each request goes to the other one than the last."""
+    processes = _Alternating([_process(client, lambda: 0.0, now, options) for _ in range(2)])
+    async with httpx.AsyncClient(transport=processes, base_url=ORIGIN) as browser:
+        yield browser
+
+
+class _Alternating(httpx.AsyncBaseTransport):
+    def __init__(self, transports: list[httpx.ASGITransport]) -> None:
+        self._turns = itertools.cycle(transports)
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        return await next(self._turns).handle_async_request(request)
+
+
+def _process(
+    client: Scripted,
+    monotonic: Callable[[], float],
+    now: Callable[[], datetime],
+    options: dict[str, Any],
+) -> httpx.ASGITransport:
+    app = make_app(
+        settings.make(**{"target": "127.0.0.1:1", "account": "acme"} | options),
+        client=cast("latchkey.Client", client),
+        now=now,
+        monotonic=monotonic,
+    )
+    return httpx.ASGITransport(app, raise_app_exceptions=True, client=("127.0.0.1", 40_000))
 
 
 def text(page: httpx.Response | str) -> str:

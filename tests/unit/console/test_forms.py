@@ -4,7 +4,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from latchkey import FieldViolation, Limits, Scope
+from latchkey import FieldViolation, Limits, RateLimit, Scope
 from latchkey_console.forms import NewToken, TokenForm, expiries, last_day, parse_body
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
@@ -46,6 +46,21 @@ def test_expiry(expiry: str, ttl: timedelta | None) -> None:
     """Each choice is a duration, which starts on the service's clock, or no expiry."""
     new = made(TokenForm(name=" x ", scope="write", expiry=expiry))
     assert new == NewToken("x", Scope.WRITE, None, ttl)
+
+
+@pytest.mark.parametrize(
+    ("typed", "limit"),
+    [
+        ("", None),
+        (" ", None),
+        ("100/minute", RateLimit(100, timedelta(minutes=1))),
+        (" 5/second, burst 20 ", RateLimit(5, timedelta(seconds=1), 20)),
+        ("1000000/hour", RateLimit(1_000_000, timedelta(hours=1))),
+    ],
+)
+def test_rate_limit(typed: str, limit: RateLimit | None) -> None:
+    """A limit is optional, and means what was typed."""
+    assert made(TokenForm(name="x", rate=typed)).rate_limit == limit
 
 
 @pytest.mark.parametrize(
@@ -116,6 +131,11 @@ def test_date_may_be_today() -> None:
         (TokenForm(name="x", expiry="date", date="31.1.2027"), "expiry", "not a valid date"),
         (TokenForm(name="x", expiry="date", date="2027-02-30"), "expiry", "not a valid date"),
         (TokenForm(name="x", expiry="date", date="2026-05-31"), "expiry", "already ended"),
+        (TokenForm(name="x", rate="100"), "rate", "100/minute"),
+        (TokenForm(name="x", rate="100/day"), "rate", "100/minute"),
+        (TokenForm(name="x", rate="0/minute"), "rate", "from 1 to 1,000,000"),
+        (TokenForm(name="x", rate="1000001/hour"), "rate", "from 1 to 1,000,000"),
+        (TokenForm(name="x", rate="1/hour, burst 1000001"), "rate", "from 1 to 1,000,000"),
     ],
 )
 def test_errors_appear_at_their_field(form: TokenForm, field: str, words: str) -> None:

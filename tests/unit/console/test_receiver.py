@@ -3,6 +3,7 @@ service."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import logging
@@ -88,14 +89,19 @@ class Endpoint:
 
     def __init__(self, answer: bytes, status: int = 200) -> None:
         self.answer, self.status, self.fetches = answer, status, 0
+        # If not set, each fetch waits before it answers with what the partner had when it began.
+        self.open = asyncio.Event()
+        self.open.set()
 
     def keys(self, fixed: public_keys.Keys, now: list[float]) -> PublicKeys:
-        def handle(request: httpx2.Request) -> httpx2.Response:
+        async def handle(request: httpx2.Request) -> httpx2.Response:
             self.fetches += 1
+            answer = self.answer
+            await self.open.wait()
             if self.status == 0:
                 raise httpx2.ConnectError("no", request=request)
             headers = {"location": "https://elsewhere.example.com/"} if self.status == 302 else {}
-            return httpx2.Response(self.status, content=self.answer, headers=headers)
+            return httpx2.Response(self.status, content=answer, headers=headers)
 
         client = httpx2.AsyncClient(transport=httpx2.MockTransport(handle))
         return PublicKeys(fixed, URL, lambda: now[0], client)
@@ -299,60 +305,8 @@ async def test_health() -> None:
     keys = endpoint.keys({}, now)
     async with scanner(Service(), keys=keys) as http:
         assert (await http.get("/healthz")).status_code == 503
-        await keys.refresh()
+        await keys.start()
         assert (await http.get("/healthz")).text == "ok\n"
-
-
-async def test_unknown_key_is_fetched_at_most_every_two_minutes() -> None:
-    """A report with a key that is new at the partner is accepted. Made-up keys cause few fetches,
-    failed fetches too."""
-    now, endpoint = [0.0], Endpoint(document(test=KEY))
-    keys = endpoint.keys({}, now)
-    async with scanner(Service(), keys=keys) as http:
-        assert (await send(http, [])).status_code == 200
-        for _ in range(5):
-            assert (await send(http, [], github_public_key_identifier="x")).status_code == 401
-        assert endpoint.fetches == 1
-        now[0] += public_keys.REFRESH_SECONDS_MIN
-        endpoint.status = 0
-        for _ in range(5):
-            assert (await send(http, [], github_public_key_identifier="x")).status_code == 401
-        assert endpoint.fetches == 2
-        # The partner has replaced its key: a body with the old one's signature is refused.
-        now[0] += public_keys.REFRESH_SECONDS_MIN
-        endpoint.status, endpoint.answer = 200, document(fresh=OTHER)
-        headers = {
-            "github_public_key_identifier": "fresh",
-            "github_public_key_signature": signature(b"[]", OTHER),
-        }
-        assert (await send(http, b"[]", **headers)).status_code == 200
-        assert (await send(http, [])).status_code == 401
-        assert endpoint.fetches == 3
-
-
-@pytest.mark.parametrize(
-    ("status", "answer"),
-    [
-        (0, b""),
-        (302, b""),
-        (500, b""),
-        (200, b"no JSON"),
-        (200, b" " * 100_000),
-        (200, document(only=ed25519.Ed25519PrivateKey.generate())),
-    ],
-    # The keys are random, and all processes of a run need the same names.
-    ids=["no connection", "redirect", "error", "no JSON", "too long", "no key of the type"],
-)
-async def test_bad_fetch_keeps_the_old_keys(status: int, answer: bytes) -> None:
-    """If the fetch fails after a day, the keys that are known stay, and a redirect is not
-    followed."""
-    now, endpoint = [0.0], Endpoint(document(test=KEY))
-    keys = endpoint.keys({}, now)
-    assert await keys.find("test") is not None
-    now[0] += public_keys.REFRESH_SECONDS + 1
-    endpoint.status, endpoint.answer = status, answer
-    assert await keys.find("test") is not None
-    assert endpoint.fetches == 2
     await keys.close()
 
 

@@ -24,9 +24,13 @@ def token(**fields: Any) -> Token:
     return Token(**values | fields)
 
 
-def secret(days: int) -> TokenSecret:
+def secret(days: int, *, leaked: bool = False) -> TokenSecret:
     """A secret of this age."""
-    return TokenSecret(hint="lk_…aB3x", create_time=NOW - timedelta(days=days))
+    return TokenSecret(
+        hint="lk_…aB3x",
+        create_time=NOW - timedelta(days=days),
+        leak_report_time=NOW if leaked else None,
+    )
 
 
 @pytest.mark.parametrize(
@@ -46,6 +50,10 @@ def secret(days: int) -> TokenSecret:
         ({"disable_time": NOW, "scope": Scope.WRITE, "expire_time": None}, []),
         ({"disable_time": NOW, "expire_time": NOW}, [Kind.EXPIRED]),
         ({"scope": Scope.WRITE}, [Kind.WRITE]),
+        ({"secrets": (secret(1, leaked=True),)}, [Kind.LEAKED]),
+        ({"secrets": (secret(0), secret(1, leaked=True))}, [Kind.LEAKED]),
+        ({"secrets": (secret(1, leaked=True),), "disable_time": NOW}, []),
+        ({"secrets": (secret(1, leaked=True),), "expire_time": NOW}, [Kind.EXPIRED]),
         ({"scope": Scope.UNSPECIFIED}, [Kind.WRITE]),
         ({"last_used_time": NOW - UNUSED}, []),
         ({"last_used_time": NOW - UNUSED - SECOND}, [Kind.UNUSED]),
@@ -69,6 +77,7 @@ def test_every_kind_has_a_title_and_a_reason() -> None:
     for kind in Kind:
         assert kind.title
         assert kind.why.endswith(".")
-        act, label = kind.remedy
-        assert act in ("replace", "edit", "delete")
-        assert label
+        assert kind.remedies
+        for act, label in kind.remedies:
+            assert act in ("replace", "edit", "delete")
+            assert label

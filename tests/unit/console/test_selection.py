@@ -1,10 +1,12 @@
 """Deleting several tokens, and the review that a visitor is done with, without a browser."""
 
+from dataclasses import replace
 from datetime import timedelta
 
 import latchkey
 import pytest
 from latchkey import TokenFilter
+from latchkey_console.cookies import CookieRules
 from latchkey_console.review import Kind
 from latchkey_console.reviewed import REVIEWED_DAYS, Reviewed
 from starlette.requests import Request
@@ -12,6 +14,7 @@ from starlette.responses import Response
 
 from tests.unit.console.scripted import NOW, Scripted, console, submit, text
 
+RULES = CookieRules("latchkey-console-1", "/", secure=False)
 COOKIE = "latchkey-console-1-reviewed"
 
 
@@ -23,7 +26,7 @@ def visit(response: Response) -> Request:
 
 def test_reviewed_kinds_are_kept_for_a_while() -> None:
     """The cookie keeps each kind with its count for thirty days, for one account."""
-    reviewed = Reviewed("latchkey-console-1", secure=False)
+    reviewed = Reviewed(RULES)
     response = Response()
     reviewed.add(visit(response), response, "acme", NOW, "old", "3")
     assert reviewed.read(visit(response), "acme", NOW) == {Kind.OLD: 3}
@@ -40,7 +43,7 @@ def test_reviewed_kinds_are_kept_for_a_while() -> None:
     reviewed.clear(cleared)
     assert reviewed.read(visit(cleared), "acme", later) == {}
     assert "secure" not in second.headers["set-cookie"].lower()
-    Reviewed("x", secure=True).add(request, cleared, "acme", NOW, "old", "1")
+    Reviewed(replace(RULES, secure=True)).add(request, cleared, "acme", NOW, "old", "1")
     assert "secure" in cleared.headers.getlist("set-cookie")[-1].lower()
 
 
@@ -60,7 +63,7 @@ def test_reviewed_kinds_are_kept_for_a_while() -> None:
 )
 def test_any_cookie_is_harmless(value: str) -> None:
     """A cookie that the page did not write hides nothing and is no error."""
-    reviewed = Reviewed("latchkey-console-1", secure=False)
+    reviewed = Reviewed(RULES)
     response = Response()
     reviewed.add(visit(response), response, "acme", NOW, "old", "1")
     owner = response.headers["set-cookie"].partition("=")[2].partition("_")[0]
@@ -73,7 +76,7 @@ def test_any_cookie_is_harmless(value: str) -> None:
 def test_invalid_reviews_are_ignored(kind: str, count: str) -> None:
     """A form with invalid values writes no cookie."""
     response = Response()
-    reviewed = Reviewed("latchkey-console-1", secure=False)
+    reviewed = Reviewed(RULES)
     reviewed.add(visit(response), response, "acme", NOW, kind, count)
     assert "set-cookie" not in response.headers
 

@@ -9,11 +9,12 @@ from latchkey_service.access.methods import METHODS
 from latchkey_service.access.rates import DEFAULT_PER_SECOND
 from latchkey_service.coherence.use_reports import USES_IN_REPORT_MAX
 from latchkey_service.coherence.watch_sessions import WATCH_SESSIONS_MAX
-from latchkey_service.rpc import admission, call_report, managed_calls, streams
+from latchkey_service.rpc import admission, managed_calls, refused_calls, streams
 from latchkey_service.settings.settings import Settings
 from latchkey_service.tokens.batched_lookup import BUSY, STANDING, WAITING_MAX
+from latchkey_service.tokens.fair_queue import SMALL_BYTES
 from latchkey_service.tokens.usage import USES_PENDING_MAX
-from latchkey_service.transport import connection_shares, native, transports
+from latchkey_service.transport import connection_shares, native, native_queues, transports
 
 from tests.helpers.repository import ROOT
 
@@ -173,14 +174,23 @@ ROWS: dict[str, tuple[tuple[str, ...], tuple[object, ...]]] = {
     ),
     "refusals of calls without an identity, and of unknown methods": (
         (
-            FAIR + "test_anonymous_refusals_are_paced",
+            "tests/unit/rpc/test_refused_calls.py::test_refusals_are_paced",
             HOSTILE + "test_anonymous_calls_do_not_delay_known_callers",
         ),
         (
-            call_report.ANONYMOUS_PER_SECOND,
+            refused_calls.PER_SECOND,
             admission.REJECTIONS_AT_ONCE,
-            f"{call_report.ANONYMOUS_SECONDS_MAX:g}",
+            f"{refused_calls.SECONDS_MAX:g}",
         ),
+    ),
+    "calls that wait for such a refusal": (
+        (
+            "tests/unit/rpc/test_refused_calls.py::test_open_calls_of_an_address_are_bounded",
+            "tests/unit/rpc/test_refused_calls.py::test_open_calls_of_a_worker_are_bounded",
+            HOSTILE + "test_too_many_refused_calls_end_connections",
+            LANES + "test_delayed_rejections_are_bounded",
+        ),
+        (refused_calls.OPEN_MAX, refused_calls.OPEN_PER_ADDRESS_MAX, native.DELAYED_MAX),
     ),
     "calls that wait to start": (
         (
@@ -188,13 +198,19 @@ ROWS: dict[str, tuple[tuple[str, ...], tuple[object, ...]]] = {
             LANES + "test_health_checks_are_bounded",
             LANES + "test_the_bytes_of_a_queue_are_bounded",
         ),
-        (native.STANDING, native.BURST, native.QUEUED_BYTES_MAX // MIB),
+        (
+            native_queues.STANDING,
+            native_queues.BURST,
+            native_queues.QUEUED_BYTES_MAX // MIB,
+            SMALL_BYTES // 1024,
+        ),
     ),
     "management calls": (
         (
             "tests/contract/test_admission.py::test_calls_that_wait_for_the_database_are_bounded",
             ADMISSION + "test_standing_queue_rejects_at_once",
             FAIR + "test_removals_are_bounded",
+            FAIR + "test_one_caller_cannot_fill_the_total",
         ),
         (
             *managed_calls.CONCURRENCY_LIMITS["manager"],
@@ -207,6 +223,13 @@ ROWS: dict[str, tuple[tuple[str, ...], tuple[object, ...]]] = {
             *managed_calls.CONCURRENCY_LIMITS["operator"],
             *managed_calls.CONCURRENCY_LIMITS["revoker"],
             managed_calls.CONCURRENCY_LIMITS["operator"][0] * admission.BURST,
+        ),
+    ),
+    "importers' calls": (
+        (ADMISSION + "test_released_slot_frees_capacity_but_call_still_counts",),
+        (
+            *managed_calls.CONCURRENCY_LIMITS["importer"],
+            managed_calls.CONCURRENCY_LIMITS["importer"][0] * admission.BURST,
         ),
     ),
     "verifies that read the database": (

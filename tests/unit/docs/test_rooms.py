@@ -69,6 +69,7 @@ SQL_ELSEWHERE = {
     "postgres/inspection.py": "reads facts about the server for `latchkey doctor`",
     "postgres/preflight.py": "checks the server before the first migration",
     "postgres/sessions.py": "session settings, and the statement that finds the primary",
+    "postgres/traced_connection.py": "the names of operations, for the spans of statements",
 }
 SQL = re.compile(
     r"\b(SELECT|INSERT INTO|UPDATE \w+\s+SET|DELETE FROM|TRUNCATE|ON CONFLICT"

@@ -7,6 +7,7 @@ from uuid import UUID
 
 import httpx2
 import pytest
+from latchkey_service.process import webhook
 from latchkey_service.process.webhook import Deliverer, body_of, delay_seconds
 from latchkey_service.tokens.event_store import Event
 from standardwebhooks import Webhook, WebhookVerificationError
@@ -101,3 +102,24 @@ def test_body_is_compact_json() -> None:
     body = body_of(EVENT)
     assert json.loads(body)["data"]["name"] == "n\u00e4me"
     assert ": " not in body
+
+
+async def test_an_event_without_a_message_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the message of one event cannot be made, the others of its claim are delivered, and that
+    one is postponed like one that the receiver refuses."""
+    bad = EVENT._replace(id=2)
+
+    def body(event: Event) -> str:
+        if event is bad:
+            raise ValueError
+        return body_of(event)
+
+    monkeypatch.setattr(webhook, "body_of", body)
+    client = httpx2.AsyncClient(transport=httpx2.MockTransport(lambda _: httpx2.Response(200)))
+    store = Store()
+    store.due = [bad, EVENT]
+    deliverer = Deliverer(cast("Any", store), "https://example.com/", [NEW], 3, client)
+    await deliverer.deliver_once()
+    await deliverer.close()
+    assert store.removed == [EVENT.id]
+    assert len(store.postponed) == 1

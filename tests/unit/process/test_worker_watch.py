@@ -17,8 +17,9 @@ from latchkey_service.process.worker_watch import (
     Vitals,
     WorkerWatch,
 )
+from structlog.testing import capture_logs
 
-from tests.helpers.waiting import POLL_SECONDS, WAIT_SECONDS
+from tests.helpers.waiting import POLL_SECONDS, WAIT_SECONDS, eventually
 
 MAX = 1_000
 
@@ -97,12 +98,43 @@ async def test_the_watch_works_while_the_supervisor_is_blocked() -> None:
             await processes[-1].wait()
         watch.add(processes[-1], read)
     watch.start()
-    try:
-        assert has_ended(processes[0].pid)
-    finally:
-        watch.stop()
-        if processes[0].returncode is None:
-            processes[0].kill()
-        assert await processes[0].wait() == -signal.SIGKILL
+    ended = has_ended(processes[0].pid)
+    watch.stop()
+    if not ended:
+        # Not otherwise: it would take the exit code away from asyncio, which then reports 255.
+        processes[0].kill()
+    assert await processes[0].wait() == -signal.SIGKILL
+    assert ended
     assert [watch.remove(process) for process in processes] == [Reason.MEMORY, None]
     assert watch.remove(processes[0]) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is checked only on Linux")
+async def test_a_worker_that_cannot_be_examined_leaves_the_others_watched() -> None:
+    """If the check of one worker fails, whatever the reason, the next one is killed nevertheless.
+    The log has one line for each kind of failure, and not one for each check."""
+    watch = WorkerWatch(bytes_max=1)
+    processes = []
+    for _ in range(2):
+        processes.append(await asyncio.create_subprocess_exec("cat", stdin=asyncio.subprocess.PIPE))
+        read, write = os.pipe()
+        os.close(write)
+        watch.add(processes[-1], read)
+
+    def fail() -> int:
+        raise ZeroDivisionError
+
+    watch._workers[processes[0]]._resident = fail  # type: ignore[method-assign]
+    watch.start()
+    with capture_logs() as lines:
+        try:
+            assert await asyncio.to_thread(has_ended, processes[1].pid)
+            await eventually(lambda: watch._workers[processes[1]].reason is not None, "it is noted")
+        finally:
+            watch.stop()
+            processes[0].kill()
+            for process in processes:
+                await process.wait()
+    assert [watch.remove(process) for process in processes] == [None, Reason.MEMORY]
+    failed = [line["error"] for line in lines if line["event"] == "worker not watched"]
+    assert failed == ["ZeroDivisionError"]

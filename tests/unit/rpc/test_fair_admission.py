@@ -10,14 +10,8 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_service.access.methods import ROTATE, UPDATE
 from latchkey_service.access.policy import parse
 from latchkey_service.access.rates import RateLimits
-from latchkey_service.errors import LatchkeyError, RateLimited
-from latchkey_service.rpc.admission import BURST, REJECTIONS_AT_ONCE, ConcurrencyLimiter
-from latchkey_service.rpc.call_report import (
-    ANONYMOUS_PER_SECOND,
-    ANONYMOUS_SECONDS_MAX,
-    CallReporter,
-)
-from latchkey_service.rpc.counters import Counts
+from latchkey_service.errors import LatchkeyError, Overloaded, RateLimited
+from latchkey_service.rpc.admission import BURST, ConcurrencyLimiter
 from latchkey_service.rpc.removals import may_narrow
 
 from tests.helpers.callers import policy_text
@@ -196,13 +190,51 @@ def test_removals_are_charged_apart() -> None:
             limits.spend("manager", 1, 5.0, removal=removal)
 
 
-def test_anonymous_refusals_are_paced() -> None:
-    """A burst of calls without an identity is refused at once. The others wait their turn, at the
-    documented rate, but none for longer than the maximum."""
-    audit: Any = None
-    reporter = CallReporter(Counts(), audit, lambda: 1_000.0)
-    delays = [reporter.anonymous_delay_seconds() for _ in range(20_000)]
-    assert delays[:REJECTIONS_AT_ONCE] == [0.0] * REJECTIONS_AT_ONCE
-    rate = 1 / (delays[REJECTIONS_AT_ONCE + 2] - delays[REJECTIONS_AT_ONCE + 1])
-    assert rate == pytest.approx(ANONYMOUS_PER_SECOND)
-    assert max(delays) == pytest.approx(ANONYMOUS_SECONDS_MAX, abs=0.1)
+class Waiting:
+    """A limiter whose calls have released their slots, as Deletes do that wait for verifiers."""
+
+    def __init__(self, total_max: int) -> None:
+        self.limiter = ConcurrencyLimiter(2, total_max, lambda: 1_000.0)
+        self._slots: dict[str, list[Any]] = {}
+
+    async def fill(self, caller: str, tries: int) -> int:
+        """Let a caller make calls until one is rejected. Return how many were accepted."""
+        for accepted in range(tries):
+            try:
+                self.limiter.check(caller, removal=True)
+            except Overloaded:
+                return accepted
+            slot = self.limiter.slot(SECONDS, caller, removal=True)
+            await slot.__aenter__()
+            slot.release()
+            self._slots.setdefault(caller, []).append(slot)
+        return tries
+
+    async def end(self, caller: str) -> None:
+        for slot in self._slots.pop(caller):
+            await slot.__aexit__(None, None, None)
+
+
+async def test_one_caller_cannot_fill_the_total() -> None:
+    """A caller whose Deletes wait for verifiers leaves room for others, each of which leaves room
+    for a further one. When a caller has left, its room is free again."""
+    scene = Waiting(100)
+    assert await scene.fill("flood", 200) == 50
+    assert await scene.fill("a", 200) == 33
+    assert await scene.fill("b", 200) == 17
+    assert await scene.fill("flood", 1) == 0
+    await scene.end("flood")
+    assert await scene.fill("c", 200) == 25
+    assert await scene.fill("b", 200) == 8
+    for caller in "abc":
+        await scene.end(caller)
+    assert scene.limiter._total == 0
+    assert scene.limiter._present == {}
+
+
+async def test_calls_without_a_name_share_the_total() -> None:
+    """Without a policy, all calls have the same caller, and may fill the total."""
+    scene = Waiting(100)
+    assert await scene.fill("", 200) == 100
+    await scene.end("")
+    assert scene.limiter._present == {}

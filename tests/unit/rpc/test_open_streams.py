@@ -3,9 +3,11 @@
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from latchkey_service.audit.audit_log import AuditLog
+from latchkey_service.errors import PermissionDenied
 from latchkey_service.rpc.call_report import CallReporter
 from latchkey_service.rpc.counters import Counts
 from latchkey_service.rpc.streams import OPEN_STREAMS_PER_ADDRESS_MAX as SHARE
@@ -85,3 +87,27 @@ async def test_clients_cannot_name_their_addresses_themselves() -> None:
     scene = Scene(proxied=False)
     found = [await scene.accepts("ipv4:192.0.2.1:5", f"10.0.0.{n}") for n in range(SHARE + 1)]
     assert found == [True] * SHARE + [False]
+
+
+def test_a_stream_that_cannot_be_checked_ends_alone() -> None:
+    """After a change of the policy, each stream is checked. One that cannot be checked ends, and so
+    do all that are no longer allowed."""
+    table: Any = None
+    audit = AuditLog(table, lambda: 0.0, lambda: datetime.now(UTC))
+    streams = Streams(CallReporter(Counts(), audit, lambda: 0.0), lambda: 0.0)
+    ended: list[str] = []
+
+    def stream(name: str, error: Exception) -> Any:
+        def authorize(*_: object) -> Any:
+            raise error
+
+        made = Mock(path=WATCH, denied=None)
+        made.authenticator.authorize = authorize
+        made.task.cancel = lambda: ended.append(name)
+        return made
+
+    denied = PermissionDenied("no", "METHOD_DENIED")
+    for name, error in (("a", denied), ("b", ZeroDivisionError()), ("c", denied)):
+        streams._streams.add(stream(name, error))
+    streams.recheck()
+    assert sorted(ended) == ["a", "b", "c"]

@@ -153,7 +153,14 @@ async def test_only_a_valid_answer_is_a_first_use() -> None:
     """A verify that is refused, or whose caller may not see the token, does not use the secret.
     Its answer has no position, so no client keeps it and hides the first use."""
     record = CachedToken(
-        "t1", "acme", 1, math.inf, b"", deleted=False, retires_older=b"d", keep_until=math.inf
+        token_id="t1",
+        account_id="acme",
+        scope=1,
+        expires=math.inf,
+        token=b"",
+        deleted=False,
+        retires_older=b"d",
+        keep_until=math.inf,
     )
     refused = answer_for("acme", Verdict.INSUFFICIENT_SCOPE)._replace(record=record)
     valid = answer_for("acme", Verdict.VALID)._replace(record=record)

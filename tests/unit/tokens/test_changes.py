@@ -42,11 +42,11 @@ def token(**fields: Any) -> TokenRecord:
 
 def rules(record: TokenRecord) -> CachedToken:
     return CachedToken(
-        record.id,
-        record.account_id,
-        int(record.scope),
-        math.inf if record.expire_time is None else record.expire_time.timestamp(),
-        b"",
+        token_id=record.id,
+        account_id=record.account_id,
+        scope=int(record.scope),
+        expires=math.inf if record.expire_time is None else record.expire_time.timestamp(),
+        token=b"",
         deleted=False,
         disabled=record.disable_time is not None,
         networks=Networks(record.allowed_networks) if record.allowed_networks else None,

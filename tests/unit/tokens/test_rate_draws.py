@@ -33,6 +33,7 @@ class Database:
         self.seconds = 0.0
         self.failure: Exception | None = None
         self.refusal: Exception | None = None
+        self.lease_ends = 1e9
         self.gate = asyncio.Event()
         self.gate.set()
         self.dropped = 0
@@ -56,6 +57,10 @@ class Database:
     async def accept(self, _snapshot: Any, _began: Any, _deadline: float) -> None:
         if self.refusal is not None:
             raise self.refusal
+
+    def require_lease(self) -> None:
+        if self.now >= self.lease_ends:
+            raise StoreUnavailable("no lease")
 
     async def draw_all(
         self, _connection: Any, wants: Sequence[Want]
@@ -130,6 +135,20 @@ async def test_draw_of_another_history_does_not_count(
     with pytest.raises(type(refusal)):
         await draws.draw([Want("t1", 1, 0)], DEADLINE)
     assert database.dropped == 1
+    await draws.close()
+
+
+async def test_draw_that_outlasts_the_lease_does_not_count(database: Database) -> None:
+    """A deposed primary's bucket issues nothing after the lease, also to draws that began before.
+
+    Otherwise a failover would add the calls of another second to the bound.
+    """
+    draws = database.draws()
+    database.calls, database.seconds, database.lease_ends = {"t1": 5}, 0.5, database.now + 0.5
+    with pytest.raises(StoreUnavailable):
+        await draws.draw([Want("t1", 1, 4)], DEADLINE)
+    database.lease_ends = database.now + 0.6
+    assert (await draws.draw([Want("t1", 1, 4)], DEADLINE))[0].calls == 1
     await draws.close()
 
 

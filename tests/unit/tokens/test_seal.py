@@ -15,6 +15,7 @@ from latchkey_service.tokens.verdict import Scope, SecretRecord, TokenRecord
 OLD, NEW = Pepper(b"o" * 32), Pepper(b"n" * 32)
 KEYRING = Keyring([NEW, OLD])
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
+INFINITY = datetime.max  # noqa: DTZ901 - as the driver returns it
 TOKEN = TokenRecord(
     *("tok_1", "acme", "ci", Scope.READ, NOW, NOW + timedelta(1), "lk_…abcd"),
     allowed_networks=("10.0.0.0/8", "::/0"),
@@ -28,6 +29,7 @@ CHANGES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"account_id": "other"}, {}),
     ({"scope": Scope.WRITE}, {}),
     ({"expire_time": None}, {}),
+    ({"expire_time": INFINITY}, {}),
     ({"expire_time": NOW + timedelta(1, microseconds=1)}, {}),
     ({"disable_time": NOW}, {}),
     ({"allowed_networks": ()}, {}),
@@ -43,9 +45,11 @@ CHANGES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"permissions": ('a:b", "c:d',)}, {}),
     ({}, {"digest": b"e" * 32}),
     ({}, {"expire_time": None}),
+    ({}, {"expire_time": INFINITY}),
     ({}, {"expire_time": NOW + timedelta(1)}),
     ({}, {"retire_on_first_use": True}),
     ({}, {"pepper_id": OLD.id}),
+    ({}, {"ordinal": 1}),
 ]
 
 
@@ -69,6 +73,12 @@ def test_seal_of_a_token_without_a_limit_is_that_of_earlier_releases():
     seal = SEALER.seal(token, SECRET)
     assert seal is not None
     assert seal.hex().startswith(earlier)
+
+
+def test_the_order_of_secrets_is_sealed():
+    """No two secrets of a token have each other's seals, nor has a first one any later one's."""
+    seals = {SEALER.seal(TOKEN, SECRET._replace(ordinal=number)) for number in range(20)}
+    assert len(seals) == 20
 
 
 def test_other_fields_are_free():

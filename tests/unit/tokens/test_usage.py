@@ -28,7 +28,15 @@ HINT, OTHER_HINT = "lk_…abcd", "lk_…wxyz"
 
 
 def cached(token_id: str = "t1") -> CachedToken:  # noqa: S107 - no password
-    return CachedToken(token_id, "acme", Scope.READ, 1e18, b"", deleted=False, keep_until=1e18)
+    return CachedToken(
+        token_id=token_id,
+        account_id="acme",
+        scope=Scope.READ,
+        expires=1e18,
+        token=b"",
+        deleted=False,
+        keep_until=1e18,
+    )
 
 
 def pending(entries_max: int = 100) -> PendingUses:

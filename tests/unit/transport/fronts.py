@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from latchkey_service.errors import LatchkeyError, Overloaded, StatusParts, status_of
+from latchkey_service.errors import Overloaded, StatusParts, status_of
 from latchkey_service.transport import native
 from pygrpc_native import EVENT_CANCEL
 
@@ -61,7 +61,7 @@ class Server(native.Server):
         self.delay_seconds = 0.0
         super().__init__([], self.reject_all, lambda: self.clock, screen)
         self.front = self._front = Front()  # type: ignore[assignment]
-        self._set_paths(PATHS)
+        self._queues.set_paths(PATHS)
         self._table = [(path, None) for path in PATHS]  # type: ignore[misc]
         # As if other calls were arriving too.
         self._others_at = self.clock
@@ -73,7 +73,7 @@ class Server(native.Server):
         self,
         path: str,
         seconds: float | None,
-        error: LatchkeyError | None = None,
+        error: Exception | None = None,
         peer: str = "",
     ) -> tuple[StatusParts, float]:
         assert seconds is None

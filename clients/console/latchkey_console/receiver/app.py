@@ -8,6 +8,7 @@ idempotent. No secret is logged; the answer repeats only what the request had.
 import contextlib
 import json
 import logging
+import math
 import re
 import time
 from collections import Counter
@@ -25,7 +26,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from latchkey_console.connections import RequestLimit
-from latchkey_console.receiver.keys import PublicKeys, is_signed
+from latchkey_console.receiver.keys import PublicKeys, Undecided, is_signed
 from latchkey_console.receiver.settings import Action, ReceiverSettings
 
 __all__ = ["BODY_BYTES_MAX", "HEALTH", "make_app"]
@@ -83,7 +84,7 @@ def make_app(
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         async with client:
             # So that the health check answers well before the first report.
-            await keys.refresh()
+            await keys.start()
             yield
             await keys.close()
 
@@ -161,7 +162,15 @@ class _Receiver:
         signature = request.headers.get("github-public-key-signature", "")
         if not identifier or not signature or len(identifier) > _IDENTIFIER_LENGTH_MAX:
             return PlainTextResponse("The report is not signed.\n", 401)
-        key = await self._keys.find(identifier)
+        try:
+            key = await self._keys.find(identifier)
+        except Undecided as undecided:
+            _log.warning("report not processed: cannot fetch key %s now", _loggable(identifier))
+            return PlainTextResponse(
+                "The key is unknown, and keys cannot be fetched now. Send the report again.\n",
+                503,
+                headers={"retry-after": str(math.ceil(undecided.seconds))},
+            )
         if key is None or not is_signed(key, signature, body):
             why = "unknown key" if key is None else "wrong signature"
             _log.warning("report refused: %s, key %s", why, _loggable(identifier))

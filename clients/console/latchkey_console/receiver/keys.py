@@ -2,11 +2,16 @@
 
 Owns the cache of keys and when it is refreshed. A report is accepted only with a signature by one
 of these keys, so without a key the receiver refuses everything.
+
+Anyone can send a report that names a made-up key, and only a fetch can show that it is made up. So
+the keys are fetched regularly, whatever reports name. The further fetches that reports cause have
+their own budget. Reports that name a known key never wait for a fetch.
 """
 
 import asyncio
 import base64
 import binascii
+import contextlib
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -23,7 +28,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import (
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-__all__ = ["KeysError", "PublicKeys", "is_signed", "parse", "read"]
+__all__ = ["KeysError", "PublicKeys", "Undecided", "is_signed", "parse", "read"]
 
 _log = logging.getLogger("latchkey.receiver")
 
@@ -32,11 +37,17 @@ DOCUMENT_BYTES_MAX: Final = 64 * 1024
 KEYS_MAX: Final = 100
 # For the whole fetch. GitHub waits 30 s for the answer to a report.
 FETCH_SECONDS: Final = 5.0
-# Anyone can name an unknown key. GitHub allows 60 anonymous requests an hour for each address.
-REFRESH_SECONDS_MIN: Final = 120.0
-# A key that the partner has withdrawn is accepted for this long, or longer while the fetch fails:
-# refusing genuine reports would leave leaked secrets alive.
-REFRESH_SECONDS: Final = 86_400.0
+# From one fetch to the next. GitHub allows 60 anonymous requests an hour for each address, which
+# several receivers may share. A key that the partner withdraws is accepted for this long, or longer
+# while the fetch fails: refusing genuine reports would leave leaked secrets alive.
+POLL_SECONDS: Final = 300.0
+# The further fetches for reports that name an unknown key: so many at once, and one more after each
+# such time. Anyone can spend them, so at most 35 an hour.
+UNKNOWN_FETCHES_MAX: Final = 5
+UNKNOWN_FETCH_SECONDS: Final = 120.0
+# Reports that may wait for a fetch at the same time: a quarter of the receiver's connections, so
+# that reports with made-up keys leave most of them free.
+WAITING_MAX: Final = 16
 # A P-256 signature in DER has at most 72 bytes.
 _SIGNATURE_LENGTH_MAX: Final = 200
 
@@ -45,6 +56,14 @@ Keys = Mapping[str, EllipticCurvePublicKey]
 
 class KeysError(ValueError):
     """The keys cannot be read. The message says why."""
+
+
+class Undecided(Exception):
+    """A key is unknown, and it cannot be fetched now. `seconds` is when to ask again."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__("the key is unknown, and the keys cannot be fetched now")
+        self.seconds = seconds
 
 
 def parse(document: bytes) -> Keys:
@@ -109,42 +128,112 @@ class PublicKeys:
         # No redirects: the operator has chosen whom to trust.
         self._client = client or httpx2.AsyncClient(timeout=FETCH_SECONDS, follow_redirects=False)
         self._fetched: Keys = {}
-        self._fetched_at: float | None = None
-        self._tried_at: float | None = None
-        self._fetching = asyncio.Lock()
+        # Names that a document lacks which was fetched for them, and when. Few, because each fetch
+        # for an unknown key adds at most WAITING_MAX.
+        self._absent: dict[str, float] = {}
+        self._fetching: asyncio.Task[bool] | None = None
+        self._polling: asyncio.Task[None] | None = None
+        self._waiting = 0
+        self._budget = float(UNKNOWN_FETCHES_MAX)
+        self._budget_at = monotonic()
 
     def has_any(self) -> bool:
         """Return whether there is any key."""
         return bool(self._fixed or self._fetched)
 
     async def find(self, identifier: str) -> EllipticCurvePublicKey | None:
-        """Return the key with this identifier, or None. May fetch the keys first."""
-        if self._is_old() or self._known(identifier) is None:
-            await self.refresh()
-        return self._known(identifier)
+        """Return the key with this identifier, or None if the partner has none.
 
-    async def refresh(self) -> None:
-        """Fetch the keys, unless that was tried a short time ago. Logs failures."""
-        if self._url is None:
-            return
-        async with self._fetching:
-            now = self._monotonic()
-            if self._tried_at is not None and now - self._tried_at < REFRESH_SECONDS_MIN:
-                return
-            self._tried_at = now
-            try:
-                async with asyncio.timeout(FETCH_SECONDS):
-                    keys = parse(await self._fetch(self._url))
-            except KeysError as error:
-                _log.warning("fetched keys are unusable: %s", error)
-            except (TimeoutError, httpx2.HTTPError, httpx2.InvalidURL) as error:
-                _log.warning("cannot fetch the keys: %s", type(error).__name__)
-            else:
-                self._fetched, self._fetched_at = keys, now
+        Fetches the keys if this one is unknown. Raises Undecided.
+        """
+        key = self._known(identifier)
+        if key is not None or self._url is None or self._is_absent(identifier):
+            return key
+        if self._waiting >= WAITING_MAX:
+            raise Undecided(FETCH_SECONDS)
+        self._waiting += 1
+        try:
+            return await self._find_by_fetch(identifier, self._url)
+        finally:
+            self._waiting -= 1
+
+    async def start(self) -> None:
+        """Fetch the keys once, and from now on regularly. Logs failures."""
+        if self._url is not None:
+            await self._shared_fetch(self._url)
+            self._polling = asyncio.create_task(self._poll(self._url))
 
     async def close(self) -> None:
-        """Close the connections."""
+        """Stop fetching, and close the connections."""
+        for task in (self._polling, self._fetching):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
         await self._client.aclose()
+
+    async def _poll(self, url: str) -> None:
+        """Fetch the keys regularly. Reports cannot delay this."""
+        while True:
+            await asyncio.sleep(POLL_SECONDS)
+            await self._shared_fetch(url)
+
+    async def _find_by_fetch(self, identifier: str, url: str) -> EllipticCurvePublicKey | None:
+        """Return the key, or None if a document that was fetched from now on lacks it."""
+        if self._fetching is not None:
+            # It may have begun before the partner published the key. So it can only find it.
+            await asyncio.shield(self._fetching)
+            if (key := self._known(identifier)) is not None:
+                return key
+        if self._fetching is None:
+            self._spend()
+        succeeded = await self._shared_fetch(url)
+        if (key := self._known(identifier)) is not None:
+            return key
+        if not succeeded:
+            raise Undecided(FETCH_SECONDS)
+        self._absent[identifier] = self._monotonic()
+        return None
+
+    def _is_absent(self, identifier: str) -> bool:
+        """Return whether a document of a short time ago lacks this key."""
+        end = self._monotonic() - UNKNOWN_FETCH_SECONDS
+        self._absent = {name: at for name, at in self._absent.items() if at > end}
+        return identifier in self._absent
+
+    def _spend(self) -> None:
+        """Take one fetch for an unknown key from the budget. Raises Undecided."""
+        now = self._monotonic()
+        earned = (now - self._budget_at) / UNKNOWN_FETCH_SECONDS
+        self._budget = min(self._budget + earned, UNKNOWN_FETCHES_MAX)
+        self._budget_at = now
+        if self._budget < 1:
+            raise Undecided((1 - self._budget) * UNKNOWN_FETCH_SECONDS)
+        self._budget -= 1
+
+    async def _shared_fetch(self, url: str) -> bool:
+        """Fetch the keys, or wait for the fetch that runs. Return whether it succeeded."""
+        if self._fetching is None:
+            self._fetching = asyncio.create_task(self._fetch_keys(url))
+        # A client that leaves does not end the fetch for the others.
+        return await asyncio.shield(self._fetching)
+
+    async def _fetch_keys(self, url: str) -> bool:
+        """Replace the fetched keys. Logs a failure, and returns whether it succeeded."""
+        try:
+            async with asyncio.timeout(FETCH_SECONDS):
+                keys = parse(await self._fetch(url))
+        except KeysError as error:
+            _log.warning("fetched keys are unusable: %s", error)
+            return False
+        except Exception as error:  # noqa: BLE001 - an unexpected one must not end the polls
+            _log.warning("cannot fetch the keys: %s", type(error).__name__)
+            return False
+        else:
+            self._fetched = keys
+            return True
+        finally:
+            self._fetching = None
 
     async def _fetch(self, url: str) -> bytes:
         async with self._client.stream("GET", url) as answer:
@@ -159,7 +248,3 @@ class PublicKeys:
 
     def _known(self, identifier: str) -> EllipticCurvePublicKey | None:
         return self._fetched.get(identifier) or self._fixed.get(identifier)
-
-    def _is_old(self) -> bool:
-        at = self._fetched_at
-        return at is None or self._monotonic() - at > REFRESH_SECONDS

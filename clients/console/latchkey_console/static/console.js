@@ -8,9 +8,14 @@
   const WAIT_MS = 30_000;
   const TYPING_MS = 200;
   const COPIED_MS = 2_500;
+  // Where the list is: "/", or a path that ends with a slash.
+  const HOME = `${document.documentElement.dataset.base}/`;
   const byId = (id) => document.getElementById(id);
   const one = (selector, from = document) => from.querySelector(selector);
   const all = (selector, from = document) => [...from.querySelectorAll(selector)];
+
+  // The URL of the whole list. It names the account if the viewer has several.
+  const home = () => document.body.dataset.home;
 
   // ---- asking the server ----
 
@@ -43,7 +48,7 @@
     if (dialog) return open(dialog);
     const main = one("main", page);
     // Another server answered, so let the browser load the page and show the answer.
-    if (!main) return location.assign("/");
+    if (!main) return location.assign(home());
     dismiss();
     return replaceMain(main, focus);
   }
@@ -53,12 +58,12 @@
     byId("main").setAttribute("aria-busy", "true");
     const to = new URL(url, location.href);
     // Keep the number of rows for the list behind the dialog.
-    const shown = location.pathname === "/" && new URLSearchParams(location.search).get("show");
-    if (to.pathname !== "/" && shown) to.searchParams.set("show", shown);
+    const shown = location.pathname === HOME && new URLSearchParams(location.search).get("show");
+    if (to.pathname !== HOME && shown) to.searchParams.set("show", shown);
     try {
       const page = await ask(to, { signal });
       if (signal.aborted) return;
-      if (push && to.pathname === "/") history.pushState(null, "", to);
+      if (push && to.pathname === HOME) history.pushState(null, "", to);
       place(page, { focus });
     } catch {
       if (!signal.aborted) lost("Nothing was changed. Try again.");
@@ -190,7 +195,7 @@
     typed = setTimeout(() => {
       const query = new URLSearchParams(new FormData(form));
       [...query].forEach(([name, value]) => value.trim() || query.delete(name));
-      const url = query.size ? `/?${query}` : "/";
+      const url = query.size ? `${HOME}?${query}` : home();
       history.replaceState(null, "", url);
       load(url, { focus: `#${document.activeElement?.id || "q"}` });
     }, delay);
@@ -230,7 +235,7 @@
     times(dialog);
     byId("dialog").replaceChildren(dialog);
     all("[inert]").forEach((element) => element.removeAttribute("inert"));
-    const form = one("form[action='/tokens']:has(#name)", dialog);
+    const form = one("form[action$='/tokens']:has(#name)", dialog);
     if (form) prepare(form, Boolean(before));
     const date = one("#date", dialog);
     if (date) date.min = today();
@@ -268,19 +273,19 @@
   }
 
   // The URL of the list, even if the page was opened at a dialog's URL.
-  const listUrl = () => (location.pathname === "/" ? location.href : closeUrl());
-  const closeUrl = () => one("dialog [data-close]")?.getAttribute("href") ?? "/";
+  const listUrl = () => (location.pathname === HOME ? location.href : closeUrl());
+  const closeUrl = () => one("dialog [data-close]")?.getAttribute("href") ?? home();
 
   // Keeps the form's input for the next time it opens, unless the user pressed Cancel.
   function close(dialog, { keep = true } = {}) {
-    const form = one("form[action='/tokens']:has(#name)", dialog);
-    const { name, scope, expiry, date } = form?.elements ?? {};
+    const form = one("form[action$='/tokens']:has(#name)", dialog);
+    const { name, scope, expiry, date, rate } = form?.elements ?? {};
     if (form) {
       draft = keep
-        ? { name: name.value, scope: scope.value, expiry: expiry.value, date: date.value }
+        ? { name: name.value, scope: scope.value, expiry: expiry.value, date: date.value, rate: rate.value }
         : null;
     }
-    if (location.pathname !== "/") {
+    if (location.pathname !== HOME) {
       const url = closeUrl();
       history.replaceState(null, "", url);
       if (!byId("rows")) load(url);
@@ -317,7 +322,7 @@
       const page = await ask(action, { method: "POST", body });
       const notice = one("#notice", page);
       place(page);
-      if (notice && location.pathname !== "/") history.replaceState(null, "", "/");
+      if (notice && location.pathname !== HOME) history.replaceState(null, "", home());
     } catch {
       lost("The request may or may not have taken effect. It is safe to send it again.");
     } finally {
@@ -340,12 +345,15 @@
   const minute = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
   const exact = new Intl.DateTimeFormat(undefined, { dateStyle: "long", timeStyle: "long" });
 
+  const seconds = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "medium" });
+
   function times(from) {
     for (const time of all("time", from)) {
       const at = new Date(time.dateTime);
       if (Number.isNaN(at.getTime())) continue;
       time.title = exact.format(at);
-      const text = "full" in time.dataset ? time.title : minute.format(at);
+      const short = "seconds" in time.dataset ? seconds : minute;
+      const text = "full" in time.dataset ? time.title : short.format(at);
       // Keeps "8:45 PM" on one line.
       time.textContent = text.replace(/(\d)\s(?=\D+$)/, "$1\u00a0");
     }
@@ -445,7 +453,7 @@
   }
 
   addEventListener("popstate", () => {
-    if (location.pathname === "/") load(location.href, { focus: "main" });
+    if (location.pathname === HOME) load(location.href, { focus: "main" });
     else location.reload();
   });
 

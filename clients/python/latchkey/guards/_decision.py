@@ -16,6 +16,7 @@ from typing import Final, Protocol
 
 from latchkey_coherence.verdict import PERMISSION, includes
 
+from latchkey import _tracing
 from latchkey._rate_limit import RateLimit
 from latchkey.errors import LatchkeyError
 from latchkey.models import Scope, Token, Verdict, Verification
@@ -177,24 +178,27 @@ async def decide(
     api_keys: Sequence[str] = (),
     client_address: str = "",
     permissions: Collection[str] = (),
+    traceparent: Sequence[str] = (),
 ) -> Decision:
     """Decide about a request from the values of its `authorization` headers.
 
     `api_keys` has the values of the header for API keys, if the guard accepts one. There may be any
     number of values, with any content. `client_address` is that of `_address.TrustedProxies`, "" if
-    it is not known. The token has to have all `permissions`. Raises only CancelledError.
+    it is not known. The token has to have all `permissions`. `traceparent` has the values of that
+    header, to continue the request's trace. Raises only CancelledError.
     """
     presented = _presented(authorization, api_keys)
     if isinstance(presented, Decision):
         return presented
     try:
-        verification = await verifier.verify(
-            presented,
-            required_scope,
-            client_address=client_address,
-            permissions=permissions,
-            timeout_seconds=timeout_seconds,
-        )
+        with _tracing.continued(traceparent):
+            verification = await verifier.verify(
+                presented,
+                required_scope,
+                client_address=client_address,
+                permissions=permissions,
+                timeout_seconds=timeout_seconds,
+            )
         return _judge(verification)
     except Exception as error:  # noqa: BLE001 - no error may let the request in
         return _refused(error)
@@ -209,19 +213,21 @@ def decide_blocking(
     api_keys: Sequence[str] = (),
     client_address: str = "",
     permissions: Collection[str] = (),
+    traceparent: Sequence[str] = (),
 ) -> Decision:
     """Decide as `decide` does, in a thread. Raises nothing."""
     presented = _presented(authorization, api_keys)
     if isinstance(presented, Decision):
         return presented
     try:
-        verification = verifier.verify(
-            presented,
-            required_scope,
-            client_address=client_address,
-            permissions=permissions,
-            timeout_seconds=timeout_seconds,
-        )
+        with _tracing.continued(traceparent):
+            verification = verifier.verify(
+                presented,
+                required_scope,
+                client_address=client_address,
+                permissions=permissions,
+                timeout_seconds=timeout_seconds,
+            )
         return _judge(verification)
     except Exception as error:  # noqa: BLE001 - as above
         return _refused(error)
@@ -249,7 +255,11 @@ def decide_nowait(
         verification = verifier.verify_nowait(
             presented, required_scope, client_address=client_address, permissions=permissions
         )
-        return None if verification is None else _judge(verification)
+        if verification is None:
+            return None
+        if _tracing.active:
+            _tracing.note(verification)
+        return _judge(verification)
     except Exception as error:  # noqa: BLE001 - as above
         return _refused(error)
 

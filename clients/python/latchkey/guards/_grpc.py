@@ -68,6 +68,7 @@ class Presented(NamedTuple):
     forwarded_for: Sequence[str]
     required_scope: Scope | None
     permissions: Collection[str]
+    traceparent: Sequence[str]
 
 
 class CallRules:
@@ -114,7 +115,11 @@ class CallRules:
 
     def presented(self, method: str, metadata: Any) -> Presented:
         """Return what a call of `method` presents, and what the method requires."""
-        found: dict[str, list[str]] = {"authorization": [], "x-forwarded-for": []}
+        found: dict[str, list[str]] = {
+            "authorization": [],
+            "x-forwarded-for": [],
+            "traceparent": [],
+        }
         if self._api_key_header is not None:
             found[self._api_key_header] = []
         for key, value in metadata or ():
@@ -129,6 +134,7 @@ class CallRules:
             found["x-forwarded-for"],
             self._scopes.get(method, self._required_scope),
             self._permissions.get(method, self._required_permissions),
+            found["traceparent"],
         )
 
 
@@ -155,6 +161,12 @@ def refusal(
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
         # gRPC's own retries read the delay only here (gRFC A6).
         pushback.append(("grpc-retry-pushback-ms", str(math.ceil(delay.ToNanoseconds() / 1e6))))
+    if decision.limit is not None:
+        # As RateLimit-Policy in HTTP.
+        violation = error_details_pb2.QuotaFailure.Violation(
+            subject="token", description=f"the token's rate limit is {decision.limit}"
+        )
+        details.append(error_details_pb2.QuotaFailure(violations=[violation]))
     status = status_pb2.Status(code=code.value[0], message=text)
     for detail in details:
         packed = AnyMessage()

@@ -107,7 +107,8 @@ class Refusal:
     status: HTTPStatus
     detail: str
     headers: tuple[tuple[str, str], ...]
-    """The headers that say what the client can do, such as WWW-Authenticate or Retry-After."""
+    """The headers that do not depend on the body: what the client can do, such as WWW-Authenticate
+    or Retry-After, and that no cache may keep the answer."""
 
     @property
     def body(self) -> bytes:
@@ -126,7 +127,6 @@ class Refusal:
         return (
             ("content-type", "application/problem+json"),
             ("content-length", str(len(self.body))),
-            ("cache-control", "no-store"),
             *self.headers,
         )
 
@@ -189,7 +189,7 @@ class HttpRules:
             headers = (
                 ("www-authenticate", self.challenge(decision.outcome, required, permissions)),
             )
-        return Refusal(status, detail, headers)
+        return Refusal(status, detail, (("cache-control", "no-store"), *headers))
 
     def challenge(
         self, outcome: Outcome, required: Scope | None, permissions: Collection[str] = ()

@@ -141,6 +141,7 @@ class GuardMiddleware:
             api_keys=self._rules.api_keys(request),
             client_address=self._rules.client_address(request),
             permissions=permissions,
+            traceparent=request.header("traceparent"),
         )
         if decision.outcome is Outcome.ALLOWED:
             reset = token_var.set(decision.token)

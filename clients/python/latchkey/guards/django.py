@@ -102,6 +102,7 @@ class Guard:
             api_keys=self.rules.api_keys(parts),
             client_address=self.rules.client_address(parts),
             permissions=permissions,
+            traceparent=parts.header("traceparent"),
         )
 
     def refusal(

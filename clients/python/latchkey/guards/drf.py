@@ -132,6 +132,7 @@ class HasScope(BasePermission):
     def has_permission(self, request: Request, view: APIView) -> bool:
         """Return whether the request is let in."""
         if not isinstance(request.auth, Token):
+            _add_headers(request, Decision(Outcome.MISSING), None, ())
             return False
         by_method = _http.scope_of_method(request.method or "")
         required: Scope | None = checked_scope(getattr(view, "required_scope", by_method))
@@ -145,6 +146,27 @@ class HasScope(BasePermission):
         return True
 
 
+def _add_headers(
+    request: Request,
+    decision: Decision,
+    required: Scope | None,
+    permissions: tuple[str, ...],
+) -> None:
+    """Add the headers of a refusal to the view's answer, whichever exception handler makes it.
+
+    The framework itself passes on only the challenge and Retry-After of an exception. It sends
+    WWW-Authenticate only with some exceptions, and the value depends on all the view's classes, so
+    that header is left to it.
+    """
+    view = (request.parser_context or {}).get("view")
+    headers = getattr(view, "headers", None)
+    if headers is None:
+        return  # the request is authenticated outside a view
+    for name, value in configured().rules.refusal(decision, required, permissions).headers:
+        if name != "www-authenticate":
+            headers[name] = value
+
+
 def _allowed(
     request: Request,
     decision: Decision,
@@ -155,6 +177,7 @@ def _allowed(
     if decision.outcome is Outcome.ALLOWED and decision.token is not None:
         return decision.token
     rules = configured().rules
+    _add_headers(request, decision, required, permissions)
     if decision.outcome is Outcome.UNAVAILABLE:
         raise VerifierUnavailable(_http.retry_after_seconds(decision))
     detail = rules.refusal(decision, required, permissions).detail

@@ -134,6 +134,7 @@ class Guard:
             api_keys=self._rules.api_keys(request),
             client_address=self._rules.client_address(request),
             permissions=permissions,
+            traceparent=request.header("traceparent"),
         )
         if decision.outcome is Outcome.ALLOWED and decision.token is not None:
             return decision.token
@@ -141,11 +142,7 @@ class Guard:
             unavailable = decision.outcome in (Outcome.UNAVAILABLE, Outcome.RATE_LIMITED)
             raise WebSocketException(_CLOSE_UNAVAILABLE if unavailable else _CLOSE_REFUSED)
         refusal = self._rules.refusal(decision, required, permissions)
-        raise HTTPException(
-            refusal.status.value,
-            refusal.detail,
-            {"Cache-Control": "no-store", **dict(refusal.headers)},
-        )
+        raise HTTPException(refusal.status.value, refusal.detail, dict(refusal.headers))
 
 
 class _Scheme(SecurityBase):

@@ -129,6 +129,7 @@ class _Judge:
             api_keys=self.presented.api_keys,
             client_address=self.rules.client_address(self.presented, context),
             permissions=self.presented.permissions,
+            traceparent=self.presented.traceparent,
         )
 
     def nowait(self, context: Any) -> Decision | None:

@@ -86,6 +86,7 @@ class GuardInterceptor(grpc.ServerInterceptor):
                 api_keys=presented.api_keys,
                 client_address=self._rules.client_address(presented, context),
                 permissions=presented.permissions,
+                traceparent=presented.traceparent,
             )
 
         if handler is None:

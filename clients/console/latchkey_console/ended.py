@@ -1,0 +1,156 @@
+"""Knows which sessions have ended, so that a copy of a session's cookie is worthless afterwards.
+
+A session is a sealed cookie, so ending it needs a memory: each process keeps the ids of sessions
+that ended before their time. It sends them to the other processes (`--peer`) at once, and fetches
+theirs when it starts, and regularly, in case that one was not reachable. The messages are sealed
+with the keys that the processes share, so nobody else can read or make them.
+"""
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Final
+
+import httpx2
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import PlainTextResponse, Response
+
+from latchkey_console.settings import Peer
+from latchkey_console.state import StateKeys
+
+__all__ = ["PEERS_PATH", "Ended", "Peers"]
+
+_log = logging.getLogger("latchkey.console")
+
+PEERS_PATH: Final = "/peers/ended"
+# Sign-outs in one working day. An entry takes a hundred bytes. When it is full, those sessions are
+# forgotten that would have ended first anyway.
+ENDED_MAX: Final = 20_000
+# Between processes of one installation. A sign-out waits so long for one that does not answer.
+PEER_SECONDS: Final = 2.0
+# How long a process that missed a sign-out accepts a copy of its cookie, at most.
+FETCH_SECONDS: Final = 15.0
+# A message is valid for as long as the clocks of the processes may differ, and its way.
+MESSAGE_SECONDS: Final = 60
+# The id of a session and a time, sealed. An answer can have ENDED_MAX of them.
+MESSAGE_BYTES_MAX: Final = 1_024
+ANSWER_BYTES_MAX: Final = 4_194_304
+
+
+class Ended:
+    """The ids of ended sessions, each with the time when it would have ended anyway."""
+
+    def __init__(self, now: Callable[[], datetime]) -> None:
+        self._now = now
+        self._until: dict[str, int] = {}
+
+    def __contains__(self, session: str) -> bool:
+        return session in self._until
+
+    def add(self, session: str, until: int) -> None:
+        """Remember a session until it ends anyway, in seconds since 1970."""
+        if until <= self._seconds():
+            return
+        if session not in self._until and len(self._until) >= ENDED_MAX:
+            del self._until[min(self._until, key=self._until.__getitem__)]
+        self._until[session] = until
+
+    def all(self) -> dict[str, int]:
+        """Return all that are remembered."""
+        now = self._seconds()
+        self._until = {session: until for session, until in self._until.items() if until > now}
+        return dict(self._until)
+
+    def _seconds(self) -> int:
+        return int(self._now().timestamp())
+
+
+class Peers:
+    """Exchanges ended sessions with the other processes."""
+
+    def __init__(
+        self,
+        ended: Ended,
+        peers: Sequence[Peer],
+        keys: StateKeys,
+        base_path: str,
+        now: Callable[[], datetime],
+    ) -> None:
+        self._ended = ended
+        self._peers = peers
+        self._path = f"{base_path}{PEERS_PATH}"
+        self._asks = keys.box("ended sessions", now)
+        # Of another purpose, so that nobody can send one as the other.
+        self._answers = keys.box("answer: ended sessions", now)
+
+    async def end(self, session: str, until: int) -> None:
+        """End a session in all processes that can be reached."""
+        self._ended.add(session, until)
+        await self._exchange({session: until})
+
+    async def serve(self, request: Request) -> Response:
+        """Take another process's ended sessions, and answer with ours."""
+        body = b""
+        try:
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MESSAGE_BYTES_MAX:
+                    return PlainTextResponse("too large\n", 413)
+        except ClientDisconnect:
+            return PlainTextResponse("incomplete\n", 400)
+        message = self._asks.open(body.decode("ascii", "replace"), MESSAGE_SECONDS)
+        if "ended" not in message:
+            return PlainTextResponse("not sealed with our keys\n", 403)
+        for session, until in message["ended"].items():
+            self._ended.add(session, until)
+        return PlainTextResponse(self._answers.seal({"ended": self._ended.all()}))
+
+    async def fetch_regularly(self) -> None:
+        """Fetch the ended sessions of the other processes until cancelled."""
+        while self._peers:
+            await asyncio.sleep(FETCH_SECONDS)
+            await self.fetch()
+
+    async def fetch(self) -> None:
+        """Fetch the ended sessions of the other processes."""
+        await self._exchange({})
+
+    async def _exchange(self, ended: Mapping[str, int]) -> None:
+        addresses = await asyncio.gather(*map(_addresses, self._peers))
+        async with httpx2.AsyncClient(timeout=PEER_SECONDS, trust_env=False) as http:
+            await asyncio.gather(
+                *(self._ask(http, url, ended) for urls in addresses for url in urls)
+            )
+
+    async def _ask(self, http: httpx2.AsyncClient, url: str, ended: Mapping[str, int]) -> None:
+        try:
+            async with asyncio.timeout(PEER_SECONDS):
+                sealed = self._asks.seal({"ended": ended})
+                answer = await http.post(f"{url}{self._path}", content=sealed)
+        except (httpx2.HTTPError, TimeoutError) as error:
+            _log.warning("peer %s does not answer: %s", url, type(error).__name__)
+            return
+        if answer.status_code != 200 or len(answer.content) > ANSWER_BYTES_MAX:
+            _log.warning("peer %s answers %d", url, answer.status_code)
+            return
+        theirs = self._answers.open(answer.text, MESSAGE_SECONDS)
+        if "ended" not in theirs:
+            _log.warning("peer %s has other keys in --state-key-file", url)
+        for session, until in theirs.get("ended", {}).items():
+            self._ended.add(session, until)
+
+
+async def _addresses(peer: Peer) -> list[str]:
+    """Return the URLs of a peer: one for each address of its name."""
+    try:
+        async with asyncio.timeout(PEER_SECONDS):
+            found = await asyncio.get_running_loop().getaddrinfo(
+                peer.host, peer.port, type=socket.SOCK_STREAM
+            )
+    except (OSError, TimeoutError, UnicodeError) as error:
+        _log.warning("peer %s has no address: %s", peer.host, type(error).__name__)
+        return []
+    hosts = dict.fromkeys(str(address[0]) for *_, address in found)
+    return [f"http://{f'[{host}]' if ':' in host else host}:{peer.port}" for host in hosts]

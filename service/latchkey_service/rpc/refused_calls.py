@@ -1,0 +1,81 @@
+"""Paces the refusals of calls without an identity, and bounds how many of these calls are open.
+
+A refusal costs as much as a Verify, so refusals go out at a limited rate (`RejectionPacer`). Until
+then, the call stays open, and takes some 16 kB, most of it in `grpcio`. So only a limited number
+may wait in a worker, and a smaller one of each address. The connection of a call above either limit
+is ended, and takes its other calls with it. If the call were refused at once, its client could make
+another one at once, and use up the processor. That is done only where a connection cannot be ended,
+such as behind a proxy, which must bound its clients itself.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from latchkey_service.access.origin import source_of
+from latchkey_service.rpc.admission import RejectionPacer
+
+__all__ = ["OPEN_MAX", "OPEN_PER_ADDRESS_MAX", "PER_SECOND", "SECONDS_MAX", "RefusedCalls"]
+
+# grpcio needs 0.1 ms for each, so this takes some 2 % of a core. Until its answer, a call takes one
+# of its connection's places, so a flood with as many connections as one address may have cannot
+# make much more than a thousand calls in a second.
+PER_SECOND: Final = 200
+SECONDS_MAX: Final = 30.0
+# Some 500 MB, a sixth of the default limit of a worker.
+OPEN_MAX: Final = 30_000
+# As many as 100 connections may have.
+OPEN_PER_ADDRESS_MAX: Final = 10_000
+
+
+def _cannot_end(_peer: str) -> bool:
+    return False
+
+
+class RefusedCalls:
+    """The calls of a worker that will be refused. Event loop only."""
+
+    def __init__(
+        self,
+        monotonic: Callable[[], float],
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._monotonic = monotonic
+        self._sleep = sleep
+        self._pacer = RejectionPacer(PER_SECOND, SECONDS_MAX)
+        self.open = 0
+        """How many calls wait for their refusal."""
+        self._open_of: Counter[str] = Counter()
+        self.end_connection: Callable[[str], bool] = _cannot_end
+        """Ends the connection of a peer, as gRPC reports it, and returns whether that is possible.
+        Set by the owner of the listeners."""
+        self.excess = 0
+        """The calls that came while too many others were open."""
+
+    def delay_seconds(self) -> float:
+        """Return the delay before a call is refused, and count it.
+
+        The deadline does not matter: a flood of calls with short ones must not be faster.
+        """
+        return self._pacer.delay_seconds(self._monotonic())
+
+    async def wait(self, peer: str) -> None:
+        """Wait until a call of `peer` may be refused. `peer` is as gRPC reports it."""
+        address = source_of(peer, None, proxied=False)
+        if self.open >= OPEN_MAX or (address and self._open_of[address] >= OPEN_PER_ADDRESS_MAX):
+            self.excess += 1
+            if not self.end_connection(peer):
+                return
+        delay_seconds = self.delay_seconds()
+        if not delay_seconds:
+            return
+        self.open += 1
+        self._open_of[address] += 1
+        try:
+            await self._sleep(delay_seconds)
+        finally:
+            self.open -= 1
+            self._open_of[address] -= 1
+            if not self._open_of[address]:
+                del self._open_of[address]

@@ -1,0 +1,120 @@
+"""Decides which calls are recorded as traces, and records them.
+
+`CallTracing.wrap` wraps the handlers of unary methods, outside of everything else that a call does.
+Without traces, the handlers stay as they are. Streams and health checks are not recorded.
+
+A caller's own decision counts: `traceparent` says whether it records its part. So a caller could
+make a worker record every call, and recording costs several times as much as a warm Verify. Hence a
+limit per second, which calls without a known caller do not use up: they are not recorded.
+"""
+
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+from latchkey_service import tracing
+from latchkey_service.access.methods import BATCH_VERIFY, VERIFY
+from latchkey_service.rpc.call_context import CallContext
+from latchkey_service.rpc.call_report import Metadata
+from latchkey_service.rpc.managed_calls import HEALTH
+from latchkey_service.tokens.verdict import Verdict
+
+__all__ = ["CallTracing", "Handler", "StartCall"]
+
+Handler = Callable[[bytes, CallContext], Awaitable[bytes]]
+# Begins the span of a call, with its name, its parent and its attributes.
+StartCall = Callable[[str, tracing.Parent | None, tracing.Attributes], tracing.Span]
+
+# The statuses that the semantic conventions count as errors of a server. The others are answers.
+_ERRORS: Final = frozenset(
+    ("UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS")
+)
+# In an encoded VerifyResponse, the verdict comes first (`verify_calls.py`).
+_VERDICT_TAG: Final = b"\x08"
+
+
+class CallTracing:
+    """Wraps handlers. One instance per worker process. Event loop only.
+
+    `verify_share` and `managed_share` are the shares of calls to record whose callers have no
+    trace. At most `per_second` calls are recorded, with as many at once.
+    """
+
+    def __init__(
+        self,
+        start: StartCall,
+        verify_share: float,
+        managed_share: float,
+        per_second: float,
+        monotonic: Callable[[], float],
+        randomness: Callable[[], float] = random.random,
+    ) -> None:
+        self._start = start
+        self._verify_share = verify_share
+        self._managed_share = managed_share
+        self._per_second = per_second
+        self._monotonic = monotonic
+        self._randomness = randomness
+        self._left = per_second
+        self._counted_at = monotonic()
+        self.limited = 0
+        """Calls that were not recorded because of the limit."""
+
+    def wrap(self, path: str, handler: Handler, metadata_of: Callable[[Any], Metadata]) -> Handler:
+        """Return the handler to register in place of `handler`."""
+        if path.startswith(HEALTH):
+            return handler
+        verifies = path in (VERIFY, BATCH_VERIFY)
+        share = self._verify_share if verifies else self._managed_share
+        name = path.removeprefix("/")
+        attributes = {"rpc.system.name": "grpc", "rpc.method": name}
+        verdict = path == VERIFY
+
+        async def call(data: bytes, context: CallContext) -> bytes:
+            parent = tracing.parent_in(metadata_of(context))
+            if parent is None:
+                if not share or self._randomness() >= share:
+                    return await handler(data, context)
+            elif not parent.sampled:
+                return await handler(data, context)
+            if not self._may_record():
+                return await handler(data, context)
+            span = self._start(name, parent, attributes)
+            try:
+                with tracing.within(span):
+                    answer = await handler(data, context)
+                if span.code == "UNAUTHENTICATED":
+                    # A span that does not end is not exported.
+                    self._left += 1
+                    return answer
+                if verdict and not span.code:
+                    span.set(_verdict(answer))
+                _end(span, span.code or "OK")
+                return answer
+            except BaseException:
+                # Usually CANCELLED. Handlers turn errors into statuses, so others are their bugs.
+                _end(span, span.code or "UNKNOWN")
+                raise
+
+        return call
+
+    def _may_record(self) -> bool:
+        now = self._monotonic()
+        more = (now - self._counted_at) * self._per_second
+        self._left = min(self._per_second, self._left + more)
+        self._counted_at = now
+        if self._left < 1:
+            self.limited += 1
+            return False
+        self._left -= 1
+        return True
+
+
+def _end(span: tracing.Span, code: str) -> None:
+    span.set({"rpc.response.status_code": code})
+    span.end(code if code in _ERRORS else "")
+
+
+def _verdict(answer: bytes) -> tracing.Attributes:
+    """Return the verdict in an encoded VerifyResponse."""
+    return {"latchkey.verdict": Verdict(answer[1]).name} if answer[:1] == _VERDICT_TAG else {}

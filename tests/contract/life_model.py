@@ -1,0 +1,51 @@
+"""The reference model of a token's life: what the contract says, and nothing else."""
+
+from dataclasses import dataclass, field
+
+from tests.helpers.imported_keys import IMPORTED_PREFIX
+
+__all__ = ["Model", "WrongAcceptError", "hint_of"]
+
+
+class WrongAcceptError(Exception):
+    """The service accepts what the model refuses. `eventually` does not wait for it."""
+
+
+@dataclass
+class Model:
+    """A token as the reference model knows it: what the contract says, and nothing else."""
+
+    account: str
+    id: str
+    name: str
+    scope: int
+    permissions: tuple[str, ...] = ()
+    networks: tuple[str, ...] = ()
+    disabled: bool = False
+    deleted: bool = False
+    # Newest first, each with whether it works.
+    secrets: list[tuple[str, bool]] = field(default_factory=list)
+    # The secret with which it was imported.
+    imported: str | None = None
+
+    def verdict(self, secret: str, scope: int, address: str, required: tuple[str, ...]) -> str:
+        allowed = {"10.1.2.3": "10.0.0.0/8", "192.0.2.1": "192.0.2.0/24"}
+        if self.deleted:
+            return "DELETED"
+        if self.disabled:
+            return "DISABLED"
+        if not dict(self.secrets)[secret]:
+            return "EXPIRED"
+        if self.networks and allowed.get(address) not in self.networks:
+            return "ADDRESS_NOT_ALLOWED"
+        if scope > self.scope:
+            return "INSUFFICIENT_SCOPE"
+        if not all(p in self.permissions or "orders:*" in self.permissions for p in required):
+            return "INSUFFICIENT_PERMISSIONS"
+        return "VALID"
+
+
+def hint_of(secret: str) -> str:
+    """Return what people see of a secret."""
+    prefix = IMPORTED_PREFIX if secret.startswith(IMPORTED_PREFIX) else "lk_"
+    return f"{prefix}…{secret[-4:]}"

@@ -1,0 +1,37 @@
+"""Traces need an extra, and one of OTLP's protocols."""
+
+import pytest
+from latchkey_service.settings.settings import Settings
+from latchkey_service.settings.traces import problems
+
+
+def test_without_traces_nothing_is_needed() -> None:
+    """The variables of OpenTelemetry may be those of other programs."""
+    assert problems("off", {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, "no.such.library") == []
+    assert Settings.model_fields["traces"].default == "off"
+
+
+@pytest.mark.parametrize("library", ["no_such_library.trace_exporter", "json.no_such_module"])
+def test_a_missing_extra_is_named(library: str) -> None:
+    """One sentence says how to install it."""
+    (problem,) = problems("on", {}, library)
+    assert problem.startswith("LATCHKEY_TRACES: needs the libraries of the extra 'tracing'")
+
+
+@pytest.mark.parametrize(
+    "name", ["OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"]
+)
+def test_only_one_protocol(name: str) -> None:
+    """Spans must not go to a port that expects another protocol."""
+    assert problems("on", {name: "http/protobuf"}) == problems("on", {name: ""}) == []
+    (problem,) = problems("on", {name: "grpc"})
+    assert problem.startswith(f"{name}: must be http/protobuf or unset")
+
+
+def test_the_variable_for_traces_comes_first() -> None:
+    """As the exporter reads them."""
+    names = {
+        "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc",
+        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+    }
+    assert problems("on", names) == []
