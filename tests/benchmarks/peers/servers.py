@@ -30,8 +30,8 @@ from tests.helpers.free_ports import free_port
 
 __all__ = ["CREDENTIALS", "PRODUCTS", "GrpcCheck", "HttpCheck", "Product", "Running", "Unavailable"]
 
-# How many credentials each product has: so few that the slowest product with a cache has seen all of
-# them before a slice is measured.
+# How many credentials each product has: so few that the slowest product with a cache has seen all
+# of them before a slice is measured.
 CREDENTIALS = 300
 # OpenFGA accepts no more per call.
 WRITE_MAX = 100
