@@ -145,7 +145,7 @@ async def test_search(
     ],
 )
 async def test_nothing_found(browser: httpx.AsyncClient, path: str, status: int, text: str) -> None:
-    """A search without result, and one that the service cannot understand, say so."""
+    """A search without results says so, and so does one that the service cannot understand."""
     answer = await browser.get(path)
     assert answer.status_code == status
     assert text in answer.text

@@ -234,7 +234,7 @@ async def test_callers_cannot_force_recording(settings: Settings) -> None:
         recording(settings, traces_per_second=5.0) as recorded,
         grpc.aio.insecure_channel(recorded.address, options=CHANNEL_OPTIONS) as channel,
     ):
-        # The clock stands still, so nothing is added to the first five.
+        # The clock does not advance, so nothing is added to the first five.
         calls = recorded.server.metrics.traces.calls
         assert calls is not None
         now = calls._monotonic()
@@ -271,7 +271,7 @@ async def test_shares_without_a_parent(settings: Settings) -> None:
 async def test_log_lines_and_audit_entries_name_the_trace(
     recorded: Recorded, stub: Any, channel: grpc.aio.Channel
 ) -> None:
-    """So does a call that is not recorded, if its caller has a trace."""
+    """Log lines and audit entries name the caller's trace, even for calls that are not recorded."""
     with everything_logged("json", "info") as written:
         created = await create(stub, metadata=traceparent())
         request = pb.GetRequest(account_id="acme", id=created.token.id)
@@ -300,7 +300,9 @@ async def test_log_lines_and_audit_entries_name_the_trace(
 
 
 async def test_unknown_callers_are_not_recorded(settings: Settings, tmp_path: Path) -> None:
-    """They do not use up the limit either. Known callers without the right are recorded."""
+    """Calls of unknown callers are not recorded, and do not use up the limit. Calls of known
+    callers that lack permission are recorded.
+    """
     policy = tmp_path / "policy.toml"
     policy.write_text(policy_text())
     async with (

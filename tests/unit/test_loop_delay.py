@@ -1,4 +1,4 @@
-"""How a busy event loop and a slow database are told apart."""
+"""How the service distinguishes a busy event loop from a slow database."""
 
 import asyncio
 import time
@@ -39,7 +39,7 @@ class Loop:
         self.now += seconds
 
 
-def test_the_clock_stands_still_while_the_loop_is_late() -> None:
+def test_the_clock_pauses_while_the_loop_is_late() -> None:
     """A delay does not count, neither while it lasts nor afterwards. Other time does."""
     loop = Loop()
     began = loop.watch.clock()
@@ -114,7 +114,7 @@ async def test_calls_in_the_queue_blame_the_right_part(late: bool, error: type[E
 
 @pytest.mark.parametrize(("late", "error"), [(True, Overloaded), (False, StoreUnavailable)])
 async def test_look_ups_blame_the_right_part(late: bool, error: type[Exception]) -> None:
-    """The same for verifies that read the database."""
+    """Verifies that read the database are rejected in the same way."""
     loop = Loop()
     blocked = asyncio.Event()
 
@@ -147,7 +147,7 @@ def test_time_outs_of_a_busy_process_are_explained(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("status", ["SERVING", "NOT_SERVING"])
 def test_the_doctor_names_a_late_loop(monkeypatch: pytest.MonkeyPatch, status: str) -> None:
-    """A service that answers late is overloaded, whatever it reports of itself."""
+    """A service that answers late is overloaded, whatever it reports about itself."""
     clock = iter((0.0, 1.2))
     monkeypatch.setattr(doctor_listeners, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr(doctor_listeners, "_closed", lambda *_: None)

@@ -1,8 +1,8 @@
 """Knows which sessions have ended, so that a copy of a session's cookie is worthless afterwards.
 
-A session is a sealed cookie, so ending it needs a memory: each process keeps the ids of sessions
-that ended before their time. It sends them to the other processes (`--peer`) at once, and fetches
-theirs when it starts, and regularly, in case that one was not reachable. The messages are sealed
+A session is a sealed cookie, so the console must remember that it ended. Each process keeps the ids
+of sessions that ended early. It sends each one to the other processes (`--peer`) at once. It
+fetches theirs when it starts, and regularly, in case it was not reachable. The messages are sealed
 with the keys that the processes share, so nobody else can read or make them.
 """
 
@@ -25,14 +25,15 @@ __all__ = ["PEERS_PATH", "Ended", "Peers"]
 _log = logging.getLogger("latchkey.console")
 
 PEERS_PATH: Final = "/peers/ended"
-# Sign-outs in one working day. An entry takes a hundred bytes. When it is full, those sessions are
-# forgotten that would have ended first anyway.
+# Sign-outs in one working day. An entry takes a hundred bytes. A full memory forgets the sessions
+# that would have ended first anyway.
 ENDED_MAX: Final = 20_000
-# Between processes of one installation. A sign-out waits so long for one that does not answer.
+# Time limit for a request to another process of the installation. A sign-out waits this long for
+# one that does not answer.
 PEER_SECONDS: Final = 2.0
 # How long a process that missed a sign-out accepts a copy of its cookie, at most.
 FETCH_SECONDS: Final = 15.0
-# A message is valid for as long as the clocks of the processes may differ, and its way.
+# How long a message is valid. This allows for its travel time and for clocks that differ.
 MESSAGE_SECONDS: Final = 60
 # The id of a session and a time, sealed. An answer can have ENDED_MAX of them.
 MESSAGE_BYTES_MAX: Final = 1_024
@@ -50,7 +51,7 @@ class Ended:
         return session in self._until
 
     def add(self, session: str, until: int) -> None:
-        """Remember a session until it ends anyway, in seconds since 1970."""
+        """Remember a session until the time when it ends anyway, in seconds since 1970."""
         if until <= self._seconds():
             return
         if session not in self._until and len(self._until) >= ENDED_MAX:
@@ -82,7 +83,7 @@ class Peers:
         self._peers = peers
         self._path = f"{base_path}{PEERS_PATH}"
         self._asks = keys.box("ended sessions", now)
-        # Of another purpose, so that nobody can send one as the other.
+        # Sealed for separate purposes, so that nobody can pass one off as the other.
         self._answers = keys.box("answer: ended sessions", now)
 
     async def end(self, session: str, until: int) -> None:
@@ -137,7 +138,7 @@ class Peers:
             return
         theirs = self._answers.open(answer.text, MESSAGE_SECONDS)
         if "ended" not in theirs:
-            _log.warning("peer %s has other keys in --state-key-file", url)
+            _log.warning("peer %s has different keys in --state-key-file", url)
         for session, until in theirs.get("ended", {}).items():
             self._ended.add(session, until)
 

@@ -45,7 +45,7 @@ SIGN_OUT: Final = "/sign-out"
 
 @dataclass(frozen=True, slots=True)
 class _SignIn:
-    """A sign-in, as the session has it under "sign_in"."""
+    """A sign-in, as the session stores it under "sign_in"."""
 
     account_id: str
     accounts: tuple[str, ...] | None
@@ -241,7 +241,7 @@ class OpenId:
 
 
 def _restored(values: Mapping[str, Any]) -> _SignIn:
-    """Return the sign-in that a session has, whose lists were tuples."""
+    """Return the sign-in in a session, in which JSON has made lists of tuples."""
     accounts = values["accounts"]
     return _SignIn(**{**values, "accounts": None if accounts is None else tuple(accounts)})
 

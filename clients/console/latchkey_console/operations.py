@@ -25,7 +25,7 @@ __all__ = ["Operations", "state_of"]
 _log = logging.getLogger("latchkey.console")
 
 TOKEN_ID: Final = re.compile(r"tok_[0-9a-z]{26}")
-# As the service has it: the last characters of a secret, and a whole hint.
+# The service's limits: the last characters of a secret, and a whole hint.
 HINT_LENGTHS: Final = range(4, 17)
 ROWS: Final = 50
 # Entries of the audit log on a token's page, and how many it reads for them. Each visit of the page
@@ -35,7 +35,7 @@ RECENT_READ: Final = 100
 _FIND: Final = "/latchkey.v1.TokenService/Find"
 # Calls that find no token: each page of a whole hint may be empty.
 SEARCHES_MAX: Final = 5
-# Of a filter, and of a page token. The service refuses longer ones.
+# The maximum lengths of a filter and of a page token. The service refuses longer ones.
 _FIELD_LENGTH_MAX: Final = 128
 _PAGE_TOKEN_LENGTH_MAX: Final = 300
 _OUTCOMES: Final = {outcome.value: outcome for outcome in latchkey.Outcome} | {"": None}

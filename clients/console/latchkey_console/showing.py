@@ -64,10 +64,10 @@ class Used:
 
 
 class Displays:
-    """Leaves new secrets with browsers, and displays them.
+    """Stores new secrets in browsers, and displays them.
 
-    A process displays a cookie once. Another process cannot know that, so a copy of the cookie
-    could be displayed there too until it is two minutes old.
+    A process displays a cookie once. Another process cannot know that, so it would display a copy
+    of the cookie until that is two minutes old.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Displays:
         wanted: object,
         new: NewSecret,
     ) -> None:
-        """Leave a new secret with the browser of `owner`.
+        """Store a new secret in the browser of `owner`.
 
         `mark` is that of the form, and `wanted` what it asked for.
         """

@@ -2,10 +2,10 @@
 
 A refusal costs as much as a Verify, so refusals go out at a limited rate (`RejectionPacer`). Until
 then, the call stays open, and takes some 16 kB, most of it in `grpcio`. So only a limited number
-may wait in a worker, and a smaller one of each address. The connection of a call above either limit
-is ended, and takes its other calls with it. If the call were refused at once, its client could make
-another one at once, and use up the processor. That is done only where a connection cannot be ended,
-such as behind a proxy, which must bound its clients itself.
+may wait in a worker, and fewer from each address. A call above either limit ends its connection,
+with all calls on it. Refusing the call at once instead would let its client make the next one at
+once, and use up the processor. Calls are refused at once only where the connection cannot be ended,
+such as behind a proxy, which must limit its clients itself.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ PER_SECOND: Final = 200
 SECONDS_MAX: Final = 30.0
 # Some 500 MB, a sixth of the default limit of a worker.
 OPEN_MAX: Final = 30_000
-# As many as 100 connections may have.
+# As many as 100 connections may have open.
 OPEN_PER_ADDRESS_MAX: Final = 10_000
 
 
@@ -56,7 +56,7 @@ class RefusedCalls:
     def delay_seconds(self) -> float:
         """Return the delay before a call is refused, and count it.
 
-        The deadline does not matter: a flood of calls with short ones must not be faster.
+        Ignores the deadline: short deadlines must not make a flood of calls faster.
         """
         return self._pacer.delay_seconds(self._monotonic())
 

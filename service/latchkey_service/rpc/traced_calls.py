@@ -1,11 +1,12 @@
 """Decides which calls are recorded as traces, and records them.
 
-`CallTracing.wrap` wraps the handlers of unary methods, outside of everything else that a call does.
-Without traces, the handlers stay as they are. Streams and health checks are not recorded.
+`CallTracing.wrap` wraps the handlers of unary methods, so that the span covers everything that a
+call does. Without traces, the handlers stay as they are. Streams and health checks are not
+recorded.
 
-A caller's own decision counts: `traceparent` says whether it records its part. So a caller could
-make a worker record every call, and recording costs several times as much as a warm Verify. Hence a
-limit per second, which calls without a known caller do not use up: they are not recorded.
+The caller decides: `traceparent` says whether it records its part. So a caller could make a worker
+record every call, and recording costs several times as much as a warm Verify. Therefore, a worker
+has a limit per second. Calls without a known caller are not recorded, and do not use up the limit.
 """
 
 import random
@@ -36,8 +37,8 @@ _VERDICT_TAG: Final = b"\x08"
 class CallTracing:
     """Wraps handlers. One instance per worker process. Event loop only.
 
-    `verify_share` and `managed_share` are the shares of calls to record whose callers have no
-    trace. At most `per_second` calls are recorded, with as many at once.
+    `verify_share` and `managed_share` are the shares of calls to record if their callers have no
+    trace. At most `per_second` calls are recorded per second, after a burst of the same number.
     """
 
     def __init__(

@@ -10,7 +10,7 @@ The queues are bounded like others (`admission.py`), and share their places fair
 The calls that only take rights away have a queue that comes first. With a policy, a call waits only
 if its metadata identify a caller. Others are refused before that, so anonymous calls take no place.
 
-Streams of requests, and methods that nobody knows, reach grpcio behind the library.
+Streams of requests and unknown methods reach grpcio behind the library.
 
 The server also discards calls that were cancelled before they started; the library would never free
 them. And it ends streams whose clients do not read; the library would block a thread for each.
@@ -72,7 +72,8 @@ UNREAD_SECONDS: Final = 20.0
 CANCELLED_MAX: Final = 2_000
 # Rejections that wait. Further ones go out at once, which costs less here than in grpcio.
 DELAYED_MAX: Final = 30_000
-# After the library failed to pass on a batch, so that a lasting cause does not use a whole core.
+# The pause after the library failed to pass on a batch, so that a lasting failure does not use a
+# whole core.
 DISPATCH_AGAIN_SECONDS: Final = 0.1
 
 
@@ -238,7 +239,7 @@ class Server(pygrpc_native.aio.Server):
             except Exception as error:  # noqa: BLE001 - see above
                 position = len(events) - operator.length_hint(left)
                 if position == handled:
-                    # It failed before it took one.
+                    # It failed before it took an event.
                     next(left, None)
                     position += 1
                 if position > len(events):
@@ -249,7 +250,7 @@ class Server(pygrpc_native.aio.Server):
                 return
 
     def _answer_fault(self, event: Event, error: Exception) -> None:
-        """Answer a call that could not be handled because of an error that nobody foresaw."""
+        """Answer a call that could not be handled because of an unexpected error."""
         kind, call_id = event[0], event[1]
         self._queues.remove(call_id)
         self._calls.pop(call_id, None)

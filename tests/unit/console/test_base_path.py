@@ -85,7 +85,7 @@ async def test_outside_of_the_base_path() -> None:
     [("", ""), ("/", ""), ("/a", "/a"), ("/a/", "/a"), ("/a-b/c_d.e~f", "/a-b/c_d.e~f")],
 )
 def test_base_path_is_normalised(value: str, path: str) -> None:
-    """A trailing slash does not count."""
+    """The console removes a trailing slash."""
     settings = make(account="acme", base_path=value)
     assert settings.embedding.base_path == path
     assert settings.home_url == f"http://127.0.0.1:50080{path}"

@@ -94,7 +94,7 @@ async def test_copied_cookie_is_worthless(shared: dict[str, Any]) -> None:
         assert not SECRET.search(answer.text)
 
 
-async def test_display_needs_no_latchkey() -> None:
+async def test_secret_is_displayed_while_latchkey_fails() -> None:
     """If Latchkey fails right after a creation, the secret is displayed nevertheless."""
     client = Scripted()
     async with console(client) as browser:

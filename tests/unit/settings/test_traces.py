@@ -6,7 +6,7 @@ from latchkey_service.settings.traces import problems
 
 
 def test_without_traces_nothing_is_needed() -> None:
-    """The variables of OpenTelemetry may be those of other programs."""
+    """With traces off, the variables of OpenTelemetry are ignored: other programs may use them."""
     assert problems("off", {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, "no.such.library") == []
     assert Settings.model_fields["traces"].default == "off"
 
@@ -29,7 +29,7 @@ def test_only_one_protocol(name: str) -> None:
 
 
 def test_the_variable_for_traces_comes_first() -> None:
-    """As the exporter reads them."""
+    """The variable for traces takes precedence, as in the exporter."""
     names = {
         "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc",
         "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",

@@ -77,8 +77,9 @@ async def test_delayed_rejections_are_bounded(monkeypatch: pytest.MonkeyPatch) -
 
 
 async def test_rejections_of_clients_that_left_are_dropped() -> None:
-    """A client that leaves before its delayed rejection takes no memory any more. Its rejection is
-    not sent."""
+    """If a client leaves before its delayed rejection is due, the rejection is dropped and takes no
+    more memory.
+    """
     one = server()
     one.delay_seconds = 30.0
     one.come(VERIFY, range(native_queues.VERIFIES_IN_TURN), by("a"))
