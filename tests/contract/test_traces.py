@@ -124,12 +124,12 @@ async def test_one_query_for_several_verifies_links_to_them(recorded: Recorded, 
     """The query belongs to the trace of the first Verify, and links with the others."""
     secrets = [(await create(stub, f"token {number}")).secret for number in range(4)]
     lookup = recorded.server.metrics.lookup
-    waits, release = asyncio.Event(), asyncio.Event()
+    connects, release = asyncio.Event(), asyncio.Event()
     dedicated = lookup._lookup_connection._connection
     connect = dedicated._connect
 
     async def held() -> Any:
-        waits.set()
+        connects.set()
         await release.wait()
         return await connect()
 
@@ -143,7 +143,7 @@ async def test_one_query_for_several_verifies_links_to_them(recorded: Recorded, 
     # before the reconnect would end, and the next one would take the calls below one by one.
     calls = [verify(secrets[0])]
     async with asyncio.timeout(WAIT_SECONDS):
-        await waits.wait()
+        await connects.wait()
     traces = [str(number) * 32 for number in range(1, 4)]
     for number, trace in enumerate(traces, start=1):
         calls.append(verify(secrets[number], traceparent(trace=trace)))
