@@ -123,11 +123,11 @@ def test_base_path_is_normalised(value: str, path: str) -> None:
         *(
             ({"frame_ancestors": (origin,)}, f"--frame-ancestor {origin}: give the origin")
             for origin in (
-                *("*", "https://*.example.com/x", "http://app.example.com", "app.example.com"),
+                *("*", "https://*.example.com", "http://app.example.com", "app.example.com"),
                 *("https://a.example/path", "https://a.example?x", "https://u@a.example", "'self'"),
             )
         ),
-        ({"frame_ancestors": ("https://a.example; script-src *",)}, "not a valid host"),
+        ({"frame_ancestors": ("https://a.example; script-src *",)}, "--frame-ancestor https://a."),
         ({"peers": ("127.0.0.1:1",)}, "--peer requires --state-key-file"),
     ],
 )
