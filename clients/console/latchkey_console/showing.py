@@ -105,17 +105,16 @@ class Displays:
             "receipt": pack_receipt(new.receipt),
         }
         self._new.write(response, owner, value)
-        forms = self._used.read(request, owner).get("forms", [])
-        entry = [place_of(mark), new.token.id, _digest(repr(wanted))]
-        kept = [form for form in forms if form[0] != entry[0]]
-        self._used.write(response, owner, {"forms": [*kept, entry][-USED_MAX:]})
+        entry = [place_of(mark), new.token.id, _digest(repr(wanted)), _digest(owner)]
+        kept = [form for form in self._forms(request, owner) if form[0] != entry[0]]
+        self._used.write(response, _session(owner), {"forms": [*kept, entry][-USED_MAX:]})
 
     def used(self, request: Request, owner: str, mark: str, wanted: object) -> Used | None:
         """Return the form with this mark if `owner` has used it before."""
         found = self._form(request, owner, place_of(mark))
         if found is None:
             return None
-        place, token_id, content = found
+        place, token_id, content, _ = found
         return Used(place, token_id, content == _digest(repr(wanted)))
 
     async def show(self, request: Request, place: str, owner: str) -> Shown | None:
@@ -157,13 +156,27 @@ class Displays:
         return displayed
 
     def _form(self, request: Request, owner: str, place: str) -> Any:
-        forms = self._used.read(request, owner).get("forms", [])
-        return next((form for form in forms if form[0] == place), None)
+        wanted = [place, _digest(owner)]
+        forms = self._forms(request, owner)
+        return next((form for form in forms if [form[0], form[3]] == wanted), None)
+
+    def _forms(self, request: Request, owner: str) -> list[Any]:
+        """Return the used forms of the owner's session, which are for all its accounts.
+
+        So a tab with one account does not forget what another tab with another account has done.
+        """
+        forms: list[Any] = self._used.read(request, _session(owner)).get("forms", [])
+        return forms
 
 
 def place_of(mark: str) -> str:
     """Return where the secret of a form with this mark is displayed."""
     return _digest(mark)
+
+
+def _session(owner: str) -> str:
+    """Return the session of an owner (`frame.Visit.owner`)."""
+    return owner.partition(" ")[0]
 
 
 def _digest(text: str) -> str:

@@ -137,6 +137,31 @@ async def test_used_form_does_not_end_a_secret_in_use(path: str, shared: dict[st
         assert len(client.called("create") + client.called("rotate")) == calls == 1
 
 
+async def test_tab_with_another_account_forgets_no_used_form(shared: dict[str, Any]) -> None:
+    """A form that is sent again ends no secret in use, even if the visitor has meanwhile created a
+    token of another account in another tab."""
+    client = Scripted()
+    proxy: dict[str, Any] = {
+        "account": None,
+        "accounts_header": "X-Accounts",
+        "person_header": "X-Person",
+        "trusted_proxies": ("127.0.0.1",),
+    }
+    async with console(client, **shared, **proxy) as browser:
+        browser.headers.update({"x-accounts": "acme,globex", "x-person": "olga"})
+        shown, places = {}, {}
+        for account in ("acme", "globex"):
+            shown[account] = await dialog(browser, f"/new?account={account}")
+            made = await post(browser, "/tokens", shown[account], **TYPED)
+            places[account] = made.headers["location"]
+            assert SECRET.search((await browser.get(places[account])).text)
+        for account, place in places.items():
+            again = await post(browser, "/tokens", shown[account], **TYPED)
+            assert again.headers["location"] == place
+            assert "already been shown" in (await browser.get(place)).text
+    assert len(client.called("create")) == 2
+
+
 async def test_copies_of_a_form_are_one_request(shared: dict[str, Any]) -> None:
     """Two processes that get the same form at once send the same request id."""
     client = Scripted()
