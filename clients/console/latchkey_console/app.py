@@ -35,7 +35,7 @@ from latchkey_console.pages import Pages
 from latchkey_console.protection import BadForm, Protection, Seals, read_form, session_id
 from latchkey_console.rendering import Renderer, is_part
 from latchkey_console.selection import Selection
-from latchkey_console.settings import ProxySettings, Settings
+from latchkey_console.settings import Peer, ProxySettings, Settings
 from latchkey_console.showing import Displays
 from latchkey_console.state import StateKeys
 
@@ -80,7 +80,8 @@ def make_app(
     )
     renderer = Renderer(settings.brand, embedding, rules)
     ended = Ended(now)
-    peers = Peers(ended, settings.peers, keys, embedding.base_path, now)
+    own = Peer(settings.host, settings.port)
+    peers = Peers(ended, settings.peers, keys, embedding.base_path, now, own)
     openid: OpenId | None = None
     identity: Identity
     if settings.account is not None:

@@ -85,9 +85,13 @@ class Peers:
         keys: StateKeys,
         base_path: str,
         now: Callable[[], datetime],
+        own: Peer | None = None,
     ) -> None:
+        """`own` is where this process listens: it does not ask itself, which it cannot answer
+        before it has started."""
         self._ended = ended
         self._peers = peers
+        self._own = None if own is None else _url(own.host, own.port)
         self._path = f"{base_path}{PEERS_PATH}"
         self._asks = keys.box("ended sessions", now)
         # Of another purpose, so that nobody can send one as the other.
@@ -137,7 +141,8 @@ class Peers:
         # One end for the look-up of the name and for the answers.
         end = asyncio.get_running_loop().time() + PEER_SECONDS
         urls = await _addresses(peer, end)
-        await asyncio.gather(*(self._ask(http, url, ended, end) for url in urls))
+        others = [url for url in urls if url != self._own]
+        await asyncio.gather(*(self._ask(http, url, ended, end) for url in others))
 
     async def _ask(
         self, http: httpx2.AsyncClient, url: str, ended: Mapping[str, int], end: float
@@ -169,4 +174,8 @@ async def _addresses(peer: Peer, end: float) -> list[str]:
         _log.warning("peer %s has no address: %s", peer.host, type(error).__name__)
         return []
     hosts = dict.fromkeys(str(address[0]) for *_, address in found)
-    return [f"http://{f'[{host}]' if ':' in host else host}:{peer.port}" for host in hosts]
+    return [_url(host, peer.port) for host in hosts]
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -98,6 +98,17 @@ async def test_peer_has_one_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "session" in there
 
 
+async def test_process_does_not_ask_itself(caplog: pytest.LogCaptureFixture) -> None:
+    """A process that is its own peer does not wait for itself when it starts."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        own = Peer("127.0.0.1", listener.getsockname()[1])
+        await Peers(Ended(now), (own,), KEYS, "", now, own).fetch()
+        listener.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+    assert caplog.text == ""
+
+
 async def test_sign_out_counts_in_the_other_process() -> None:
     """When `end` returns, the other process knows it. A process that starts later asks for it."""
     here, there, late = Ended(now), Ended(now), Ended(now)
