@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from latchkey_console import openid, settings
+from latchkey_console import settings
 from latchkey_console.app import console_of
 from latchkey_console.cookies import CookieRules, fits
 from latchkey_console.ended import Ended, Peers
@@ -118,7 +118,7 @@ async def test_refused_sign_in_ends_the_earlier_one(
     """If a new sign-in shows that the visitor has lost the account or the group, the sign-in that
     the browser had before ends, and so does every copy of it."""
     provider = Provider({"sub": "olga", **claims})
-    monkeypatch.setattr(openid.OAuth, "register", lambda *_, **__: provider)
+    monkeypatch.setattr("latchkey_console.openid.OAuth.register", lambda *_, **__: provider)
     signing_in, ended = signing(options)
     request = visit(session(account_id="acme"))
     assert signing_in.viewer(request).account_id == "acme"
@@ -132,7 +132,7 @@ async def test_refused_sign_in_ends_the_earlier_one(
 async def test_next_sign_in_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody whose accounts nearly fill the cookie can begin another sign-in, which replaces the
     earlier one."""
-    monkeypatch.setattr(openid.OAuth, "register", lambda *_, **__: Provider({}))
+    monkeypatch.setattr("latchkey_console.openid.OAuth.register", lambda *_, **__: Provider({}))
     signing_in, _ = signing(OPENID | {"oidc_accounts_claim": "accounts"})
     names = [secrets.token_urlsafe(24) for _ in range(95)]
     request = visit(session(accounts=names))
