@@ -79,7 +79,9 @@ class Displays:
         monotonic: Callable[[], float],
     ) -> None:
         self._client = client
-        self._new = SealedCookie(rules, "-new", keys, SECRET_SECONDS, now)
+        self._rules = rules
+        self._keys = keys
+        self._now = now
         self._used = SealedCookie(rules, "-used", keys, FORM_SECONDS, now)
         # A little longer than the cookies are valid.
         self._displayed: Expiring[bool] = Expiring(2 * SECRET_SECONDS, DISPLAYS_MAX, monotonic)
@@ -97,15 +99,15 @@ class Displays:
 
         `mark` is that of the form, and `wanted` what it asked for.
         """
+        place = place_of(mark)
         value = {
-            "place": place_of(mark),
             "token": pack_token(new.token),
             "secret": new.secret.reveal(),
             "replaced": new.replaced,
             "receipt": pack_receipt(new.receipt),
         }
-        self._new.write(response, owner, value)
-        entry = [place_of(mark), new.token.id, _digest(repr(wanted)), _digest(owner)]
+        self._new(place).write(response, owner, value)
+        entry = [place, new.token.id, _digest(repr(wanted)), _digest(owner)]
         kept = [form for form in self._forms(request, owner) if form[0] != entry[0]]
         self._used.write(response, _session(owner), {"forms": [*kept, entry][-USED_MAX:]})
 
@@ -119,8 +121,8 @@ class Displays:
 
     async def show(self, request: Request, place: str, owner: str) -> Shown | None:
         """Return the token and, the first time, its secret. Return None unless `owner` matches."""
-        value = self._new.read(request, owner)
-        if value.get("place") != place or self._is_displayed(request):
+        value = self._new(place).read(request, owner)
+        if not value or self._is_displayed(value["secret"]):
             return await self._again(request, place, owner)
         token, secret = unpack_token(value["token"]), Secret(value["secret"])
         replaced, receipt = value["replaced"], unpack_receipt(value["receipt"])
@@ -134,9 +136,13 @@ class Displays:
             return Shown(current, None, replaced, receipt)
         return Shown(token, secret, replaced, receipt)
 
-    def end(self, request: Request, response: Response) -> None:
+    def end(self, request: Request, response: Response, place: str) -> None:
         """Delete the secret from the browser, which has displayed it."""
-        self._new.delete(request, response)
+        self._new(place).delete(request, response)
+
+    def _new(self, place: str) -> SealedCookie:
+        """Return the cookie of one secret, so that several tabs do not take each other's."""
+        return SealedCookie(self._rules, f"-new-{place}", self._keys, SECRET_SECONDS, self._now)
 
     async def _again(self, request: Request, place: str, owner: str) -> Shown | None:
         found = self._form(request, owner, place)
@@ -148,9 +154,10 @@ class Displays:
             return None
         return Shown(token, None, replaced=False, receipt=None)
 
-    def _is_displayed(self, request: Request) -> bool:
+    def _is_displayed(self, secret: str) -> bool:
         """Return whether this process has displayed the secret, and remember that it does now."""
-        seen = _digest(self._new.raw(request))
+        # Not by the cookie, of which there are several forms with the same content.
+        seen = _digest(secret)
         displayed = self._displayed.get(seen) is not None
         self._displayed.put(seen, True)  # noqa: FBT003 - the only value
         return displayed
