@@ -29,7 +29,7 @@ from tests.helpers.spans import (
     trace_of,
     traceparent,
 )
-from tests.helpers.waiting import eventually
+from tests.helpers.waiting import WAIT_SECONDS, eventually
 from tests.helpers.watch_client import watching
 
 SERVICE = "latchkey.v1.TokenService"
@@ -123,11 +123,13 @@ async def test_a_delete_shows_its_statements_and_its_wait(settings: Settings) ->
 async def test_one_query_for_several_verifies_links_to_them(recorded: Recorded, stub: Any) -> None:
     """The query belongs to the trace of the first Verify, and links with the others."""
     secrets = [(await create(stub, f"token {number}")).secret for number in range(4)]
-    lookup, release = recorded.server.metrics.lookup, asyncio.Event()
+    lookup = recorded.server.metrics.lookup
+    connects, release = asyncio.Event(), asyncio.Event()
     dedicated = lookup._lookup_connection._connection
     connect = dedicated._connect
 
     async def held() -> Any:
+        connects.set()
         await release.wait()
         return await connect()
 
@@ -139,7 +141,8 @@ async def test_one_query_for_several_verifies_links_to_them(recorded: Recorded, 
     lookup.reconnect()
     # One query waits for a connection. It may also be that of a health check.
     calls = [verify(secrets[0])]
-    await eventually(lambda: lookup._lookup_connection.batch, "a query waits")
+    async with asyncio.timeout(WAIT_SECONDS):
+        await connects.wait()
     traces = [str(number) * 32 for number in range(1, 4)]
     for number, trace in enumerate(traces, start=1):
         calls.append(verify(secrets[number], traceparent(trace=trace)))

@@ -63,7 +63,9 @@ def test_page(trips: dict[str, Trip], kind: str) -> None:
     """The page's steps name each file that the call passes, and no other."""
     match = re.search(rf"^### A {kind}$(.+?)(?=^##)", PAGE, re.MULTILINE | re.DOTALL)
     assert match is not None, kind
-    named = set(re.findall(r"`([a-z_]+/[a-z_]+\.py|(?:histogram|loop_delay|secret_format)\.py)`", match[1]))
+    named = set(
+        re.findall(r"`([a-z_]+/[a-z_]+\.py|(?:histogram|loop_delay|secret_format)\.py)`", match[1])
+    )
     trip = trips[kind]
     passed = {*trip.call, *trip.beside}
     assert passed - named == set(), "not on the page"
