@@ -25,6 +25,8 @@ __all__ = ["Operations", "state_of"]
 _log = logging.getLogger("latchkey.console")
 
 TOKEN_ID: Final = re.compile(r"tok_[0-9a-z]{26}")
+# One that was copied in part. It is no hint: one with this beginning has an ellipsis.
+PART_OF_ID: Final = re.compile(r"tok_[0-9A-Za-z]+")
 # The service's limits: the last characters of a secret, and a whole hint.
 HINT_LENGTHS: Final = range(4, 17)
 ROWS: Final = 50
@@ -83,7 +85,7 @@ class Operations:
             return self._renderer.redirect(f"/token?{urlencode({'id': text})}")
         if not text:
             return self._page(request, viewer, "search", values)
-        if len(text) not in HINT_LENGTHS:
+        if len(text) not in HINT_LENGTHS or PART_OF_ID.fullmatch(text):
             # Does not repeat the text, which may be a secret.
             return self._page(request, viewer, "search", values | {"mistake": _MISTAKE}, 422)
         values["text"] = text
