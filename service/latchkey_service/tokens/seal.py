@@ -71,7 +71,8 @@ class Sealer:
             _microseconds(secret.expire_time),
             secret.retire_on_first_use,
             # Decides which secrets end when a newer one is used, or when the owner ends all but the
-            # newest. Absent from the first one, so that the seals of earlier releases stay right.
+            # newest. Absent from the first one, so that a token without a rotation keeps the seal
+            # of an earlier build.
             *(() if secret.ordinal == 0 else (secret.ordinal,)),
         )
 
