@@ -14,7 +14,7 @@ from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.rpc import refused_calls
 from latchkey_service.settings.settings import Settings
 
-from tests.helpers.callers import policy_text
+from tests.helpers.callers import credential, policy_text
 from tests.helpers.calls import CHANNEL_OPTIONS
 from tests.helpers.servers import serving_as
 from tests.helpers.waiting import eventually
@@ -62,3 +62,34 @@ async def test_waiting_refusals_are_bounded(
 
 def _is_open(refused: refused_calls.RefusedCalls, count: int) -> bool:
     return refused.open == count
+
+
+async def test_an_address_above_its_limit_loses_connections(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guard ends the connection of an anonymous call that is one too many, on both transports.
+    A known caller on another connection is answered."""
+    monkeypatch.setattr(refused_calls, "OPEN_PER_ADDRESS_MAX", OPEN_MAX)
+    policy = tmp_path / "policy.toml"
+    policy.write_text(policy_text())
+    async with (
+        serving_as(settings.model_copy(update={"policy": policy})) as server,
+        grpc.aio.insecure_channel(server.address, options=CHANNEL_OPTIONS) as first,
+        grpc.aio.insecure_channel(server.address, options=CHANNEL_OPTIONS) as second,
+    ):
+        refused = server.refused
+        refused._pacer._due = math.inf
+        stub: Any = pb_grpc.TokenServiceStub(first)
+        waiting = []
+        for number in range(OPEN_MAX):
+            waiting.append(asyncio.ensure_future(CALLS["Verify"](stub)))
+            await eventually(partial(_is_open, refused, number + 1), "the call waits")
+        with pytest.raises(grpc.aio.AioRpcError) as further:
+            await CALLS["Verify"](stub)
+        assert further.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert server.guard.ended == {"refused": 1}
+        await asyncio.gather(*waiting, return_exceptions=True)
+        await eventually(partial(_is_open, refused, 0), "its other calls have ended")
+        metadata = (("authorization", f"Bearer {credential('verifier')}"),)
+        known: Any = pb_grpc.TokenServiceStub(second)
+        await known.Verify(pb.VerifyRequest(secret="x"), timeout=5, metadata=metadata)
