@@ -23,6 +23,8 @@ GRACE_SECONDS: Final = 0.02
 LATE_SECONDS: Final = 0.25
 # How long the longest delay is reported. Prometheus asks at such intervals.
 KEPT_SECONDS: Final = 15.0
+# Longer than any time limit of the database. An earlier delay did not make one of them pass.
+RECENT_SECONDS: Final = 3.0
 # Between two log lines.
 LOG_SECONDS: Final = 10.0
 
@@ -44,17 +46,17 @@ class LoopWatch:
         now = self._monotonic()
         return now - self._delayed_seconds - self._delay_at(now)
 
-    def longest_seconds(self) -> float:
+    def longest_seconds(self, kept_seconds: float = KEPT_SECONDS) -> float:
         """Return the longest delay of the last seconds, including one that still lasts."""
         now = self._monotonic()
-        since = now - KEPT_SECONDS
+        since = now - kept_seconds
         kept = (seconds for ended_at, seconds in self._delays if ended_at >= since)
         return max(self._delay_at(now), *kept, 0.0)
 
     @property
     def is_late(self) -> bool:
-        """Whether the event loop was so late that time limits say little about the database."""
-        return self.longest_seconds() >= LATE_SECONDS
+        """Whether the event loop is so late that time limits say little about the database."""
+        return self.longest_seconds(RECENT_SECONDS) >= LATE_SECONDS
 
     async def run(self) -> None:
         """Watch until cancelled."""

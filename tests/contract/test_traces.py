@@ -1,6 +1,7 @@
 """Calls are recorded as traces, from the caller's span to the statements in Postgres."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -304,6 +305,36 @@ async def test_log_lines_and_audit_entries_name_the_trace(
     assert found["Get"] == ["", "2" * 32]
     for trace in (TRACE, "2" * 32, "3" * 32):
         assert f'"trace_id": "{trace}"' in written.getvalue()
+
+
+async def test_waiting_refusals_do_not_use_up_the_limit(settings: Settings, tmp_path: Path) -> None:
+    """While anonymous calls with a trace wait for their refusal, a known caller is recorded."""
+    policy = tmp_path / "policy.toml"
+    policy.write_text(policy_text())
+    async with (
+        recording(settings, policy=policy, traces_per_second=1.0) as recorded,
+        grpc.aio.insecure_channel(recorded.address, options=CHANNEL_OPTIONS) as channel,
+    ):
+        server = recorded.server
+        calls = server.metrics.traces.calls
+        assert calls is not None
+        now = calls._monotonic()
+        calls._monotonic = lambda: now
+        server.refused._pacer._due = math.inf
+        stub: Any = pb_grpc.TokenServiceStub(channel)
+        request = pb.VerifyRequest(secret="x")
+        anonymous: Any = stub.Verify(request, timeout=30, metadata=traceparent(trace="1" * 32))
+
+        def waits() -> bool:
+            return server.refused.open == 1
+
+        await eventually(waits, "the anonymous call waits")
+        presented = ("authorization", f"Bearer {credential('verifier')}")
+        await stub.Verify(request, timeout=5, metadata=(*traceparent(), presented))
+        assert not anonymous.done()
+        await recorded.named(VERIFY)
+        assert [trace_of(span) for span in recorded.spans()] == [TRACE]
+        anonymous.cancel()
 
 
 async def test_unknown_callers_are_not_recorded(settings: Settings, tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from structlog.testing import capture_logs
 from tests.helpers.waiting import eventually
 
 KEYRING = Keyring([Pepper(bytes(32))])
+# Of a statement. Tests extend the constants of `postgres/connections.py`.
+LONGEST_LIMIT_SECONDS = 2.0
 
 
 class Loop:
@@ -143,6 +145,18 @@ def test_time_outs_of_a_busy_process_are_explained(monkeypatch: pytest.MonkeyPat
     loop.block(1.0)
     assert loop_delay.reason_for(TimeoutError()) == BUSY
     assert loop_delay.reason_for(ConnectionResetError()) == NO_ANSWER
+
+
+def test_an_old_delay_does_not_excuse_the_database(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A database that hangs is named, although the event loop was late some seconds before."""
+    loop = Loop()
+    monkeypatch.setattr(loop_delay, "WATCH", loop.watch)
+    loop.block(1.0)
+    loop.watch.tick()
+    loop.run(LONGEST_LIMIT_SECONDS)
+    assert loop_delay.reason_for(TimeoutError()) == BUSY
+    loop.run(LONGEST_LIMIT_SECONDS)
+    assert loop_delay.reason_for(TimeoutError()) == NO_ANSWER
 
 
 @pytest.mark.parametrize("status", ["SERVING", "NOT_SERVING"])

@@ -16,7 +16,14 @@ from typing import Final
 from latchkey_service.access.origin import source_of
 from latchkey_service.rpc.admission import RejectionPacer
 
-__all__ = ["OPEN_MAX", "OPEN_PER_ADDRESS_MAX", "PER_SECOND", "SECONDS_MAX", "RefusedCalls"]
+__all__ = [
+    "ENDING_MAX",
+    "OPEN_MAX",
+    "OPEN_PER_ADDRESS_MAX",
+    "PER_SECOND",
+    "SECONDS_MAX",
+    "RefusedCalls",
+]
 
 # grpcio needs 0.1 ms for each, so this takes some 2 % of a core. Until its answer, a call takes one
 # of its connection's places, so a flood with as many connections as one address may have cannot
@@ -27,6 +34,9 @@ SECONDS_MAX: Final = 30.0
 OPEN_MAX: Final = 30_000
 # As many as 100 connections may have open.
 OPEN_PER_ADDRESS_MAX: Final = 10_000
+# Until the connections above a limit have ended, which may take a second if there are thousands, or
+# longer if one cannot be found.
+ENDING_MAX: Final = 2 * OPEN_MAX
 
 
 def _cannot_end(_peer: str) -> bool:
@@ -62,14 +72,16 @@ class RefusedCalls:
 
     async def wait(self, peer: str) -> None:
         """Wait until a call of `peer` may be refused. `peer` is as gRPC reports it."""
+        if delay_seconds := self.delay_seconds():
+            await self.hold(peer, delay_seconds)
+
+    async def hold(self, peer: str, delay_seconds: float) -> None:
+        """Keep a call of `peer` open until it is refused, unless too many others are open."""
         address = source_of(peer, None, proxied=False)
         if self.open >= OPEN_MAX or (address and self._open_of[address] >= OPEN_PER_ADDRESS_MAX):
             self.excess += 1
-            if not self.end_connection(peer):
+            if not self.end_connection(peer) or self.open >= ENDING_MAX:
                 return
-        delay_seconds = self.delay_seconds()
-        if not delay_seconds:
-            return
         self.open += 1
         self._open_of[address] += 1
         try:

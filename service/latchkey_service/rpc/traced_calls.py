@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from latchkey_service import tracing
+from latchkey_service.access.authenticator import Authenticator
 from latchkey_service.access.methods import BATCH_VERIFY, VERIFY
 from latchkey_service.rpc.call_context import CallContext
 from latchkey_service.rpc.call_report import Metadata
@@ -61,8 +62,17 @@ class CallTracing:
         self.limited = 0
         """Calls that were not recorded because of the limit."""
 
-    def wrap(self, path: str, handler: Handler, metadata_of: Callable[[Any], Metadata]) -> Handler:
-        """Return the handler to register in place of `handler`."""
+    def wrap(
+        self,
+        path: str,
+        handler: Handler,
+        metadata_of: Callable[[Any], Metadata],
+        authenticator: Authenticator | None = None,
+    ) -> Handler:
+        """Return the handler to register in place of `handler`.
+
+        `authenticator` identifies the callers; None if there is no policy.
+        """
         if path.startswith(HEALTH):
             return handler
         verifies = path in (VERIFY, BATCH_VERIFY)
@@ -78,16 +88,13 @@ class CallTracing:
                     return await handler(data, context)
             elif not parent.sampled:
                 return await handler(data, context)
-            if not self._may_record():
+            # Before the limit: an anonymous call may wait long for its refusal.
+            if not _is_known(authenticator, context) or not self._may_record():
                 return await handler(data, context)
             span = self._start(name, parent, attributes)
             try:
                 with tracing.within(span):
                     answer = await handler(data, context)
-                if span.code == "UNAUTHENTICATED":
-                    # A span that does not end is not exported.
-                    self._left += 1
-                    return answer
                 if verdict and not span.code:
                     span.set(_verdict(answer))
                 _end(span, span.code or "OK")
@@ -109,6 +116,17 @@ class CallTracing:
             return False
         self._left -= 1
         return True
+
+
+def _is_known(authenticator: Authenticator | None, context: CallContext) -> bool:
+    """Return whether a call has a known caller. Without a policy, every caller counts as known."""
+    if authenticator is None:
+        return True
+    try:
+        authenticator.identify(context)
+    except Exception:  # noqa: BLE001 - the handler refuses the call, and reports why
+        return False
+    return True
 
 
 def _end(span: tracing.Span, code: str) -> None:

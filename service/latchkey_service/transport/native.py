@@ -63,8 +63,7 @@ FETCH_MAX: Final = 256
 # For the library's thread to send answers on busy cores. On idle ones it needs a thousandth.
 ANSWERS_OUT_SECONDS: Final = 0.1
 STOPPING_MESSAGE: Final = "The server is stopping. Nothing was done."
-# Delay before retrying to send to a stream whose client has no room; doubles up to the maximum. And
-# the time after which the stream is ended.
+# Delays between attempts to send to a stream without room, and the time after which it is ended.
 ROOM_SECONDS_MIN: Final = 0.001
 ROOM_SECONDS_MAX: Final = 0.25
 UNREAD_SECONDS: Final = 20.0
@@ -276,9 +275,10 @@ class Server(pygrpc_native.aio.Server):
             self._reject_event(event, TimeoutMalformed())
             return
         caller, rule = "", self._queues.rule_of[event[2]]
-        # Without load, the handler refuses anonymous calls, because it also audits their accounts.
-        loaded = self._in_turn or queue.waiting.size
-        if loaded and self._screen is not None and rule.role is not None:
+        # Without load, handlers refuse small anonymous calls, because they audit their accounts.
+        # They would keep a large request until the delayed answer.
+        refuses = self._in_turn or queue.waiting.size or len(event[3]) > SMALL_BYTES
+        if refuses and self._screen is not None and rule.role is not None:
             try:
                 caller = self._screen(event[5][0])
             except LatchkeyError as error:
@@ -371,7 +371,7 @@ class Server(pygrpc_native.aio.Server):
         for event in events:
             if event[0] == EVENT_CANCEL or queue_of[event[2]] is not verifies:
                 return False
-            if has_malformed_timeout(event):
+            if has_malformed_timeout(event) or len(event[3]) > SMALL_BYTES:
                 return False
             if cancelled and event[1] in cancelled:
                 return False
