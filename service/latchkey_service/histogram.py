@@ -23,7 +23,7 @@ class Exemplar(NamedTuple):
 class Histogram:
     """Observations by bucket. One thread only.
 
-    The path of a Verify counts in `counts` and `total` itself (`rpc/verify_calls.py`).
+    The path of a Verify updates `counts` and `total` directly (`rpc/verify_calls.py`).
     """
 
     __slots__ = ("bounds", "counts", "exemplars", "total")

@@ -1,8 +1,8 @@
 """Measures how late the event loop of a process runs, to tell a busy process from a slow database.
 
 An answer of the database waits in the socket while the event loop is busy. So a statement that
-seems to take long may have been answered at once. `WATCH.clock` is a clock that stands still during
-delays of the loop: whatever is late by that clock is late because of others.
+seems to take long may have been answered at once. `WATCH.clock` is a clock that pauses during
+delays of the loop: whatever is late by that clock has a cause outside this process.
 """
 
 import asyncio
@@ -15,14 +15,16 @@ from latchkey_service.settings.logs import logger
 
 __all__ = ["LATE_SECONDS", "TICK_SECONDS", "WATCH", "LoopWatch", "reason_for"]
 
-# Costs some microseconds each time.
+# How often the loop ticks. Each tick costs some microseconds.
 TICK_SECONDS: Final = 0.05
-# Of a tick's time, this much may be a delay. The rest counts as time in which the loop answered.
+# A tick that is late by no more than this does not count as delayed.
 GRACE_SECONDS: Final = 0.02
-# A delay that callers notice, and a part of every time limit of the database.
+# A delay that callers notice. It takes up a part of every time limit of the database.
 LATE_SECONDS: Final = 0.25
 # How long the longest delay is reported. Prometheus asks at such intervals.
 KEPT_SECONDS: Final = 15.0
+# Longer than any time limit of the database. An earlier delay did not make one of them pass.
+RECENT_SECONDS: Final = 3.0
 # Between two log lines.
 LOG_SECONDS: Final = 10.0
 
@@ -40,21 +42,21 @@ class LoopWatch:
         self._logged_at = -LOG_SECONDS
 
     def clock(self) -> float:
-        """Return seconds of a clock that stands still while the event loop is delayed."""
+        """Return seconds of a clock that pauses while the event loop is delayed."""
         now = self._monotonic()
         return now - self._delayed_seconds - self._delay_at(now)
 
-    def longest_seconds(self) -> float:
+    def longest_seconds(self, kept_seconds: float = KEPT_SECONDS) -> float:
         """Return the longest delay of the last seconds, including one that still lasts."""
         now = self._monotonic()
-        since = now - KEPT_SECONDS
+        since = now - kept_seconds
         kept = (seconds for ended_at, seconds in self._delays if ended_at >= since)
         return max(self._delay_at(now), *kept, 0.0)
 
     @property
     def is_late(self) -> bool:
-        """Whether the event loop was so late that time limits say little about the database."""
-        return self.longest_seconds() >= LATE_SECONDS
+        """Whether the event loop is so late that time limits say little about the database."""
+        return self.longest_seconds(RECENT_SECONDS) >= LATE_SECONDS
 
     async def run(self) -> None:
         """Watch until cancelled."""
@@ -98,5 +100,5 @@ WATCH: Final = LoopWatch()
 
 
 def reason_for(error: BaseException) -> str:
-    """Return why a statement failed with an error of the driver, for its caller."""
+    """Return the text that explains to the caller why a statement failed with a driver error."""
     return BUSY if isinstance(error, TimeoutError) and WATCH.is_late else NO_ANSWER

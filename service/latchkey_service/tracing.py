@@ -2,9 +2,9 @@
 
 Every room may open spans here. Owns neither the decision which calls are recorded
 (`rpc/traced_calls.py`) nor the export (`process/trace_export.py`), and imports no library for
-traces: without them, each function is a look at a context variable.
+traces: with traces off, each function only reads a context variable.
 
-A span that has ended takes no children. So a task that a call leaves behind is not recorded.
+An ended span takes no children, so a task that outlives its call is not recorded.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ class Span(Protocol):
         ...
 
     def child(self, name: str, attributes: Attributes, links: Sequence["Span"] = ()) -> "Span":
-        """Begin a span inside this one. `links` are spans that it works for too."""
+        """Begin a span inside this one. It links to `links`, the other spans that it works for."""
         ...
 
     def link(self, other: "Span") -> None:
@@ -85,11 +85,11 @@ class Span(Protocol):
 _current: ContextVar[Span | None] = ContextVar("latchkey_span", default=None)
 
 
-# Both without a step in Python, because every cold Verify takes them.
+# Neither runs Python code, because every cold Verify calls both.
 of_task: Final = _current.get
 """Returns the span of the call that started the current task, even if it has ended, or None."""
 leave: Final = functools.partial(_current.set, None)
-"""Forgets the call that started the current task, which works for others too."""
+"""Detaches the current task from the call that started it: the task also works for others."""
 
 
 def current() -> Span | None:
@@ -151,9 +151,9 @@ def failed(code: str, reason: str, request_id: str) -> None:
 
 
 def parent_in(metadata: Any) -> Parent | None:
-    """Return the caller's span that the pairs in `metadata` name. None: none, or malformed.
+    """Return the caller's span that the pairs in `metadata` name, or None.
 
-    Ignores a malformed or repeated `traceparent`, as the standard demands.
+    Ignores a malformed or repeated `traceparent`, as the standard requires.
     """
     found = None
     for key, value in metadata or ():

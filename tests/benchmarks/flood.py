@@ -91,7 +91,7 @@ class Result:
 
     @property
     def growth(self) -> float:
-        """Return by which share memory grew from the middle third of the rounds to the last."""
+        """Return the relative growth of memory from the middle third of the rounds to the last."""
         middle, last = self.thirds
         return last / middle - 1
 

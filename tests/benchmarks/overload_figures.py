@@ -167,7 +167,7 @@ def lines(results: Sequence[Result]) -> Iterator[str]:
     yield f"Too late: after {TIMEOUT_SECONDS:.0f} s. Goodput: right answers in time, to a second."
     yield "p50, p99: of calls not refused. Unloaded: p99 by that of the case's first line."
     yield "RSS: of the server at the end of the slice, under the load."
-    yield "Sent: 99 of 100 calls so long after their arrival; * in which rounds the load was late."
+    yield "Sent: the delay within which 99 of 100 calls were sent; * marks rounds with a late load."
 
 
 def _cells(result: Result, load: str) -> Iterator[str]:

@@ -15,7 +15,8 @@ _HOP = frozenset({"connection", "keep-alive", "transfer-encoding", "content-leng
 class Balancer(ThreadingHTTPServer):
     """Listens on `url` and forwards to `ports`. `served` has the requests of each port.
 
-    Static files take no turn, so that a form and the redirect after it never meet one process.
+    Static files take no turn, so that a form and the redirect after it always reach different
+    processes.
     """
 
     daemon_threads = True

@@ -26,8 +26,9 @@ def card(browser: Browser) -> str:
 
 
 def test_leaked_token_is_replaced(browser: Browser, world: World, script: bool) -> None:
-    """The first card says that a token leaked, and leads to its replacement, which suggests to end
-    the old secret at once. Afterwards, nothing says that it leaked."""
+    """The first card says that a token leaked, and leads to its replacement, which suggests ending
+    the old secret at once. Afterwards, nothing says that it leaked.
+    """
     created = world.create("deploy job", ttl={"seconds": 90 * DAY})
     world.create("other", ttl={"seconds": 90 * DAY})
     browser.open()
@@ -101,7 +102,7 @@ def test_rate_limit_of_a_new_token(browser: Browser, world: World, script: bool,
     browser.type("#name", "limited")
     browser.type("#rate", "100/day")
     browser.click("#add")
-    assert "Write it as 100/minute" in browser.text("#error-rate")
+    assert "Write it as “100/minute”" in browser.text("#error-rate")
     assert browser.find("#rate").get_attribute("aria-invalid") == "true"
     if script:
         browser.focused("#rate")

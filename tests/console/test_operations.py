@@ -133,6 +133,7 @@ async def test_search(
     ("path", "status", "text"),
     [
         ("/?q=zzz", 422, "neither a token ID nor the end of a secret"),
+        ("/?q=tok_01m8n3jb62", 422, "neither a token ID nor the end of a secret"),
         ("/?q=~~~~", 200, "No token matches"),
         ("/?q=abcd&page=damaged", 422, "neither a token ID"),
         ("/token?id=tok_" + "0" * 26, 404, "No token has this ID"),
@@ -145,7 +146,7 @@ async def test_search(
     ],
 )
 async def test_nothing_found(browser: httpx.AsyncClient, path: str, status: int, text: str) -> None:
-    """A search without result, and one that the service cannot understand, say so."""
+    """A search without results says so, and so does one that the service cannot understand."""
     answer = await browser.get(path)
     assert answer.status_code == status
     assert text in answer.text

@@ -1,4 +1,4 @@
-"""What people look for on the page: where a button is, how loud it is, what a receipt says."""
+"""What people look for on the page: where a button is, how prominent it is, what a receipt says."""
 
 import re
 
@@ -20,7 +20,7 @@ COLOURS = (
 
 
 @pytest.mark.parametrize("width", [DESK, PHONE])
-def test_nothing_is_where_one_looks_for_close(browser: Browser, world: World, width: int) -> None:
+def test_dialog_with_secret_has_no_close_button(browser: Browser, world: World, width: int) -> None:
     """The dialog with a secret has its picture before the title. The corner where other dialogs
     have their Close button is empty, because this one needs a deliberate answer."""
     world.create("existing")
@@ -45,9 +45,9 @@ def test_nothing_is_where_one_looks_for_close(browser: Browser, world: World, wi
     browser.click("[data-copy]")
 
 
-def test_delete_buttons_are_quiet_until_they_are_meant(browser: Browser, world: World) -> None:
+def test_delete_buttons_are_quiet_until_pointed_at(browser: Browser, world: World) -> None:
     """In the list and in the details, Delete has no more weight than its neighbour. It turns red
-    under the pointer and with the focus. Only the last question has a red button."""
+    under the pointer and with the focus. Only the final confirmation has a red button."""
     token = world.create("existing").token
     browser.open()
 
@@ -71,7 +71,9 @@ def test_delete_buttons_are_quiet_until_they_are_meant(browser: Browser, world: 
     )
 
 
-def test_list_helps_who_lost_a_secret(browser: Browser, world: World, script: bool) -> None:
+def test_list_says_what_to_do_about_a_lost_secret(
+    browser: Browser, world: World, script: bool
+) -> None:
     """The list says what to do about a lost secret, in the words of the button that does it."""
     token = world.create("existing").token
     browser.open()

@@ -187,11 +187,12 @@ async def test_another_history_s_audit_log_is_not_shown(
     await eventually(back, "the server has started over")
 
 
-async def test_another_history_s_uses_are_not_shown(
+async def test_uses_of_another_history_are_not_shown(
     database_url: str, stub: Any, create: Any
 ) -> None:
-    """GetUsage answers from one read of the server's own history: also if the history changes while
-    it waits for the database, it does not show another history's uses."""
+    """GetUsage answers from one read of the server's own history. If the history changes while that
+    read waits for the database, it shows no uses of the other history.
+    """
     created = await create()
     request = pb.GetUsageRequest(account_id="acme", id=created.token.id)
     assert not (await stub.GetUsage(request, timeout=5)).callers

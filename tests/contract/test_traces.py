@@ -1,6 +1,7 @@
 """Calls are recorded as traces, from the caller's span to the statements in Postgres."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from tests.helpers.spans import (
     trace_of,
     traceparent,
 )
-from tests.helpers.waiting import eventually
+from tests.helpers.waiting import WAIT_SECONDS, eventually
 from tests.helpers.watch_client import watching
 
 SERVICE = "latchkey.v1.TokenService"
@@ -123,11 +124,13 @@ async def test_a_delete_shows_its_statements_and_its_wait(settings: Settings) ->
 async def test_one_query_for_several_verifies_links_to_them(recorded: Recorded, stub: Any) -> None:
     """The query belongs to the trace of the first Verify, and links with the others."""
     secrets = [(await create(stub, f"token {number}")).secret for number in range(4)]
-    lookup, release = recorded.server.metrics.lookup, asyncio.Event()
+    lookup = recorded.server.metrics.lookup
+    connects, release = asyncio.Event(), asyncio.Event()
     dedicated = lookup._lookup_connection._connection
     connect = dedicated._connect
 
     async def held() -> Any:
+        connects.set()
         await release.wait()
         return await connect()
 
@@ -137,9 +140,11 @@ async def test_one_query_for_several_verifies_links_to_them(recorded: Recorded, 
 
     dedicated._connect = held
     lookup.reconnect()
-    # One query waits for a connection. It may also be that of a health check.
+    # One query waits for a connection. It may also be that of a health check. A query that was sent
+    # before the reconnect would end, and the next one would take the calls below one by one.
     calls = [verify(secrets[0])]
-    await eventually(lambda: lookup._lookup_connection.batch, "a query waits")
+    async with asyncio.timeout(WAIT_SECONDS):
+        await connects.wait()
     traces = [str(number) * 32 for number in range(1, 4)]
     for number, trace in enumerate(traces, start=1):
         calls.append(verify(secrets[number], traceparent(trace=trace)))
@@ -178,6 +183,9 @@ async def test_failures_have_their_status(recorded: Recorded, channel: grpc.aio.
         started = asyncio.Event()
 
         async def fail() -> Any:
+            # Background tasks, such as the comparison of peppers, use the pool too.
+            if tracing.current() is None:
+                return await acquire()
             started.set()  # noqa: B023 - called before the next round
             if fault == "late":  # noqa: B023
                 await asyncio.Event().wait()
@@ -234,7 +242,7 @@ async def test_callers_cannot_force_recording(settings: Settings) -> None:
         recording(settings, traces_per_second=5.0) as recorded,
         grpc.aio.insecure_channel(recorded.address, options=CHANNEL_OPTIONS) as channel,
     ):
-        # The clock stands still, so nothing is added to the first five.
+        # The clock does not advance, so nothing is added to the first five.
         calls = recorded.server.metrics.traces.calls
         assert calls is not None
         now = calls._monotonic()
@@ -271,7 +279,7 @@ async def test_shares_without_a_parent(settings: Settings) -> None:
 async def test_log_lines_and_audit_entries_name_the_trace(
     recorded: Recorded, stub: Any, channel: grpc.aio.Channel
 ) -> None:
-    """So does a call that is not recorded, if its caller has a trace."""
+    """Log lines and audit entries name the caller's trace, even for calls that are not recorded."""
     with everything_logged("json", "info") as written:
         created = await create(stub, metadata=traceparent())
         request = pb.GetRequest(account_id="acme", id=created.token.id)
@@ -299,8 +307,40 @@ async def test_log_lines_and_audit_entries_name_the_trace(
         assert f'"trace_id": "{trace}"' in written.getvalue()
 
 
+async def test_waiting_refusals_do_not_use_up_the_limit(settings: Settings, tmp_path: Path) -> None:
+    """While anonymous calls with a trace wait for their refusal, a known caller is recorded."""
+    policy = tmp_path / "policy.toml"
+    policy.write_text(policy_text())
+    async with (
+        recording(settings, policy=policy, traces_per_second=1.0) as recorded,
+        grpc.aio.insecure_channel(recorded.address, options=CHANNEL_OPTIONS) as channel,
+    ):
+        server = recorded.server
+        calls = server.metrics.traces.calls
+        assert calls is not None
+        now = calls._monotonic()
+        calls._monotonic = lambda: now
+        server.refused._pacer._due = math.inf
+        stub: Any = pb_grpc.TokenServiceStub(channel)
+        request = pb.VerifyRequest(secret="x")
+        anonymous: Any = stub.Verify(request, timeout=30, metadata=traceparent(trace="1" * 32))
+
+        def waits() -> bool:
+            return server.refused.open == 1
+
+        await eventually(waits, "the anonymous call waits")
+        presented = ("authorization", f"Bearer {credential('verifier')}")
+        await stub.Verify(request, timeout=5, metadata=(*traceparent(), presented))
+        assert not anonymous.done()
+        await recorded.named(VERIFY)
+        assert [trace_of(span) for span in recorded.spans()] == [TRACE]
+        anonymous.cancel()
+
+
 async def test_unknown_callers_are_not_recorded(settings: Settings, tmp_path: Path) -> None:
-    """They do not use up the limit either. Known callers without the right are recorded."""
+    """Calls of unknown callers are not recorded, and do not use up the limit. Calls of known
+    callers that lack permission are recorded.
+    """
     policy = tmp_path / "policy.toml"
     policy.write_text(policy_text())
     async with (

@@ -347,8 +347,13 @@ async def test_confirmed_creates_survive_a_crash(
     assert {r.verdict for r in answers.responses} == {pb.VERDICT_VALID}
     listed: set[str] = set()
     page = pb.ListRequest(account_id="crash", page_size=500)
+
+    async def read() -> pb.ListResponse:
+        # Look-ups have a connection of their own, and may work earlier than the pool.
+        return await stub.List(page, timeout=5)
+
     while True:
-        answer = await stub.List(page, timeout=5)
+        answer = await eventually(read, "lists work", RESUME_SECONDS)
         listed |= {token.id for token in answer.tokens}
         if not answer.next_page_token:
             break

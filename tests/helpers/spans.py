@@ -53,7 +53,7 @@ class Recorded:
         return list(self.memory.get_finished_spans())
 
     async def all(self, fits: Callable[[list[ReadableSpan]], bool]) -> list[ReadableSpan]:
-        """Wait until the spans fit: the answer may arrive before the span ends."""
+        """Wait until the spans match: the answer may arrive before the span ends."""
         await eventually(lambda: fits(self.spans()), "the spans")
         return self.spans()
 

@@ -39,7 +39,7 @@ TOLERANCE = 0.001
 class Meter:
     """Compares the verifies that answer VALID with the bound, in all windows at once.
 
-    Has the level of a bucket that holds b + r * 1 s and that each VALID takes a call from. The
+    Keeps the level of a bucket that holds b + r * 1 s. Each VALID takes a call from it. The
     level falls below zero exactly if a window has more than b + r * (w + 1 s). `extra` are the
     calls that failovers have added.
     """

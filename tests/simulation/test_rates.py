@@ -51,7 +51,7 @@ def test_the_bound_holds_under_any_schedule() -> None:
 
 
 def test_the_meter_is_the_bound() -> None:
-    """At once, b + r calls are permitted, and r more in each further second."""
+    """The meter permits b + r calls at once, and r more in each further second."""
     meter = Meter(RateLimit(2, 1, 3))
     assert [meter.accept(10.0) for _ in range(6)] == [True] * 5 + [False]
     meter = Meter(RateLimit(2, 1, 3))
@@ -108,7 +108,7 @@ MUTANTS: dict[str, list[tuple[Any, str, Any]]] = {
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_each_part_of_the_rule_is_needed(name: str) -> None:
-    """Without it, the simulation exceeds the bound."""
+    """If one part of the rule is broken, the simulation exceeds the bound."""
     with contextlib.ExitStack() as broken:
         for where, attribute, instead in MUTANTS[name]:
             broken.enter_context(mock.patch.object(where, attribute, instead))

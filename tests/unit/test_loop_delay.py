@@ -1,4 +1,4 @@
-"""How a busy event loop and a slow database are told apart."""
+"""How the service distinguishes a busy event loop from a slow database."""
 
 import asyncio
 import time
@@ -18,6 +18,8 @@ from structlog.testing import capture_logs
 from tests.helpers.waiting import eventually
 
 KEYRING = Keyring([Pepper(bytes(32))])
+# Of a statement. Tests extend the constants of `postgres/connections.py`.
+LONGEST_LIMIT_SECONDS = 2.0
 
 
 class Loop:
@@ -39,7 +41,7 @@ class Loop:
         self.now += seconds
 
 
-def test_the_clock_stands_still_while_the_loop_is_late() -> None:
+def test_the_clock_pauses_while_the_loop_is_late() -> None:
     """A delay does not count, neither while it lasts nor afterwards. Other time does."""
     loop = Loop()
     began = loop.watch.clock()
@@ -114,7 +116,7 @@ async def test_calls_in_the_queue_blame_the_right_part(late: bool, error: type[E
 
 @pytest.mark.parametrize(("late", "error"), [(True, Overloaded), (False, StoreUnavailable)])
 async def test_look_ups_blame_the_right_part(late: bool, error: type[Exception]) -> None:
-    """The same for verifies that read the database."""
+    """Verifies that read the database are rejected in the same way."""
     loop = Loop()
     blocked = asyncio.Event()
 
@@ -145,9 +147,21 @@ def test_time_outs_of_a_busy_process_are_explained(monkeypatch: pytest.MonkeyPat
     assert loop_delay.reason_for(ConnectionResetError()) == NO_ANSWER
 
 
+def test_an_old_delay_does_not_excuse_the_database(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A database that hangs is named, although the event loop was late some seconds before."""
+    loop = Loop()
+    monkeypatch.setattr(loop_delay, "WATCH", loop.watch)
+    loop.block(1.0)
+    loop.watch.tick()
+    loop.run(LONGEST_LIMIT_SECONDS)
+    assert loop_delay.reason_for(TimeoutError()) == BUSY
+    loop.run(LONGEST_LIMIT_SECONDS)
+    assert loop_delay.reason_for(TimeoutError()) == NO_ANSWER
+
+
 @pytest.mark.parametrize("status", ["SERVING", "NOT_SERVING"])
 def test_the_doctor_names_a_late_loop(monkeypatch: pytest.MonkeyPatch, status: str) -> None:
-    """A service that answers late is overloaded, whatever it reports of itself."""
+    """A service that answers late is overloaded, whatever it reports about itself."""
     clock = iter((0.0, 1.2))
     monkeypatch.setattr(doctor_listeners, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr(doctor_listeners, "_closed", lambda *_: None)

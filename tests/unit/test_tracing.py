@@ -22,7 +22,7 @@ def test_a_callers_span(flags: str, sampled: bool) -> None:
 
 
 def test_a_later_version_may_append_fields() -> None:
-    """W3C Trace Context §3.2.2: only what version 00 has is read."""
+    """Only the fields of version 00 are read (W3C Trace Context §3.2.2)."""
     for more in ("", "-what-the-future-will-be-like"):
         assert parsed(f"cc-{TRACE}-{PARENT}-01{more}") == Parent(TRACE, PARENT, True)
 
@@ -49,12 +49,12 @@ def test_a_later_version_may_append_fields() -> None:
     ],
 )
 def test_a_malformed_traceparent_counts_as_none(value: Any) -> None:
-    """Callers may send anything."""
+    """A malformed header is ignored, because callers may send anything."""
     assert parsed(value) is None
 
 
 def test_a_repeated_traceparent_counts_as_none() -> None:
-    """Nobody can know which one is meant."""
+    """A repeated header is ignored, because nobody can know which one is meant."""
     one = ("traceparent", f"00-{TRACE}-{PARENT}-01")
     assert parent_in([one, one]) is None
     assert parent_in(()) is parent_in(None) is None
@@ -107,7 +107,7 @@ def test_nothing_is_recorded_without_a_call() -> None:
 
 
 def test_an_error_gives_its_reason_or_its_type() -> None:
-    """Its text may contain a secret."""
+    """The span has no text of an error, because that may contain a secret."""
     call = Span()
     with tracing.within(call):
         with pytest.raises(KeyError), tracing.span("block", {}):
@@ -132,7 +132,7 @@ def test_a_span_that_has_ended_takes_no_children() -> None:
 
 
 def test_a_joined_span_links_with_all_calls() -> None:
-    """It belongs to the first call that is recorded and has not ended."""
+    """A joined span belongs to the first call that is recorded and has not ended."""
     ended, first, second = Span(), Span(), Span()
     ended.end()
     with tracing.joined([ended, first, second]), tracing.span("query", {"a": 1}):

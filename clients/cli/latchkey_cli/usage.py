@@ -49,7 +49,7 @@ def usage(
 
 
 def print_usage(callers: "tuple[CallerUsage, ...]", *, days: bool) -> None:
-    """Print who used a token, with `days` also on which days."""
+    """Print who used a token and, with `days`, on which days."""
     now = datetime.now(UTC)
     table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False)
     table.add_column("Caller", overflow="fold", header_style="bold")

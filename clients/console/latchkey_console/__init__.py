@@ -2,8 +2,9 @@
 
 This package owns what a browser sees: pages, forms, sign-in, and the single display of a new
 secret. It does not own tokens: it is a thin client of TokenService through the client library
-`latchkey`. It stores only what the next request of the same browser needs, and only in memory.
-Therefore exactly one process serves the page: several would not know each other's forms.
+`latchkey`. Browsers keep the state of a visit, sealed with a key that several processes can share
+(`state`). A process itself remembers only the sessions that ended early (`ended`) and the secrets
+that it has displayed (`showing`).
 """
 
 from latchkey_console import grpc_core

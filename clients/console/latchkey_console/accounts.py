@@ -1,4 +1,4 @@
-"""The accounts of visitors who have several, and the one that a request is about.
+"""Decides which of a visitor's several accounts a request is about.
 
 The sign-in names all accounts of a visitor: a claim of the OpenID provider, or a header of the
 sign-in proxy. Each request names one of them, in its URL or in its form, so tabs with different
@@ -21,7 +21,8 @@ from latchkey_console.settings import is_account_id
 
 __all__ = ["ACCOUNTS_MAX", "NotChosen", "ProxyAccounts", "accounts_of", "choose", "listed"]
 
-# Each sign-in keeps its accounts in memory: 10,000 sign-ins of 100 of the longest take 128 MB.
+# A hundred ids such as UUIDs fit into the session's cookie. `openid` refuses a sign-in whose
+# accounts do not fit.
 ACCOUNTS_MAX: Final = 100
 
 
@@ -82,7 +83,7 @@ class ProxyAccounts(ProxyHeader):
 
 
 def _checked(ids: list[object] | list[str], mistake: str) -> tuple[str, ...]:
-    """Return each account once. One that is invalid refuses all: the list is not what it seems."""
+    """Return each account once. Raises Refused for the whole list if any account is invalid."""
     if not ids:
         raise Refused(
             403,

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import logging
 import secrets
 import time
@@ -34,11 +35,11 @@ from latchkey_console.pages import Pages
 from latchkey_console.protection import BadForm, Protection, Seals, read_form, session_id
 from latchkey_console.rendering import Renderer, is_part
 from latchkey_console.selection import Selection
-from latchkey_console.settings import ProxySettings, Settings
+from latchkey_console.settings import Peer, ProxySettings, Settings
 from latchkey_console.showing import Displays
 from latchkey_console.state import StateKeys
 
-__all__ = ["HEALTH", "make_app"]
+__all__ = ["HEALTH", "console_of", "make_app"]
 
 _log = logging.getLogger("latchkey.console")
 
@@ -69,7 +70,7 @@ def make_app(
     """
     client = client or latchkey.Client(settings.target)
     # Without keys in a file, a new one at each start ends the sessions of the previous process.
-    keys = StateKeys(settings.state_keys)
+    keys = StateKeys(settings.state_keys, console_of(settings))
     embedding = settings.embedding
     rules = CookieRules(
         settings.cookie_name,
@@ -79,7 +80,8 @@ def make_app(
     )
     renderer = Renderer(settings.brand, embedding, rules)
     ended = Ended(now)
-    peers = Peers(ended, settings.peers, keys, embedding.base_path, now)
+    own = Peer(settings.host, settings.port)
+    peers = Peers(ended, settings.peers, keys, embedding.base_path, now, own)
     openid: OpenId | None = None
     identity: Identity
     if settings.account is not None:
@@ -149,6 +151,26 @@ def make_app(
         frame_ancestors=embedding.frame_ancestors,
     )
     return BasePath(protected, embedding.base_path, open_paths)
+
+
+def console_of(settings: Settings) -> str:
+    """Return what distinguishes this console from another one that has the same keys.
+
+    A sign-in counts only where it was checked: at this address, with this provider, these claims
+    and these groups. Otherwise, somebody could carry the cookie of an API Tokens page to the
+    operators' view.
+    """
+    proxy, openid = settings.proxy, settings.openid
+    ways = [
+        settings.account,
+        proxy and [proxy.header, proxy.person_header, proxy.several, sorted(proxy.operators)],
+        openid
+        and [
+            *(openid.issuer, openid.client_id, openid.claim, openid.accounts_claim),
+            *(openid.accounts_key, openid.groups_claim, sorted(openid.operators)),
+        ],
+    ]
+    return json.dumps([settings.home_url, ways])
 
 
 def _proxied(settings: ProxySettings) -> Identity:

@@ -1,4 +1,4 @@
-"""The console's cookies: their names, where browsers send them, and what seals their values."""
+"""The console's cookies: their names, where browsers send them, and how their values are sealed."""
 
 import json
 from base64 import b64decode, b64encode
@@ -90,7 +90,7 @@ class SealedCookie:
         self._below = below
 
     def write(self, response: Response, owner: str, value: Mapping[str, Any]) -> bool:
-        """Leave a value for `owner` with the browser. Return whether it fits into a cookie."""
+        """Store a value for `owner` in the browser. Return whether it fits into a cookie."""
         sealed = self._box.seal({"owner": owner, "value": value})
         if len(sealed) > VALUE_LENGTH_MAX:
             return False
@@ -99,7 +99,7 @@ class SealedCookie:
         return True
 
     def read(self, request: Request, owner: str) -> dict[str, Any]:
-        """Return the value that was left for `owner`, or an empty one."""
+        """Return the value that was stored for `owner`, or an empty one."""
         opened = self._box.open(self.raw(request), self._age_max_seconds)
         value: dict[str, Any] = opened["value"] if opened.get("owner") == owner else {}
         return value

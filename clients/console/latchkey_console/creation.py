@@ -24,9 +24,9 @@ __all__ = ["Creations", "Different", "Lost", "NotMade", "Outcome", "request_id_o
 
 _log = logging.getLogger("latchkey.console")
 
-# A token of the form's name that is younger may be the form's own, made by a copy of the form that
-# another process handles. The bound is wide, because their clocks and Latchkey's differ. An older
-# token's secret may be in use, so that this form must not end it.
+# A token with the form's name that is younger than this may be the form's own: another process may
+# have handled a copy of the form. The bound is wide, because the clocks of the processes and of
+# Latchkey differ. The secret of an older token may be in use, so this form must not end it.
 COPY_AGE_MAX: Final = timedelta(minutes=1)
 
 

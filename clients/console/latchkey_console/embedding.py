@@ -47,12 +47,17 @@ def base_path(value: str) -> str:
 def frame_ancestor(value: str) -> str:
     """Return the origin of `--frame-ancestor`. Raises SettingsError."""
     parts = split(value)
+    mistake = SettingsError(
+        f"--frame-ancestor {value}: give the origin of the page that frames this one, such as "
+        "https://app.example.com"
+    )
     if parts is None or not https_or_loopback(value) or parts.path not in ("", "/") or parts.query:
-        raise SettingsError(
-            f"--frame-ancestor {value}: give the origin of the page that frames this one, such as "
-            "https://app.example.com"
-        )
-    return origin(parts.scheme, parts.hostname or "", parts.port)
+        raise mistake
+    try:
+        return origin(parts.scheme, parts.hostname or "", parts.port)
+    except SettingsError:
+        # Its text names --public-url.
+        raise mistake from None
 
 
 def peer(value: str) -> Peer:

@@ -221,7 +221,7 @@ def rate_limit_of(text: str) -> RateLimit | None:
     try:
         limit = RateLimit.parse(text)
     except ValueError:
-        raise ValueError("Write it as 100/minute, or 100/minute, burst 20.") from None
+        raise ValueError("Write it as “100/minute” or “100/minute, burst 20”.") from None
     if not 1 <= limit.count <= _RATE_MAX or limit.burst > _RATE_MAX:
         raise ValueError(f"Use numbers from 1 to {_RATE_MAX:,}.")
     return limit

@@ -96,7 +96,7 @@ class Frame:
         self._notices = SealedCookie(rules, "-notice", keys, NOTICE_SECONDS, now)
 
     def visit(self, request: Request, query: Mapping[str, str]) -> Visit:
-        """Return the visit, for whose person the client makes calls from now on.
+        """Return the visit. From now on, the client makes calls on behalf of its person.
 
         Raises NotSignedIn, NotChosen and Refused.
         """
@@ -160,8 +160,8 @@ class Frame:
         context["notice"] = notice
         message: Trouble | None = context["trouble"]
         response = self.renderer.page(request, context, message.status if message else 200)
-        # A request that was sent before a change does not have the notice of the change, so it
-        # cannot take it away.
+        # A request that was sent before a change does not carry the notice of the change, so it
+        # cannot remove it.
         self._notices.delete(request, response)
         return response
 

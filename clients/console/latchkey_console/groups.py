@@ -21,7 +21,7 @@ def checked(groups: tuple[str, ...], way: str, *, has_account: bool) -> frozense
             "--oidc-issuer"
         )
     if has_account:
-        raise ValueError("--operator-group: operators have no account, so give no claim for it")
+        raise ValueError("--operator-group: operators have no account; name no claim of accounts")
     for group in groups:
         if not group.isprintable() or "," in group or group != group.strip() or not group:
             raise ValueError("--operator-group: give the name of a group, without commas")

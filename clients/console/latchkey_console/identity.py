@@ -128,7 +128,7 @@ class ProxyHeader:
         return Viewer(value, person=self.person(request) or value)
 
     def value(self, request: Request, several: str) -> str:
-        """Return the header's value. Raises Refused: with `several` if there are several.
+        """Return the header's value. Raises Refused, with the text `several` if there are two.
 
         Trust depends on the connection's own address, never on one that a header claims.
         """

@@ -26,9 +26,9 @@ _log = logging.getLogger("latchkey.console")
 _REPORTS: Final = tuple(
     f"/latchkey.v1.TokenService/{name}" for name in ("ReportSecret", "RevokeSecret")
 )
-# Between the time of a report and that of its entry in the audit log, which is rounded.
+# The largest difference between the time of a report and that of its audit entry, which is rounded.
 _REPORT_MARGIN: Final = timedelta(seconds=1)
-# More entries about one token than there are reports among them.
+# How many entries about one token to read. A token has fewer reports.
 _ENTRIES_MAX: Final = 50
 _STALE: Final = (
     "This form has expired or belongs to another session. Nothing was changed. "
@@ -83,8 +83,8 @@ class Lifecycle:
     async def _reporters(self, visit: Visit, token: latchkey.Token) -> dict[datetime, str]:
         """Return who reported the token's leaked secrets, by the time of the report.
 
-        The audit log has this. A policy may forbid the console to read it, and then this asks only
-        once, because the log has an entry for each refusal.
+        The audit log records this. If a policy forbids the console to read the log, this asks only
+        once, because each refusal makes an entry.
         """
         times = {s.leak_report_time for s in token.secrets if s.leak_report_time is not None}
         if not times or not self._may_audit:

@@ -359,5 +359,5 @@ def _time(text: str) -> datetime | None:
         time = datetime.fromisoformat(text)
     except ValueError:
         return None
-    # The review subtracts days, so the year 1 would not do.
+    # The review subtracts days, which would fail in the year 1.
     return time if time.tzinfo is not None and 2000 <= time.year < 9000 else None

@@ -45,7 +45,7 @@ SIGN_OUT: Final = "/sign-out"
 
 @dataclass(frozen=True, slots=True)
 class _SignIn:
-    """A sign-in, as the session has it under "sign_in"."""
+    """A sign-in, as the session stores it under "sign_in"."""
 
     account_id: str
     accounts: tuple[str, ...] | None
@@ -99,6 +99,8 @@ class OpenId:
         """Return the account that is signed in with this session. Raises NotSignedIn."""
         sign_in = self._sign_in(request)
         if sign_in is None:
+            # It has ended, and takes room that the next sign-in needs.
+            request.session.pop("sign_in", None)
             raise NotSignedIn
         return Viewer(
             sign_in.account_id,
@@ -116,6 +118,9 @@ class OpenId:
             )
         except (AuthlibBaseError, httpx2.HTTPError, ValueError, RuntimeError) as error:
             raise _unreachable(error) from error
+        if not fits(self._sessions, request.session):
+            # The names of many accounts leave no room. The new sign-in replaces the earlier one.
+            request.session.pop("sign_in", None)
         return answer
 
     async def finish(self, request: Request) -> Callable[[Response], None]:
@@ -147,10 +152,13 @@ class OpenId:
         claims = tokens.get("userinfo")
         if not claims:
             raise _failed("the answer has no id token")
-        account_id, accounts = self._accounts(claims)
         earlier = self._sign_in(request)
         if earlier is not None:
+            # Before the claims are checked: if they refuse the visitor, as after the loss of an
+            # account or a group, the earlier sign-in must not outlive that.
             await self._peers.end(session_id(request), earlier.until)
+            new_session(request)
+        account_id, accounts = self._accounts(claims)
         session = new_session(request)
         until = int(self._now().timestamp() + SIGN_IN_SECONDS)
         sign_in = _SignIn(account_id, accounts, _person(claims), until)
@@ -241,7 +249,7 @@ class OpenId:
 
 
 def _restored(values: Mapping[str, Any]) -> _SignIn:
-    """Return the sign-in that a session has, whose lists were tuples."""
+    """Return the sign-in in a session, in which JSON has made lists of tuples."""
     accounts = values["accounts"]
     return _SignIn(**{**values, "accounts": None if accounts is None else tuple(accounts)})
 

@@ -25,17 +25,20 @@ __all__ = ["Operations", "state_of"]
 _log = logging.getLogger("latchkey.console")
 
 TOKEN_ID: Final = re.compile(r"tok_[0-9a-z]{26}")
-# As the service has it: the last characters of a secret, and a whole hint.
+# One that was copied in part. It is no hint: one with this beginning has an ellipsis.
+PART_OF_ID: Final = re.compile(r"tok_[0-9A-Za-z]+")
+# The service's limits: the last characters of a secret, and a whole hint.
 HINT_LENGTHS: Final = range(4, 17)
 ROWS: Final = 50
-# Entries of the audit log on a token's page, and how many it reads for them. Each visit of the page
-# leaves an entry itself, which would soon displace all others.
+# Entries of the audit log on a token's page, and how many it reads for them, in pages. Each visit
+# of the page leaves entries itself, which would soon displace all others.
 RECENT: Final = 10
-RECENT_READ: Final = 100
-_FIND: Final = "/latchkey.v1.TokenService/Find"
+RECENT_READ: Final = 200
+RECENT_PAGES_MAX: Final = 5
+_VISITS: Final = frozenset({"/latchkey.v1.TokenService/Find", "/latchkey.v1.AuditService/List"})
 # Calls that find no token: each page of a whole hint may be empty.
 SEARCHES_MAX: Final = 5
-# Of a filter, and of a page token. The service refuses longer ones.
+# The maximum lengths of a filter and of a page token. The service refuses longer ones.
 _FIELD_LENGTH_MAX: Final = 128
 _PAGE_TOKEN_LENGTH_MAX: Final = 300
 _OUTCOMES: Final = {outcome.value: outcome for outcome in latchkey.Outcome} | {"": None}
@@ -82,7 +85,7 @@ class Operations:
             return self._renderer.redirect(f"/token?{urlencode({'id': text})}")
         if not text:
             return self._page(request, viewer, "search", values)
-        if len(text) not in HINT_LENGTHS:
+        if len(text) not in HINT_LENGTHS or PART_OF_ID.fullmatch(text):
             # Does not repeat the text, which may be a secret.
             return self._page(request, viewer, "search", values | {"mistake": _MISTAKE}, 422)
         values["text"] = text
@@ -118,16 +121,23 @@ class Operations:
             return self._page(request, viewer, "token", values, 404)
         (values["found"],), values["callers"] = page.tokens, page.callers
         try:
-            recent = await self._client.audit_page(
-                latchkey.AuditFilter(token_id=token_id), page_size=RECENT_READ
-            )
+            values["entries"] = await self._recent_calls(token_id)
         except latchkey.LatchkeyError as error:
             # The rest is worth showing.
             _log.info("audit entries are not shown: %s", error.code.name)
-        else:
-            calls = [entry for entry in recent.entries if entry.method != _FIND]
-            values["entries"] = calls[:RECENT]
         return self._page(request, viewer, "token", values)
+
+    async def _recent_calls(self, token_id: str) -> list[latchkey.AuditEntry]:
+        """Return the newest calls about a token, without those that visits of this view make."""
+        calls: list[latchkey.AuditEntry] = []
+        wanted, position = latchkey.AuditFilter(token_id=token_id), ""
+        for _ in range(RECENT_PAGES_MAX):
+            page = await self._client.audit_page(wanted, page_size=RECENT_READ, page_token=position)
+            calls += [entry for entry in page.entries if entry.method not in _VISITS]
+            position = page.next_page_token
+            if not position or len(calls) >= RECENT:
+                break
+        return calls[:RECENT]
 
     async def audit(self, request: Request) -> Response:
         """Show the entries of the audit log that match, newest first."""

@@ -1,4 +1,4 @@
-"""Who may use the operators' view: people whom the sign-in puts into one of certain groups."""
+"""Decides who may use the operators' view: people in one of the configured groups."""
 
 from starlette.requests import Request
 

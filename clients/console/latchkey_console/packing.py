@@ -1,6 +1,6 @@
 """Packs tokens and receipts as JSON, for cookies. Pure.
 
-Of a token, only what the page with its new secret shows.
+Packs only the fields of a token that the page with its new secret shows.
 """
 
 from datetime import datetime

@@ -121,7 +121,8 @@ class Pages:
             return Response(status_code=204)
         # Fetch the list first: once the secret is taken, nothing may prevent its display.
         context = await self._frame.behind(request, visit)
-        shown = await self._displays.show(request, request.path_params["place"], visit.owner)
+        place = request.path_params["place"]
+        shown = await self._displays.show(request, place, visit.owner)
         if shown is None:
             message = Trouble(
                 404,
@@ -132,7 +133,7 @@ class Pages:
         secret = None if shown.secret is None else shown.secret.reveal()
         values = {"token": shown.token, "shown": shown, "secret": secret, "dialog": "created.html"}
         response = self._renderer.page(request, {**context, **values})
-        self._displays.end(request, response)
+        self._displays.end(request, response, place)
         return response
 
     async def confirm_delete(self, request: Request) -> Response:

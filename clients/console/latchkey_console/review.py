@@ -79,9 +79,9 @@ class Kind(enum.Enum):
 
     @property
     def remedies(self) -> tuple[tuple[str, str], ...]:
-        """The pages that mend it, each with the words of its link.
+        """The pages that fix it, each with the text of its link.
 
-        The token's name follows the words of the first link.
+        The token's name follows the text of the first link.
         """
         return _REMEDIES.get(self, (_REPLACE,))
 

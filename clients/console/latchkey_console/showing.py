@@ -64,10 +64,10 @@ class Used:
 
 
 class Displays:
-    """Leaves new secrets with browsers, and displays them.
+    """Stores new secrets in browsers, and displays them.
 
-    A process displays a cookie once. Another process cannot know that, so a copy of the cookie
-    could be displayed there too until it is two minutes old.
+    A process displays a cookie once. Another process cannot know that, so it would display a copy
+    of the cookie until that is two minutes old.
     """
 
     def __init__(
@@ -79,7 +79,9 @@ class Displays:
         monotonic: Callable[[], float],
     ) -> None:
         self._client = client
-        self._new = SealedCookie(rules, "-new", keys, SECRET_SECONDS, now)
+        self._rules = rules
+        self._keys = keys
+        self._now = now
         self._used = SealedCookie(rules, "-used", keys, FORM_SECONDS, now)
         # A little longer than the cookies are valid.
         self._displayed: Expiring[bool] = Expiring(2 * SECRET_SECONDS, DISPLAYS_MAX, monotonic)
@@ -93,35 +95,34 @@ class Displays:
         wanted: object,
         new: NewSecret,
     ) -> None:
-        """Leave a new secret with the browser of `owner`.
+        """Store a new secret in the browser of `owner`.
 
         `mark` is that of the form, and `wanted` what it asked for.
         """
+        place = place_of(mark)
         value = {
-            "place": place_of(mark),
             "token": pack_token(new.token),
             "secret": new.secret.reveal(),
             "replaced": new.replaced,
             "receipt": pack_receipt(new.receipt),
         }
-        self._new.write(response, owner, value)
-        forms = self._used.read(request, owner).get("forms", [])
-        entry = [place_of(mark), new.token.id, _digest(repr(wanted))]
-        kept = [form for form in forms if form[0] != entry[0]]
-        self._used.write(response, owner, {"forms": [*kept, entry][-USED_MAX:]})
+        self._new(place).write(response, owner, value)
+        entry = [place, new.token.id, _digest(repr(wanted)), _digest(owner)]
+        kept = [form for form in self._forms(request, owner) if form[0] != entry[0]]
+        self._used.write(response, _session(owner), {"forms": [*kept, entry][-USED_MAX:]})
 
     def used(self, request: Request, owner: str, mark: str, wanted: object) -> Used | None:
         """Return the form with this mark if `owner` has used it before."""
         found = self._form(request, owner, place_of(mark))
         if found is None:
             return None
-        place, token_id, content = found
+        place, token_id, content, _ = found
         return Used(place, token_id, content == _digest(repr(wanted)))
 
     async def show(self, request: Request, place: str, owner: str) -> Shown | None:
         """Return the token and, the first time, its secret. Return None unless `owner` matches."""
-        value = self._new.read(request, owner)
-        if value.get("place") != place or self._is_displayed(request):
+        value = self._new(place).read(request, owner)
+        if not value or self._is_displayed(value["secret"]):
             return await self._again(request, place, owner)
         token, secret = unpack_token(value["token"]), Secret(value["secret"])
         replaced, receipt = value["replaced"], unpack_receipt(value["receipt"])
@@ -135,9 +136,13 @@ class Displays:
             return Shown(current, None, replaced, receipt)
         return Shown(token, secret, replaced, receipt)
 
-    def end(self, request: Request, response: Response) -> None:
+    def end(self, request: Request, response: Response, place: str) -> None:
         """Delete the secret from the browser, which has displayed it."""
-        self._new.delete(request, response)
+        self._new(place).delete(request, response)
+
+    def _new(self, place: str) -> SealedCookie:
+        """Return the cookie of one secret, so that several tabs do not take each other's."""
+        return SealedCookie(self._rules, f"-new-{place}", self._keys, SECRET_SECONDS, self._now)
 
     async def _again(self, request: Request, place: str, owner: str) -> Shown | None:
         found = self._form(request, owner, place)
@@ -149,21 +154,36 @@ class Displays:
             return None
         return Shown(token, None, replaced=False, receipt=None)
 
-    def _is_displayed(self, request: Request) -> bool:
+    def _is_displayed(self, secret: str) -> bool:
         """Return whether this process has displayed the secret, and remember that it does now."""
-        seen = _digest(self._new.raw(request))
+        # Not by the cookie, of which there are several forms with the same content.
+        seen = _digest(secret)
         displayed = self._displayed.get(seen) is not None
         self._displayed.put(seen, True)  # noqa: FBT003 - the only value
         return displayed
 
     def _form(self, request: Request, owner: str, place: str) -> Any:
-        forms = self._used.read(request, owner).get("forms", [])
-        return next((form for form in forms if form[0] == place), None)
+        wanted = [place, _digest(owner)]
+        forms = self._forms(request, owner)
+        return next((form for form in forms if [form[0], form[3]] == wanted), None)
+
+    def _forms(self, request: Request, owner: str) -> list[Any]:
+        """Return the used forms of the owner's session, which are for all its accounts.
+
+        So a tab with one account does not forget what another tab with another account has done.
+        """
+        forms: list[Any] = self._used.read(request, _session(owner)).get("forms", [])
+        return forms
 
 
 def place_of(mark: str) -> str:
     """Return where the secret of a form with this mark is displayed."""
     return _digest(mark)
+
+
+def _session(owner: str) -> str:
+    """Return the session of an owner (`frame.Visit.owner`)."""
+    return owner.partition(" ")[0]
 
 
 def _digest(text: str) -> str:

@@ -3,8 +3,8 @@
 The console has no database. With a key file that all its processes share, each of them can continue
 what another one began. Without it, each process has a random key, and its state ends with it.
 
-Each purpose has keys of its own, derived from those of the file, so that a value that was sealed
-for one purpose is worthless for any other.
+Each console and each purpose has keys of its own, derived from those of the file, so that a value
+that was sealed for one of them is worthless for any other.
 """
 
 import base64
@@ -35,10 +35,14 @@ _HOW: Final = "make one with: openssl rand -base64 32"
 
 
 class StateKeys:
-    """The keys. The first one seals new state, and all of them open earlier state."""
+    """The keys. The first one seals new state, and all of them open earlier state.
 
-    def __init__(self, keys: Sequence[bytes] = ()) -> None:
-        self._keys = tuple(keys) or (secrets.token_bytes(KEY_BYTES),)
+    `console` says which console this is. Another one with the same keys opens nothing of this one.
+    """
+
+    def __init__(self, keys: Sequence[bytes] = (), console: str = "") -> None:
+        given = tuple(keys) or (secrets.token_bytes(KEY_BYTES),)
+        self._keys = tuple(_derived(key, f"console: {console}") for key in given)
 
     def signing(self, purpose: str) -> list[str]:
         """Return keys for `itsdangerous`, which signs with the last one."""

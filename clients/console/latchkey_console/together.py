@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import IO, Final
 
-from latchkey_console import extra, grpc_core, settings
+from latchkey_console import extra, grpc_core
 
 __all__ = ["main"]
 
@@ -55,6 +55,7 @@ def main(arguments: list[str]) -> int:
         )
         return 1
     # Only now, because it needs the libraries of the extra.
+    from latchkey_console import settings  # noqa: PLC0415
     from latchkey_console.running import run, stopping_signals  # noqa: PLC0415
 
     account = arguments[0] if arguments else ACCOUNT

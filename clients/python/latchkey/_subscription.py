@@ -172,7 +172,8 @@ class Subscription:
             if self._granting is not None:
                 self._granting.retire()
             self._granting = stream
-        # Not the later of two streams' ends: the server of the old stream stops waiting for us.
+        # The later of two streams' ends would be wrong: the server of the old stream stops waiting
+        # for us.
         self.lease.end = end
 
     def granted_by(self, stream: "Stream") -> bool:

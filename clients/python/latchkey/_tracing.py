@@ -38,7 +38,7 @@ _OTHER_METHODS: Final = {
     "InvalidateAll": "latchkey.v1.MaintenanceService/InvalidateAll",
 }
 
-# Of other spans that a call serves.
+# Links to other spans that a call serves.
 _links: ContextVar[tuple["Link", ...]] = ContextVar("latchkey_links", default=())
 
 active = False
@@ -90,7 +90,7 @@ def call(rpc: str) -> Iterator[None]:
     span = _tracer.start_span(name, kind=trace.SpanKind.CLIENT, attributes=attributes, links=links)
     code, reason = "OK", None
     try:
-        # Not its own handling of exceptions, which copies their texts.
+        # OpenTelemetry's own handling of exceptions would copy their texts.
         with trace.use_span(span, record_exception=False, set_status_on_exception=False):
             yield
     except LatchkeyError as error:

@@ -2,7 +2,7 @@
 
 Only answers that are VALID are uses. `verify_nowait` counts them on the cache entry, in any thread.
 The first use of an entry since the last report also puts the entry on a list here. `_subscription`
-hands the uses on, on the stream whose grants count.
+reports these uses on the stream whose grants count.
 
 Times are never lost and no use is counted twice. If a stream breaks after a report was sent, and
 before it was confirmed, the next stream repeats the times without the counts.

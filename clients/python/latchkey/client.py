@@ -83,7 +83,7 @@ class Client(LifecycleCalls):
         the limit that `get_limits` returns.
         """
         if expire_time is not None and ttl is not None:
-            raise invalid("ttl", "excludes expire_time; give only one")
+            raise invalid("ttl", "cannot be given together with expire_time")
         if not isinstance(scope, Scope):  # None would request a token without a scope
             raise TypeError(f"scope must be a Scope, not {type(scope).__name__}")
 
@@ -145,7 +145,7 @@ class Client(LifecycleCalls):
     ) -> FoundPage:
         """Find tokens in all accounts, for operators. Give either `token_id` or `hint`.
 
-        `hint` has the last four characters of a secret, or all of its hint. The newest token comes
+        `hint` is the last four characters of a secret, or its whole hint. The newest token comes
         first. Includes disabled, expired and deleted tokens, the latter until their records are
         purged. With a `token_id`, the answer says who used the token. With `page_size` 0 the
         service chooses the size (50). The maximum is 100.

@@ -219,9 +219,9 @@ class AuditLog:
             )
 
     async def _insert_singly(self, batch: list[NewEntry]) -> tuple[list[NewEntry], int]:
-        """Write the entries of a batch that was refused, each alone.
+        """Write the entries of a refused batch one by one.
 
-        Return those that are done, and how many of these are lost. If the database becomes
+        Return the entries that are done, and how many of these are lost. If the database becomes
         unavailable, the rest is kept.
         """
         done = lost = 0

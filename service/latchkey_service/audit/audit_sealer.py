@@ -20,7 +20,7 @@ __all__ = ["BATCH_MAX", "SEAL_SECONDS", "AuditSealer"]
 SEAL_SECONDS: Final = 5.0
 # Digesting takes some microseconds per entry, on the event loop.
 BATCH_MAX: Final = 1_000
-# Between log lines that name the newest batch: evidence outside of the database.
+# How often the log names the newest batch, as evidence outside of the database.
 LOG_SECONDS: Final = 3_600.0
 
 

@@ -73,8 +73,8 @@ class PendingDeletion:
     position: Position
     committed: float
     _processes: dict[str, int] = field(default_factory=dict, init=False)
-    """For each verifier that was read, how many processes it represents: when it acknowledged, or
-    when it was last read."""
+    """For each verifier that was read: the number of processes that it represented when it
+    acknowledged, or else when it was last read."""
     _pending: set[str] = field(default_factory=set, init=False)
     """The verifiers that were behind when they were last read."""
     _clients: dict[str, int] = field(default_factory=dict, init=False)

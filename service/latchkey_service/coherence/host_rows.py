@@ -7,8 +7,8 @@ Owns the moves between the two. No move empties the cache, resets clients or del
   Postgres' history holds the position. The lease that the lead granted stays on record there, and
   the lead's row represents it, until it has ended, or until the sibling releases it after that
   renewal. From then on, each Delete finds the sibling's row (rule 8).
-- **Back**, once everything is acknowledged. The lead takes the end of the sibling's lease on
-  record first; only then the sibling removes its row. See `HostLead.adopt`.
+- **Back**, once everything is acknowledged. The lead first records the end of the sibling's lease.
+  Only then does the sibling remove its row. See `HostLead.adopt`.
 
 If the lead says that it has no lease, the sibling stays: Postgres does not answer, and more
 connections would not help.

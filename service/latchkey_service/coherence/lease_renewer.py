@@ -395,7 +395,7 @@ class LeaseRenewer:
             self._log.warning(
                 "the lease cannot be renewed",
                 cause=type(error.__cause__).__name__,
-                # If it is large, this process is too busy, and the database may be well.
+                # If this is large, the process is too busy, and the database may be healthy.
                 event_loop_late_seconds=late,
             )
         self._failing = self._news = True

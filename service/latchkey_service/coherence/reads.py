@@ -4,7 +4,7 @@ A session may reach a deposed primary: it may have stayed open across a failover
 moved address may have connected it to that server. So each read returns the position and timeline
 of its snapshot, and is accepted only if that position lies on the history of this process's lease.
 
-Owns the rule, which is pure (`ReadBegan`), and the waiting for the lease and for the log.
+Owns the rule, which is pure (`ReadBegan`), and waits for the lease and for the log.
 """
 
 import enum
@@ -41,7 +41,8 @@ class ReadBegan(NamedTuple):
         return cls(state.cache.position.revision, state.epoch)
 
     def standing(self, snapshot: Snapshot, state: VerifierState[Any]) -> Standing:
-        """Return whether this read is acceptable. `state` is the verifier when it has arrived.
+        """Return whether this read is acceptable. `state` is that of the verifier when the answer
+        has arrived.
 
         If the snapshot is older than the position applied when the read was sent, it comes from
         another server, such as a deposed primary, because the lease's server cannot return it. A

@@ -52,7 +52,7 @@ class TracedConnection(PlainConnection):
 
 
 class Summary(NamedTuple):
-    """What a statement does, for its span. Only words of our own statements, no parameters."""
+    """What a statement does, for its span: only words of our own statements, no parameters."""
 
     operation: str
     table: str
@@ -67,7 +67,7 @@ class Summary(NamedTuple):
 
 @functools.lru_cache(maxsize=_SUMMARIES_MAX)
 def summary_of(query: str) -> Summary:
-    """Return what a statement does to tokens or secrets, else what it does first."""
+    """Return the operation on tokens or secrets, or else the first operation of a statement."""
     query = _COMMENT.sub(" ", query)
     if changes := _CHANGE.findall(query):
         operation, table = min(changes, key=lambda change: _rank(change[1]))

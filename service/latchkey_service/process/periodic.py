@@ -51,7 +51,7 @@ PURGE_SECONDS = 3_600.0
 # Small enough that nobody notices the locks.
 PURGE_BATCH = 1_000
 PRUNE_SECONDS = 60.0
-# Between looks for idle connections.
+# How often to look for idle connections.
 REST_SECONDS = 5.0
 # Thresholds are days, so minutes do not matter.
 EXPIRING_SECONDS = 300.0
@@ -122,7 +122,9 @@ async def follow_verifier(
 
 
 async def rest(rests: Sequence[Callable[[], None]]) -> None:
-    """Let `rests` close what was idle for long. Runs until cancelled."""
+    """Call `rests` regularly, which close connections that were idle for long. Runs until
+    cancelled.
+    """
     while True:
         await asyncio.sleep(REST_SECONDS)
         for close_if_idle in rests:

@@ -40,12 +40,13 @@ from latchkey_service.settings.logs import logger
 __all__ = ["TraceExport"]
 
 # Spans that wait to be sent: some 1.5 kB each, so 3 MB. At the default limit of calls, a collector
-# may be away for some seconds.
+# may be unavailable for some seconds.
 QUEUE_MAX: Final = 2_048
 BATCH_MAX: Final = 512
-# How soon a span is sent at the latest, if the collector answers.
+# The longest time until a span is sent, if the collector answers.
 DELAY_SECONDS: Final = 1.0
-# For the last spans when the worker stops. Later, the request to a collector that hangs is left.
+# Time limit for the last spans when the worker stops. After it, the worker abandons the request to
+# a collector that hangs.
 CLOSE_SECONDS: Final = 2.0
 
 
@@ -110,13 +111,13 @@ class TraceExport:
             with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
                 loop.call_soon_threadsafe(closed.set)
 
-        # Not in the loop's executor, for whose threads the end of the process would wait.
+        # Not in the loop's executor: the process waits for its threads when it ends.
         threading.Thread(target=close, name="close traces", daemon=True).start()
         try:
             async with asyncio.timeout(CLOSE_SECONDS):
                 await closed.wait()
         except TimeoutError:
-            # Ends the pause before a repetition.
+            # Ends the pause before a retry.
             self._exporter.shutdown()
         if left := self._queued - self.exported - self.failed:
             self.failed += left
@@ -179,7 +180,7 @@ class _Sender(SpanExporter):
 
 
 class _Span:
-    """A span of the library, as the rooms use it."""
+    """A span of the library, with the interface that the rooms use."""
 
     def __init__(self, tracer: Tracer, span: OtelSpan) -> None:
         self._tracer = tracer

@@ -1,7 +1,7 @@
-"""What a worker does about traces: which calls it records, their export, and counts of spans.
+"""Builds a worker's tracing from the settings: which calls it records, their export, and counts of
+spans.
 
-Builds these parts from the settings. Without traces it records nothing, and does not load the
-libraries.
+Without traces, a worker records nothing and does not load the libraries.
 """
 
 from collections.abc import Callable

@@ -59,7 +59,7 @@ async def spawn(
         environment["HOME"] = home_of(account)
     return await asyncio.create_subprocess_exec(
         sys.executable,
-        # Without the current directory on the path, or a stray asyncpg.py would be imported.
+        # Keeps the current directory off the path: otherwise a stray asyncpg.py would be imported.
         "-P",
         "-m",
         "latchkey_service",
@@ -94,8 +94,8 @@ def temporary_folder(settings: Settings) -> Iterator[str | None]:
 def send(process: asyncio.subprocess.Process, *lines: bytes) -> int:
     """Write lines to a worker without waiting. Return how many bytes it has not read yet.
 
-    If the lines cannot be written, no number would be large enough. The other workers need them
-    too, so this does not raise.
+    Does not raise, because the other workers need the lines too. If the lines cannot be written,
+    returns a number that is above every limit.
     """
     assert process.stdin is not None, "it is a pipe"  # noqa: S101 - for the type checker
     try:

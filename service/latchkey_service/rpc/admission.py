@@ -14,7 +14,7 @@ the database at once, and the queue for these slots is short:
   total has shares too, because most calls in it are Deletes whose change stands: they cannot make
   room. One of n callers may have 1/(n+1) of it, so a further one always finds room.
 - Calls that only take rights away (removals) go before others, and have their own room. While other
-  calls wait, every fourth slot is theirs: anyone who may delete could stop them otherwise.
+  calls wait, every fourth slot goes to those: otherwise anyone who may delete could stop them.
 
 Each role has its own slots, so a flood of calls in one role does not slow the others. Verifies
 need no slot. A cached answer costs less than a rejection, and verifies that read the database share
@@ -81,7 +81,7 @@ class ConcurrencyLimiter:
 
     At most `count` calls hold a slot. At most `total_max` calls are present: this includes those in
     the queue, and those that have released their slot to wait for something else. Calls without a
-    caller's name, as without a policy, share the whole.
+    caller's name, as without a policy, share all of the total.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class ConcurrencyLimiter:
         # The present calls of each caller.
         self._present: dict[str, int] = {}
         self._monotonic = monotonic
-        # Stands still while the event loop is late, which is not the fault of the database.
+        # Pauses while the event loop is late, because the database does not cause such delays.
         self._answering = answering or monotonic
         # By a number. A future with a result means that its call now holds a slot.
         self._queue: FairQueue[asyncio.Future[None]] = FairQueue(sys.maxsize)

@@ -4,12 +4,14 @@ Thousands of calls may fail alike in a second. So only some of them are logged a
 rejections are paced.
 """
 
+import asyncio
 import itertools
 import logging
 import random
 from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeGuard
 
+import grpc
 import structlog
 
 from latchkey_service import tracing
@@ -121,6 +123,14 @@ class CallReporter:
         self._count(path, code.name, reason, self._monotonic() - start, request_id)
         status = status_of(error, request_id, random.random())  # noqa: S311 - to spread retries
         return status, 0.0 if delayed else self._delay_seconds(error, context)
+
+    async def delay(self, context: CallContext, status: StatusParts, seconds: float) -> None:
+        """Wait before a failed call is answered. `failed` has returned the status and the time."""
+        if status.code is grpc.StatusCode.UNAUTHENTICATED:
+            # Anyone can make any number of these calls.
+            await self.refused.hold(context.peer(), seconds)
+        else:
+            await asyncio.sleep(seconds)
 
     def started(self, path: str) -> None:
         """Count a call that starts. Each must be reported again when it ends."""

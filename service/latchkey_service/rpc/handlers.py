@@ -66,7 +66,8 @@ class Paths:
             raise ValueError(f"{path} has no parser")
         if path in (VERIFY, BATCH_VERIFY):
             verify = self._verifies.handler(path, authenticator, metadata_of)
-            return grpc.unary_unary_rpc_method_handler(self._traced(path, verify, metadata_of))
+            traced = self._traced(path, verify, metadata_of, authenticator)
+            return grpc.unary_unary_rpc_method_handler(traced)
         if handler.request_streaming:
             streaming: Any = handler.stream_stream
             if inspect.isasyncgenfunction(streaming):
@@ -83,12 +84,19 @@ class Paths:
             )
         behaviour: Any = handler.unary_unary
         managed = self._managed.handler(path, behaviour, parse, authenticator)
-        return grpc.unary_unary_rpc_method_handler(self._traced(path, managed, metadata_of))
+        traced = self._traced(path, managed, metadata_of, authenticator)
+        return grpc.unary_unary_rpc_method_handler(traced)
 
     def _traced(
-        self, path: str, handler: Handler, metadata_of: Callable[[Any], Metadata]
+        self,
+        path: str,
+        handler: Handler,
+        metadata_of: Callable[[Any], Metadata],
+        authenticator: Authenticator | None,
     ) -> Handler:
-        return handler if self._tracing is None else self._tracing.wrap(path, handler, metadata_of)
+        if self._tracing is None:
+            return handler
+        return self._tracing.wrap(path, handler, metadata_of, authenticator)
 
 
 class Registrar:

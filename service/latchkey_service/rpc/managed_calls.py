@@ -229,7 +229,7 @@ class ManagedCalls:
                 context.set_trailing_metadata(((REQUEST_ID_METADATA, audit_context.request_id),))
                 return answer
             if delay_seconds:
-                await asyncio.sleep(delay_seconds)
+                await self._reporter.delay(context, status, delay_seconds)
             return end_with(context, status)
 
         return call

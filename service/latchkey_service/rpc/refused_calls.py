@@ -2,10 +2,10 @@
 
 A refusal costs as much as a Verify, so refusals go out at a limited rate (`RejectionPacer`). Until
 then, the call stays open, and takes some 16 kB, most of it in `grpcio`. So only a limited number
-may wait in a worker, and a smaller one of each address. The connection of a call above either limit
-is ended, and takes its other calls with it. If the call were refused at once, its client could make
-another one at once, and use up the processor. That is done only where a connection cannot be ended,
-such as behind a proxy, which must bound its clients itself.
+may wait in a worker, and fewer from each address. A call above either limit ends its connection,
+with all calls on it. Refusing the call at once instead would let its client make the next one at
+once, and use up the processor. Calls are refused at once only where the connection cannot be ended,
+such as behind a proxy, which must limit its clients itself.
 """
 
 import asyncio
@@ -16,7 +16,14 @@ from typing import Final
 from latchkey_service.access.origin import source_of
 from latchkey_service.rpc.admission import RejectionPacer
 
-__all__ = ["OPEN_MAX", "OPEN_PER_ADDRESS_MAX", "PER_SECOND", "SECONDS_MAX", "RefusedCalls"]
+__all__ = [
+    "ENDING_MAX",
+    "OPEN_MAX",
+    "OPEN_PER_ADDRESS_MAX",
+    "PER_SECOND",
+    "SECONDS_MAX",
+    "RefusedCalls",
+]
 
 # grpcio needs 0.1 ms for each, so this takes some 2 % of a core. Until its answer, a call takes one
 # of its connection's places, so a flood with as many connections as one address may have cannot
@@ -25,8 +32,11 @@ PER_SECOND: Final = 200
 SECONDS_MAX: Final = 30.0
 # Some 500 MB, a sixth of the default limit of a worker.
 OPEN_MAX: Final = 30_000
-# As many as 100 connections may have.
+# As many as 100 connections may have open.
 OPEN_PER_ADDRESS_MAX: Final = 10_000
+# Until the connections above a limit have ended, which may take a second if there are thousands, or
+# longer if one cannot be found.
+ENDING_MAX: Final = 2 * OPEN_MAX
 
 
 def _cannot_end(_peer: str) -> bool:
@@ -56,20 +66,22 @@ class RefusedCalls:
     def delay_seconds(self) -> float:
         """Return the delay before a call is refused, and count it.
 
-        The deadline does not matter: a flood of calls with short ones must not be faster.
+        Ignores the deadline: short deadlines must not make a flood of calls faster.
         """
         return self._pacer.delay_seconds(self._monotonic())
 
     async def wait(self, peer: str) -> None:
         """Wait until a call of `peer` may be refused. `peer` is as gRPC reports it."""
+        if delay_seconds := self.delay_seconds():
+            await self.hold(peer, delay_seconds)
+
+    async def hold(self, peer: str, delay_seconds: float) -> None:
+        """Keep a call of `peer` open until it is refused, unless too many others are open."""
         address = source_of(peer, None, proxied=False)
         if self.open >= OPEN_MAX or (address and self._open_of[address] >= OPEN_PER_ADDRESS_MAX):
             self.excess += 1
-            if not self.end_connection(peer):
+            if not self.end_connection(peer) or self.open >= ENDING_MAX:
                 return
-        delay_seconds = self.delay_seconds()
-        if not delay_seconds:
-            return
         self.open += 1
         self._open_of[address] += 1
         try:

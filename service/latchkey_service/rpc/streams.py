@@ -149,7 +149,8 @@ class Streams:
             finally:
                 if code:
                     self._reporter.ended_stream(path, code)
-            await asyncio.sleep(delay_seconds)
+            if delay_seconds:
+                await self._reporter.delay(context, status, delay_seconds)
             end_with(context, status)
 
         return call

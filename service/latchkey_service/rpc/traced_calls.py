@@ -1,11 +1,12 @@
 """Decides which calls are recorded as traces, and records them.
 
-`CallTracing.wrap` wraps the handlers of unary methods, outside of everything else that a call does.
-Without traces, the handlers stay as they are. Streams and health checks are not recorded.
+`CallTracing.wrap` wraps the handlers of unary methods, so that the span covers everything that a
+call does. Without traces, the handlers stay as they are. Streams and health checks are not
+recorded.
 
-A caller's own decision counts: `traceparent` says whether it records its part. So a caller could
-make a worker record every call, and recording costs several times as much as a warm Verify. Hence a
-limit per second, which calls without a known caller do not use up: they are not recorded.
+The caller decides: `traceparent` says whether it records its part. So a caller could make a worker
+record every call, and recording costs several times as much as a warm Verify. Therefore, a worker
+has a limit per second. Calls without a known caller are not recorded, and do not use up the limit.
 """
 
 import random
@@ -13,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from latchkey_service import tracing
+from latchkey_service.access.authenticator import Authenticator
 from latchkey_service.access.methods import BATCH_VERIFY, VERIFY
 from latchkey_service.rpc.call_context import CallContext
 from latchkey_service.rpc.call_report import Metadata
@@ -36,8 +38,8 @@ _VERDICT_TAG: Final = b"\x08"
 class CallTracing:
     """Wraps handlers. One instance per worker process. Event loop only.
 
-    `verify_share` and `managed_share` are the shares of calls to record whose callers have no
-    trace. At most `per_second` calls are recorded, with as many at once.
+    `verify_share` and `managed_share` are the shares of calls to record if their callers have no
+    trace. At most `per_second` calls are recorded per second, after a burst of the same number.
     """
 
     def __init__(
@@ -60,8 +62,17 @@ class CallTracing:
         self.limited = 0
         """Calls that were not recorded because of the limit."""
 
-    def wrap(self, path: str, handler: Handler, metadata_of: Callable[[Any], Metadata]) -> Handler:
-        """Return the handler to register in place of `handler`."""
+    def wrap(
+        self,
+        path: str,
+        handler: Handler,
+        metadata_of: Callable[[Any], Metadata],
+        authenticator: Authenticator | None = None,
+    ) -> Handler:
+        """Return the handler to register in place of `handler`.
+
+        `authenticator` identifies the callers; None if there is no policy.
+        """
         if path.startswith(HEALTH):
             return handler
         verifies = path in (VERIFY, BATCH_VERIFY)
@@ -77,16 +88,13 @@ class CallTracing:
                     return await handler(data, context)
             elif not parent.sampled:
                 return await handler(data, context)
-            if not self._may_record():
+            # Before the limit: an anonymous call may wait long for its refusal.
+            if not _is_known(authenticator, context) or not self._may_record():
                 return await handler(data, context)
             span = self._start(name, parent, attributes)
             try:
                 with tracing.within(span):
                     answer = await handler(data, context)
-                if span.code == "UNAUTHENTICATED":
-                    # A span that does not end is not exported.
-                    self._left += 1
-                    return answer
                 if verdict and not span.code:
                     span.set(_verdict(answer))
                 _end(span, span.code or "OK")
@@ -108,6 +116,17 @@ class CallTracing:
             return False
         self._left -= 1
         return True
+
+
+def _is_known(authenticator: Authenticator | None, context: CallContext) -> bool:
+    """Return whether a call has a known caller. Without a policy, every caller counts as known."""
+    if authenticator is None:
+        return True
+    try:
+        authenticator.identify(context)
+    except Exception:  # noqa: BLE001 - the handler refuses the call, and reports why
+        return False
+    return True
 
 
 def _end(span: tracing.Span, code: str) -> None:

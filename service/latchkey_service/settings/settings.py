@@ -280,20 +280,19 @@ class Settings(BaseSettings):
         0.0,
         ge=0,
         le=1,
-        description="share of verifies to trace whose callers have no trace, 0 to 1",
+        description="share of verifies to trace if their callers have no trace, 0 to 1",
     )
     traces_managed_share: float = Field(
         1.0,
         ge=0,
         le=1,
-        description="share of other calls to trace whose callers have no trace, 0 to 1",
+        description="share of other calls to trace if their callers have no trace, 0 to 1",
     )
     traces_per_second: float = Field(
         100.0,
         ge=1,
         le=100_000,
-        description="limit of calls that a worker traces in a second, whatever their callers ask "
-        "for",
+        description="most calls that a worker traces per second, whatever their callers ask for",
     )
     log_format: Literal["json", "console", "auto"] = Field(
         "auto",

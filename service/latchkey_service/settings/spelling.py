@@ -13,7 +13,7 @@ _OF_KUBERNETES = re.compile(r".*_(PORT|SERVICE_HOST|SERVICE_PORT(_.*)?|PORT_\d+_
 
 
 def misspelled(prefix: str, fields: Iterable[str], names: Iterable[str]) -> list[str]:
-    """Describe each of `names` that misspells a setting, one of `fields` after `prefix`.
+    """Describe each of `names` that misspells a setting: `prefix` and one of `fields`.
 
     Other names with the prefix may belong to the command line, the console or the deployment.
     """

@@ -1,7 +1,7 @@
 """Checks that the service can export traces."""
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 __all__ = ["problems"]
@@ -10,6 +10,9 @@ __all__ = ["problems"]
 _LIBRARY: Final = "opentelemetry.exporter.otlp.proto.http.trace_exporter"
 _PROTOCOLS: Final = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 _PROTOCOL: Final = "http/protobuf"
+_ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+_SCHEMES: Final = ("http://", "https://")
+_DISABLED: Final = "OTEL_SDK_DISABLED"
 
 
 def problems(traces: str, environment: Mapping[str, str], library: str = _LIBRARY) -> list[str]:
@@ -22,12 +25,25 @@ def problems(traces: str, environment: Mapping[str, str], library: str = _LIBRAR
             "LATCHKEY_TRACES: needs the libraries of the extra 'tracing'; in the clone,"
             " pip install './service[tracing]' installs them"
         )
-    name = next((each for each in _PROTOCOLS if environment.get(each)), None)
-    if name is not None and environment[name] != _PROTOCOL:
+    name, protocol = _first(_PROTOCOLS, environment)
+    if protocol not in ("", _PROTOCOL):
         found.append(
             f"{name}: must be {_PROTOCOL} or unset; collectors accept it on port 4318 by default"
         )
+    name, endpoint = _first(_ENDPOINTS, environment)
+    if endpoint and not endpoint.lower().startswith(_SCHEMES):
+        # Never quotes the URL, which may contain a credential.
+        found.append(f"{name}: must begin with http:// or https://, as in http://127.0.0.1:4318")
+    if environment.get(_DISABLED, "").strip().lower() == "true":
+        found.append(
+            f"{_DISABLED}: must not be true while LATCHKEY_TRACES is on; unset one of them"
+        )
     return found
+
+
+def _first(names: Iterable[str], environment: Mapping[str, str]) -> tuple[str, str]:
+    """Return the first of these variables that has a value, and the value, as the exporter does."""
+    return next(((each, environment[each]) for each in names if environment.get(each)), ("", ""))
 
 
 def _is_installed(name: str) -> bool:

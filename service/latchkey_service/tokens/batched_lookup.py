@@ -93,7 +93,7 @@ class _Waiter:
         self.digests = digests
         self.future = future
         self.deadline = deadline
-        # Of the call, if it is recorded.
+        # The span of the call, if it is recorded.
         self.span = tracing.of_task()
 
     def fail(self, error: Exception) -> None:
@@ -115,7 +115,7 @@ class Lookup:
         answering: Callable[[], float] = WATCH.clock,
     ) -> None:
         self._monotonic = monotonic
-        # Stands still while the event loop is late, which is not the fault of the database.
+        # Pauses while the event loop is late, because the database does not cause such delays.
         self._answering = answering
         self._asked_at = 0.0
         # Kept: get_running_loop() asks the kernel for the process id each time (Python 3.11).

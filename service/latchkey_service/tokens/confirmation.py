@@ -48,7 +48,8 @@ class Confirmations:
         self._ack_waiter.announce(position.revision)
 
     async def wait(self, position: Position, call: Call) -> Acknowledgements | None:
-        """Return when no verifier can answer under an older state, or None without a wait.
+        """Wait until no verifier can answer under an older state. Return None if that needs no
+        wait.
 
         Raises ChangeNotConfirmed at the end of the call's wait.
         """

@@ -59,7 +59,7 @@ class EventStore:
 
     @retry_on_conflict
     async def claim(self, limit: int, claim_seconds: float) -> list[Event]:
-        """Return up to `limit` events that are due, and no other process for `claim_seconds`."""
+        """Claim up to `limit` due events. No other process gets them for `claim_seconds`."""
         async with self._pool.session() as session:
             rows = await session.fetch(
                 """

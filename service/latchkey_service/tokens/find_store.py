@@ -20,9 +20,10 @@ _NEXT: Final = f"""
      WHERE {_END} = $1 AND s.token_id < {{before}}
      ORDER BY s.token_id DESC
      LIMIT 1"""  # noqa: S608 - a constant only
-# Ids grow, so the newest token comes first. One probe of the index for each token: for all of them
-# at once, the planner may read and sort every secret with the hint. It would also do so for each
-# token if it expected few matches, so the rest of a hint is not a condition, but a column.
+# Ids grow, so the newest token comes first. The query probes the index once for each token: for all
+# of them at once, the planner may read and sort every secret with the hint. If it expected few
+# matches, it might do so even for each token, so the rest of a hint is a column and not a
+# condition.
 _IDS_BY_HINT: Final = f"""
     WITH RECURSIVE w (id, n) AS (
         (SELECT id, 1 FROM ({_NEXT.format(before="$3")}) x)
@@ -76,7 +77,7 @@ class FindStore:
     ) -> tuple[Sequence[Found], Snapshot]:
         """Return up to `limit` tokens, newest first, and the snapshot of the read.
 
-        `end` has the last characters of a hint, and `whole` all of it, or nothing for any. Both are
+        `end` is the last characters of a hint. `whole` is the whole hint, or "" for any. Both are
         in lower case. With `before`, returns only tokens with a smaller id.
         """
         return await self._fetch(BY_HINT, end, whole, before or _FIRST, limit)

@@ -95,9 +95,9 @@ def _violations(query: Query) -> list[FieldViolation]:
     if query.page_size < 0:
         violations.append(FieldViolation("page_size", "must not be negative"))
     if not query.token_id and not query.hint:
-        violations.append(FieldViolation("hint", "is required, unless id is given"))
+        violations.append(FieldViolation("hint", "is required unless id is given"))
     elif query.token_id and query.hint:
-        violations.append(FieldViolation("id", "excludes hint; give only one"))
+        violations.append(FieldViolation("id", "cannot be given together with hint"))
     elif query.token_id:
         violations += id_violations(query.token_id)
         if query.page_token:
@@ -114,7 +114,7 @@ def _violations(query: Query) -> list[FieldViolation]:
 
 
 def _parts(hint: str) -> tuple[str, str]:
-    """Return the end of a hint, and the whole hint unless that is all of it, in lower case."""
+    """Return the end of a hint and the whole hint, in lower case, or "" if the end is all of it."""
     folded = "".join(c.lower() if c.isascii() else c for c in hint.replace("...", _ELLIPSIS))
     end = folded.removeprefix(_ELLIPSIS)
     return (end, "") if len(end) <= END_LENGTH else (end[-END_LENGTH:], folded)

@@ -85,8 +85,8 @@ class ListStore:
         counts = "(SELECT NULL::bigint AS matching, NULL::bigint AS walked) c"
         if counted:
             fastest = best_order(selected)
-            # The other walks have only live tokens of the account. Asked again, Postgres would read
-            # each row for it, and not the index alone.
+            # The other walks contain only live tokens of the account. With these conditions
+            # repeated, Postgres would read each row instead of the index alone.
             counts_as = matches if fastest is Order.LAST_USE else condition
             everything = walk(
                 selected,

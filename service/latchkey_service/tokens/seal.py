@@ -70,8 +70,9 @@ class Sealer:
             *_rules_of(token),
             _microseconds(secret.expire_time),
             secret.retire_on_first_use,
-            # Decides which secrets end when a newer one is used, or when the owner ends all but the
-            # newest. Absent from the first one, so that the seals of earlier releases stay right.
+            # The ordinal decides which secrets end when a newer one is used, or when the owner ends
+            # all but the newest. The seal of a first secret omits it, so that a token that was
+            # never replaced keeps the seal of an earlier build.
             *(() if secret.ordinal == 0 else (secret.ordinal,)),
         )
 

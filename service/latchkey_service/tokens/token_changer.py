@@ -117,11 +117,11 @@ class TokenChanger:
         return Change(record, key, state.version, self._token_seal(state, record), kept)
 
     def _retiring(self, state: TokenState, ordinal: int) -> Change | None:
-        """Return the change that ends the secrets older than that with `ordinal`.
+        """Return the change that ends the secrets older than the one with `ordinal`.
 
-        Raises FailedPrecondition as `_require_genuine`.
+        Raises FailedPrecondition like `_require_genuine`.
         """
-        # Who could exchange the ordinals of two secrets could have the wrong one end.
+        # Otherwise, someone who swaps the ordinals of two secrets could make the wrong one end.
         self._require_genuine(state)
         older = [s.record.digest for s in state.secrets if s.record.ordinal < ordinal]
         if not older:
@@ -164,7 +164,8 @@ class TokenChanger:
     ) -> list[SecretRecord]:
         """Return the secrets with seals for `record`. Raises FailedPrecondition.
 
-        New seals would make genuine what somebody else has written into a row.
+        Without this check, new seals would make changes genuine that someone else has written into
+        a row.
         """
         self._require_genuine(state)
         return [secret._replace(seal=self._sealer.seal(record, secret)) for secret in secrets]

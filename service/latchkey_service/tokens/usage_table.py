@@ -145,7 +145,7 @@ class UsageTable:
         """Return who used the account's live token, and the snapshot of the read.
 
         Without an account, the token may be any account's, and may be deleted. The most recent
-        caller comes first. None: there is no such token.
+        caller comes first. Returns None if there is no such token.
         """
         oldest = date.fromordinal(today.toordinal() - DAYS_MAX)
         async with self._pool.session() as session:

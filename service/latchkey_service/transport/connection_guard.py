@@ -113,8 +113,8 @@ class ConnectionGuard:
     def end(self, peer: str) -> bool:
         """End the connection of a peer soon, and return whether that is possible.
 
-        `peer` is as gRPC reports it. Connections without an address cannot be told apart. If there
-        is a proxy, the peer may be that proxy, with other clients on the same connection.
+        `peer` is as gRPC reports it. Connections without an address cannot be distinguished. If
+        there is a proxy, the peer may be that proxy, with other clients on the same connection.
         """
         if sys.platform != "linux" or self._shared or not peer.startswith("ip"):
             return False
@@ -183,8 +183,8 @@ class ConnectionGuard:
         # Keyed by inode: the number of a closed file is reused at once.
         self._sockets = {inode: seen for inode, seen in self._sockets.items() if inode in files}
         for inode, end in _own(files, [inode for inode in files if inode not in self._sockets]):
-            # A socket that cannot be examined keeps no other from being examined. It is looked at
-            # again the next time.
+            # A socket that cannot be examined must not stop the others. The next inspection
+            # examines it again.
             with contextlib.suppress(OSError):
                 listener = self._listener_of(end)
                 self._sockets[inode] = _SocketState(listener, now, self._peer_of(listener, end))

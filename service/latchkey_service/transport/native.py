@@ -10,7 +10,7 @@ The queues are bounded like others (`admission.py`), and share their places fair
 The calls that only take rights away have a queue that comes first. With a policy, a call waits only
 if its metadata identify a caller. Others are refused before that, so anonymous calls take no place.
 
-Streams of requests, and methods that nobody knows, reach grpcio behind the library.
+Streams of requests and unknown methods reach grpcio behind the library.
 
 The server also discards calls that were cancelled before they started; the library would never free
 them. And it ends streams whose clients do not read; the library would block a thread for each.
@@ -63,8 +63,7 @@ FETCH_MAX: Final = 256
 # For the library's thread to send answers on busy cores. On idle ones it needs a thousandth.
 ANSWERS_OUT_SECONDS: Final = 0.1
 STOPPING_MESSAGE: Final = "The server is stopping. Nothing was done."
-# Delay before retrying to send to a stream whose client has no room; doubles up to the maximum. And
-# the time after which the stream is ended.
+# Delays between attempts to send to a stream without room, and the time after which it is ended.
 ROOM_SECONDS_MIN: Final = 0.001
 ROOM_SECONDS_MAX: Final = 0.25
 UNREAD_SECONDS: Final = 20.0
@@ -72,7 +71,8 @@ UNREAD_SECONDS: Final = 20.0
 CANCELLED_MAX: Final = 2_000
 # Rejections that wait. Further ones go out at once, which costs less here than in grpcio.
 DELAYED_MAX: Final = 30_000
-# After the library failed to pass on a batch, so that a lasting cause does not use a whole core.
+# The pause after the library failed to pass on a batch, so that a lasting failure does not use a
+# whole core.
 DISPATCH_AGAIN_SECONDS: Final = 0.1
 
 
@@ -238,7 +238,7 @@ class Server(pygrpc_native.aio.Server):
             except Exception as error:  # noqa: BLE001 - see above
                 position = len(events) - operator.length_hint(left)
                 if position == handled:
-                    # It failed before it took one.
+                    # It failed before it took an event.
                     next(left, None)
                     position += 1
                 if position > len(events):
@@ -249,7 +249,7 @@ class Server(pygrpc_native.aio.Server):
                 return
 
     def _answer_fault(self, event: Event, error: Exception) -> None:
-        """Answer a call that could not be handled because of an error that nobody foresaw."""
+        """Answer a call that could not be handled because of an unexpected error."""
         kind, call_id = event[0], event[1]
         self._queues.remove(call_id)
         self._calls.pop(call_id, None)
@@ -275,9 +275,10 @@ class Server(pygrpc_native.aio.Server):
             self._reject_event(event, TimeoutMalformed())
             return
         caller, rule = "", self._queues.rule_of[event[2]]
-        # Without load, the handler refuses anonymous calls, because it also audits their accounts.
-        loaded = self._in_turn or queue.waiting.size
-        if loaded and self._screen is not None and rule.role is not None:
+        # Without load, handlers refuse small anonymous calls, because they audit their accounts.
+        # They would keep a large request until the delayed answer.
+        refuses = self._in_turn or queue.waiting.size or len(event[3]) > SMALL_BYTES
+        if refuses and self._screen is not None and rule.role is not None:
             try:
                 caller = self._screen(event[5][0])
             except LatchkeyError as error:
@@ -370,7 +371,7 @@ class Server(pygrpc_native.aio.Server):
         for event in events:
             if event[0] == EVENT_CANCEL or queue_of[event[2]] is not verifies:
                 return False
-            if has_malformed_timeout(event):
+            if has_malformed_timeout(event) or len(event[3]) > SMALL_BYTES:
                 return False
             if cancelled and event[1] in cancelled:
                 return False

@@ -1,6 +1,7 @@
 """The queues of the `native` transport: one per role, and how many calls start from each in a turn.
 
-Owns which calls wait and in which order they leave. `native.py` lets them wait, and starts them.
+Decides which calls wait and in which order they start. `native.py` puts them into the queues, and
+starts them.
 """
 
 import sys
@@ -52,7 +53,8 @@ BURST: Final = 5_000
 # batches.
 QUEUED_BYTES_MAX: Final = 32 * 1024 * 1024
 
-# Of the library: kind, number of the call, number of the method, request, header or peer, details.
+# An event of the library: kind, number of the call, number of the method, request, header or peer,
+# details.
 Event = Sequence[Any]
 
 

@@ -134,7 +134,7 @@ class Certificates:
             seen, now = self._signature(), self._clock()
             if seen == self._seen and now < self._retry_time:
                 return None
-            # Set before the files are checked: one of several handshakes at once is enough.
+            # Set before the files are checked, so that only one of several handshakes checks them.
             self._seen, self._retry_time = seen, now + RETRY_SECONDS
         configuration = self.read()
         with self._lock:

@@ -126,7 +126,7 @@ async def test_verifies_that_share_a_call_are_linked(
 async def test_errors_have_their_status(
     app: Application, recorded: Recorded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For a client, each status but OK is an error. No text of an error is recorded."""
+    """For a client, every status except OK is an error. No text of an error is recorded."""
     async with latchkey.Client(recorded.address) as client:
         with pytest.raises(latchkey.NotFound):
             await client.get("acme", "tok_" + "0" * 20)
@@ -164,7 +164,9 @@ async def test_other_services_have_their_names(app: Application, recorded: Recor
 async def test_a_guard_continues_the_requests_trace(
     app: Application, recorded: Recorded, secret: str
 ) -> None:
-    """Also in an application that records nothing itself; its own span comes first."""
+    """A guard continues it even in an application that records nothing itself. If the application
+    has a span, the guard uses that one.
+    """
     incoming = f"00-{TRACE}-{PARENT}-01"
     async with latchkey.Verifier(recorded.address, cache_entries=0) as verifier:
         guard = asgi.GuardMiddleware(_served, verifier)
@@ -182,7 +184,7 @@ async def test_a_guard_continues_the_requests_trace(
 async def test_without_an_sdk_nothing_is_sent(
     recorded: Recorded, secret: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor without the library; the guard works all the same."""
+    """Without an SDK or the library, no trace is sent, and the guard works all the same."""
     for installed in (True, False):
         monkeypatch.setattr(_tracing, "_installed", installed)
         async with latchkey.Verifier(recorded.address, cache_entries=0) as verifier:

@@ -113,7 +113,7 @@ async def test_revoked_secrets_are_gone_when_the_call_returns(
 
 
 async def test_update_changes_only_what_is_given(client: latchkey.Client) -> None:
-    """Each call leaves the other fields as they are. What widens has no receipt."""
+    """Each call leaves the other fields as they are. A widening change has no receipt."""
     expiry = datetime(2099, 1, 1, tzinfo=UTC)
     created = await client.create(
         "acme", "x", Scope.READ, labels={"a": "b"}, expire_time=expiry, description="d"

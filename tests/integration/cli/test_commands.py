@@ -311,7 +311,9 @@ async def test_completion_works(run: Run) -> None:
         assert script.code == 0
         assert variable in script.out
     words = await run(**{variable: "complete_bash", "COMP_WORDS": "latchkey ", "COMP_CWORD": "1"})
-    commands = "create list get delete update disable enable rotate retire-secrets usage revoke"
+    commands = (
+        "create list get delete update disable enable rotate retire-secrets usage find revoke"
+    )
     commands += " delete-all import verify status invalidate-all audit console receiver serve"
     commands += " policy dev-ca migrate doctor proto config"
     assert words.out.split() == commands.split()

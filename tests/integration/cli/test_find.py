@@ -33,9 +33,11 @@ async def test_tokens_of_all_accounts_are_found(run: Run, address: str, create: 
 
 async def test_nothing_found(run: Run, address: str) -> None:
     """If no token matches, the exit code is 3, also with --json. A bad hint is a usage error."""
-    none = await run("find", "tok_" + "0" * 26, "--target", address)
-    assert (none.code, none.out) == (3, "")
-    assert "no token has this ID" in none.err
+    # The second one was copied in part.
+    for token_id in ("tok_" + "0" * 26, "tok_01m8n3jb62"):
+        none = await run("find", token_id, "--target", address)
+        assert (none.code, none.out) == (3, "")
+        assert "no token has this ID" in none.err
     as_json = await run("find", "~~~~", "--json", "--target", address)
     assert as_json.code == 3
     assert json.loads(as_json.out) == {"tokens": [], "callers": []}

@@ -47,7 +47,7 @@ def test_the_unit_waits_for_the_shutdown(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert int(stop.partition("=")[2]) >= settings.drain_seconds + settings.grace_seconds + 5
 
 
-def test_the_console_s_unit_waits_for_its_shutdown() -> None:
+def test_console_unit_waits_for_its_shutdown() -> None:
     """The unit waits for requests in progress before systemd kills the console."""
     unit = (UNITS / "latchkey-console@.service").read_text()
     (start,) = (line for line in unit.splitlines() if line.startswith("ExecStart="))

@@ -200,7 +200,7 @@ async def test_export_from_unkey(accepting: str, tmp_path: Path, forked: Forked)
 
 
 def test_statement_for_unkey_fits_its_tables() -> None:
-    """It names only columns that Unkey has."""
+    """The statement names only columns that Unkey has."""
     statement = block("unkey")
     for table, column in re.findall(r"\b([ki])\.(\w+)", statement):
         assert column in UNKEY[table], column

@@ -19,13 +19,11 @@ pytestmark = pytest.mark.xdist_group("trips")
 
 PAGE = (ROOT / "docs/architecture.md").read_text("utf-8")
 # Maximum number of files that a call may pass in its own task, and outside it. Lower these when a
-# trip gets shorter; raise them only with a reason.
-# A cold Verify decides with the client library's code, and counts the use. Beside it, a task checks
-# the row's seal, once for all calls that asked for the row.
-# A Delete validates its request with the code that all changes share. A histogram counts how long
-# each call takes.
-# Beside it, it takes its turn in a fair queue, and the renewer reads the log through a protocol,
-# because workers may share a row.
+# trip gets shorter; raise them only with a reason. A cold Verify decides with the client library's
+# code, and counts the use. Beside it, a task checks the row's seal, once for all calls that asked
+# for the row. A Delete validates its request with the code that all changes share. A histogram
+# counts how long each call takes. Outside its task, the Delete waits for its turn in a fair queue,
+# and the renewer reads the log through a protocol, because workers may share a row.
 CEILINGS = {
     "warm Verify": (4, 0),
     "warm Verify with a policy": (6, 0),
@@ -63,7 +61,9 @@ def test_page(trips: dict[str, Trip], kind: str) -> None:
     """The page's steps name each file that the call passes, and no other."""
     match = re.search(rf"^### A {kind}$(.+?)(?=^##)", PAGE, re.MULTILINE | re.DOTALL)
     assert match is not None, kind
-    named = set(re.findall(r"`([a-z_]+/[a-z_]+\.py|(?:histogram|loop_delay|secret_format)\.py)`", match[1]))
+    named = set(
+        re.findall(r"`([a-z_]+/[a-z_]+\.py|(?:histogram|loop_delay|secret_format)\.py)`", match[1])
+    )
     trip = trips[kind]
     passed = {*trip.call, *trip.beside}
     assert passed - named == set(), "not on the page"

@@ -130,8 +130,9 @@ async def test_an_ordinary_start_takes_no_lock(node: Node) -> None:
 async def test_a_service_that_must_not_migrate(
     node: Node, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """With LATCHKEY_MIGRATE=off, the owner of the tables changes none. The service starts if it
-    works without what is missing, and names the command otherwise."""
+    """With LATCHKEY_MIGRATE=off, the owner of the tables changes none. The service starts if it can
+    do without the missing migrations, and names the command otherwise.
+    """
     settings = Settings(database_url=node.url, migrate="off", data_dir=tmp_path)
     with pytest.raises(MigrationError, match=r"lacks migration 0001 \(tokens\).*latchkey migrate"):
         await prepare_schema(settings, node.url)

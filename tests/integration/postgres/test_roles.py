@@ -96,7 +96,7 @@ FORBIDDEN = [
     "DROP TABLE audit",
     "UPDATE audit_chain SET digest = ''",
     "DELETE FROM audit_chain",
-    # Would end the sealing, and retention.
+    # These would stop the sealing and the retention.
     "INSERT INTO audit_chain VALUES (9223372036854775807, '{}', '', 'p', '', now())",
     "INSERT INTO audit_chain VALUES (1, '{}', '', 'p', '', 'infinity')",
     """

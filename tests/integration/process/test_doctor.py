@@ -392,7 +392,7 @@ async def test_an_embedded_database(
     assert any("does not run: the service starts it" in f.text for f in found)
 
 
-async def test_the_command(setup: Setup, tmp_path: Path, forked: Forked) -> None:
+async def test_command_prints_the_checks(setup: Setup, tmp_path: Path, forked: Forked) -> None:
     """The command prints JSON or text, and its exit code says whether a check failed."""
     setup(pepper_file=tmp_path / "nowhere")
 

@@ -43,7 +43,9 @@ def sockets(pid: int) -> set[str]:
     return {link for link in links if link.startswith("socket:")}
 
 
-async def test_its_processes(running: Service, tmp_path: Path) -> None:
+async def test_forked_service_has_the_processes_of_a_started_one(
+    running: Service, tmp_path: Path
+) -> None:
     """The supervisor leads a process group in its folder, and each worker is a child of it in a
     separate session that shares no socket with it. A signal ends a worker, and another one takes
     its place. SIGTERM ends all, with exit code 0."""
@@ -67,8 +69,8 @@ async def test_its_processes(running: Service, tmp_path: Path) -> None:
     assert "Traceback" not in running.err
 
 
-async def test_a_killed_supervisor(running: Service) -> None:
-    """Its exit code is the signal, and its workers end by themselves."""
+async def test_killed_supervisor_leaves_no_workers(running: Service) -> None:
+    """The exit code of a killed supervisor is the signal, and its workers end by themselves."""
     await running.welcome()
     assert await running.end(signal.SIGKILL) == -signal.SIGKILL
     await eventually(lambda: not running.alive(), "its workers have ended")

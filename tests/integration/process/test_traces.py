@@ -19,7 +19,8 @@ from tests.helpers.trace_collector import Collector, collecting
 from tests.helpers.waiting import eventually
 
 SERVICE = "latchkey.v1.TokenService"
-# Of the whole shutdown, on a busy machine. The request to a collector that hangs would take ten.
+# Time limit for the whole shutdown, on a busy machine. The request to a collector that hangs would
+# take ten.
 STOP_SECONDS = CLOSE_SECONDS + 6
 
 
@@ -105,7 +106,9 @@ async def answer_all(collector: Collector, stub: Any, settings: dict[str, object
 async def test_a_collector_that_fails_holds_nothing_up(
     tmp_path: Path, settings: dict[str, object], monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    """Calls are answered, the spans are counted, one log line says so, and the service stops."""
+    """With a failing collector, calls are answered, spans are counted, one log line says so, and
+    the service stops.
+    """
     async with collecting() as collector:
         # Nobody listens on a port that the system reserves.
         url = "http://127.0.0.1:1" if fault == "away" else collector.url

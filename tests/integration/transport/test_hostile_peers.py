@@ -172,6 +172,8 @@ async def test_too_many_refused_calls_end_connections(
     if transport != "grpcio":
         pytest.skip("its peers of unknown methods have no address")
     monkeypatch.setattr(refused_calls, "OPEN_PER_ADDRESS_MAX", 250)
+    # Otherwise a slow peer's calls could be refused as fast as they come.
+    monkeypatch.setattr(refused_calls, "PER_SECOND", 1)
     async with serving_as(settings) as server:
         refused = server.refused
         with peers(server.address, 4, calls("/no.Such/Method", 100)) as made:

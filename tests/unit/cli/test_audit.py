@@ -15,7 +15,9 @@ def entry(trace_id: str) -> AuditEntry:
 
 
 def test_a_row_names_the_trace() -> None:
-    """Below the address, whole, so that it can be copied. Other calls have no such line."""
+    """A row shows the whole trace id below the address, so that it can be copied. Other calls have
+    no such line.
+    """
     trace = "4bf92f3577b34da6a3ce929d0e0e4736"
     assert f"ipv4:127.0.0.1:1\ntrace {trace}" in [cell.plain for cell in _row(entry(trace))]
     assert "ipv4:127.0.0.1:1" in [cell.plain for cell in _row(entry(""))]

@@ -167,7 +167,7 @@ async def console(
 async def several(
     client: Scripted, now: Callable[[], datetime] = lambda: NOW, **options: Any
 ) -> AsyncIterator[httpx.AsyncClient]:
-    """Run two processes of the console. Each request goes to the other one than the last."""
+    """Run two processes of the console. Requests alternate between them."""
     processes = _Alternating([_process(client, lambda: 0.0, now, options) for _ in range(2)])
     async with httpx.AsyncClient(transport=processes, base_url=ORIGIN) as browser:
         yield browser

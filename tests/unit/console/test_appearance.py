@@ -124,14 +124,14 @@ def test_logo(tmp_path: Path, name: str, content: bytes, served: str) -> None:
         ("logo.png", PNG + b"\0" * 140_000),
     ],
 )
-def test_other_files_are_no_logo(tmp_path: Path, name: str, content: bytes) -> None:
+def test_logo_content_must_match_its_name(tmp_path: Path, name: str, content: bytes) -> None:
     """A file whose content is not what its name says is refused."""
     with pytest.raises(ValueError, match=r"must be an SVG|too large"):
         read_logo(written(tmp_path, content, name))
 
 
-def test_missing_file(tmp_path: Path) -> None:
-    """A missing file is named."""
+def test_error_names_a_missing_file(tmp_path: Path) -> None:
+    """The error names a file that is missing."""
     with pytest.raises(ValueError, match=r"cannot read .*none.svg"):
         read_logo(tmp_path / "none.svg")
 

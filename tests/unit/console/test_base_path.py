@@ -64,6 +64,25 @@ async def test_every_address_is_below_the_base_path() -> None:
         assert "Disabled made" in text(changed)
 
 
+async def test_operators_view_is_below_the_base_path() -> None:
+    """The links between the pages of the operators' view stay below the path too."""
+    options: dict[str, Any] = {
+        "account": None,
+        "groups_header": "X-Groups",
+        "person_header": "X-Person",
+        "trusted_proxies": ("127.0.0.1",),
+        "operator_groups": ("ops",),
+        "base_path": BASE,
+    }
+    async with console(Scripted(), **options) as browser:
+        browser.headers.update({"x-groups": "ops", "x-person": "olga"})
+        for path in ("/", "/token", "/nowhere"):
+            found = addresses((await browser.get(BASE + path)).text)
+            assert found
+            assert [address for address in found if not address.startswith(f"{BASE}/")] == [], path
+        assert f"{BASE}/servers" in addresses((await browser.get(f"{BASE}/")).text)
+
+
 async def test_outside_of_the_base_path() -> None:
     """The path without its slash leads to the page. Nothing else is served outside of it, except
     for the probe."""
@@ -85,7 +104,7 @@ async def test_outside_of_the_base_path() -> None:
     [("", ""), ("/", ""), ("/a", "/a"), ("/a/", "/a"), ("/a-b/c_d.e~f", "/a-b/c_d.e~f")],
 )
 def test_base_path_is_normalised(value: str, path: str) -> None:
-    """A trailing slash does not count."""
+    """The console removes a trailing slash."""
     settings = make(account="acme", base_path=value)
     assert settings.embedding.base_path == path
     assert settings.home_url == f"http://127.0.0.1:50080{path}"
@@ -104,11 +123,11 @@ def test_base_path_is_normalised(value: str, path: str) -> None:
         *(
             ({"frame_ancestors": (origin,)}, f"--frame-ancestor {origin}: give the origin")
             for origin in (
-                *("*", "https://*.example.com/x", "http://app.example.com", "app.example.com"),
+                *("*", "https://*.example.com", "http://app.example.com", "app.example.com"),
                 *("https://a.example/path", "https://a.example?x", "https://u@a.example", "'self'"),
             )
         ),
-        ({"frame_ancestors": ("https://a.example; script-src *",)}, "not a valid host"),
+        ({"frame_ancestors": ("https://a.example; script-src *",)}, "--frame-ancestor https://a."),
         ({"peers": ("127.0.0.1:1",)}, "--peer requires --state-key-file"),
     ],
 )

@@ -1,6 +1,7 @@
 """Sessions that ended: what each process remembers, and what processes tell each other."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
@@ -60,6 +61,52 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ("1" in ended, "4" in ended) == (False, True)
     moment = NOW + timedelta(seconds=603)
     assert ended.all() == {"4": UNTIL + 4}
+
+
+def test_full_memory_forgets_no_later_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a full memory, a session that ends earlier does not take the place of a later one."""
+    ended = Ended(now)
+    monkeypatch.setattr(module, "ENDED_MAX", 2)
+    ended.merge({"2": UNTIL + 2, "3": UNTIL + 3})
+    ended.merge({"0": UNTIL, "1": UNTIL + 1})
+    ended.add("4", UNTIL + 4)
+    assert sorted(ended.all()) == ["3", "4"]
+
+
+async def test_peer_has_one_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sign-out waits for a peer for at most PEER_SECONDS, even if its name is looked up slowly
+    and it then does not answer. The others hear of the sign-out nevertheless."""
+    monkeypatch.setattr(module, "PEER_SECONDS", 1.0)
+    loop = asyncio.get_running_loop()
+    look_up = loop.getaddrinfo
+
+    async def slow(host: str, *arguments: Any, **options: Any) -> Any:
+        if host != "slow.example":
+            return await look_up(host, *arguments, **options)
+        await asyncio.sleep(0.8)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", silent.getsockname())]
+
+    monkeypatch.setattr(loop, "getaddrinfo", slow)
+    here, there = Ended(now), Ended(now)
+    # It accepts connections, and nobody answers there.
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent_peer = Peer("slow.example", silent.getsockname()[1])
+        async with serving(peers_of(there)) as peer:
+            began = loop.time()
+            await peers_of(here, silent_peer, peer).end("session", UNTIL)
+            assert loop.time() - began < 1.4
+    assert "session" in there
+
+
+async def test_process_does_not_ask_itself(caplog: pytest.LogCaptureFixture) -> None:
+    """A process that is its own peer does not wait for itself when it starts."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        own = Peer("127.0.0.1", listener.getsockname()[1])
+        await Peers(Ended(now), (own,), KEYS, "", now, own).fetch()
+        listener.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+    assert caplog.text == ""
 
 
 async def test_sign_out_counts_in_the_other_process() -> None:

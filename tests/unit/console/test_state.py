@@ -46,7 +46,7 @@ def test_sealed_value_reveals_nothing_and_expires() -> None:
 
 @pytest.mark.parametrize("text", ["", "x", "gAAAAA", "é", "A" * 5_000, "gAAAAABq" + "A" * 100])
 def test_forged_value_opens_as_empty(text: str) -> None:
-    """What nobody sealed is like nothing, and no error."""
+    """A value that nobody sealed opens as an empty one, without an error."""
     assert StateKeys([OLD]).box("one", at).open(text, 60) == {}
 
 
@@ -182,8 +182,8 @@ def test_unsafe_key_file_is_refused(tmp_path: Path, content: bytes, mode: int, w
         read_keys(path)
 
 
-def test_missing_key_file(tmp_path: Path) -> None:
-    """A missing file is named."""
+def test_error_names_a_missing_key_file(tmp_path: Path) -> None:
+    """The error names a file that is missing."""
     with pytest.raises(ValueError, match=r"cannot read .*state.key: No such file"):
         read_keys(tmp_path / "state.key")
 

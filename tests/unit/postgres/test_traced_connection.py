@@ -32,5 +32,5 @@ def test_summary(query: str, name: str, changes: str | None) -> None:
 
 
 def test_a_summary_is_bounded() -> None:
-    """The semantic conventions recommend 255 characters at most."""
+    """A summary has at most 255 characters, as the semantic conventions recommend."""
     assert len(summary_of("INSERT INTO audit " * 99).changes) == 255

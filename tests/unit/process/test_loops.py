@@ -1,4 +1,4 @@
-"""Loops of the processes: what fails for one item is done for the others."""
+"""Loops of the processes: a failure for one item does not stop the others."""
 
 import asyncio
 import sys

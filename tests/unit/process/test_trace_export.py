@@ -75,7 +75,9 @@ async def test_a_full_queue_drops_spans(export: TraceExport, exporter: Exporter)
 async def test_failures_are_counted_and_logged_once(
     export: TraceExport, exporter: Exporter
 ) -> None:
-    """A line when they begin, and one when they end. An exception does not end the thread."""
+    """The log has one line when failures begin, and one when they end. An exception does not end
+    the thread.
+    """
     for result in (SpanExportResult.FAILURE, ValueError("canary"), SpanExportResult.FAILURE):
         exporter.result, before = result, export.failed
         record(export, 3)
@@ -94,7 +96,7 @@ async def test_failures_are_counted_and_logged_once(
 async def test_a_collector_that_hangs_does_not_hold_up_the_end(
     exporter: Exporter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last spans are lost, and counted."""
+    """If the collector hangs at the end, the last spans are lost and counted."""
     monkeypatch.setattr(trace_export, "CLOSE_SECONDS", 0.05)
     export: Any = TraceExport("ver_1", exporter)
     export._log = Lines()
@@ -108,7 +110,7 @@ async def test_a_collector_that_hangs_does_not_hold_up_the_end(
 
 
 async def test_a_span_without_end_is_not_sent(export: TraceExport, exporter: Exporter) -> None:
-    """As that of an unknown caller."""
+    """A span that never ends, such as that of an unknown caller, is not sent."""
     export.start("lost", None, {})
     parent = Parent("1" * 32, "2" * 16, sampled=True)
     export.start("call", parent, {}).end("UNAVAILABLE")

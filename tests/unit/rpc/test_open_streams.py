@@ -90,8 +90,9 @@ async def test_clients_cannot_name_their_addresses_themselves() -> None:
 
 
 def test_a_stream_that_cannot_be_checked_ends_alone() -> None:
-    """After a change of the policy, each stream is checked. One that cannot be checked ends, and so
-    do all that are no longer allowed."""
+    """After a change of the policy, each stream is checked. A stream ends if it cannot be checked
+    or is no longer allowed.
+    """
     table: Any = None
     audit = AuditLog(table, lambda: 0.0, lambda: datetime.now(UTC))
     streams = Streams(CallReporter(Counts(), audit, lambda: 0.0), lambda: 0.0)

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 from latchkey_service.rpc.admission import REJECTIONS_AT_ONCE
 from latchkey_service.rpc.refused_calls import (
+    ENDING_MAX,
     OPEN_MAX,
     OPEN_PER_ADDRESS_MAX,
     PER_SECOND,
@@ -85,6 +86,18 @@ async def test_open_calls_of_a_worker_are_bounded() -> None:
     assert len(set(scene.ended)) == 10
     # A connection that cannot be ended has its calls refused at once.
     assert await scene.come("unix:", 3) == 3
+    await scene.leave()
+    assert scene.calls.open == 0
+
+
+async def test_connections_that_do_not_end_are_bounded() -> None:
+    """If the connections above a limit do not end in time, their further calls are refused at
+    once."""
+    scene = Scene()
+    for number in range(ENDING_MAX // 1_000 + 1):
+        await scene.come(f"ipv4:192.0.2.{number}:1", 1_000)
+    assert scene.calls.open == ENDING_MAX
+    assert await scene.come("ipv4:192.0.2.99:1", 3) == 3
     await scene.leave()
     assert scene.calls.open == 0
 

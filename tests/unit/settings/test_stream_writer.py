@@ -56,7 +56,7 @@ async def test_a_reader_that_hangs_and_returns(pipe: tuple[int, int]) -> None:
 
 
 def test_the_end_does_not_wait_for_a_reader_that_hangs(pipe: tuple[int, int]) -> None:
-    """At the end of the process, a reader that hangs has a bounded time."""
+    """At its end, the process waits only a bounded time for a reader that hangs."""
     writer = StreamWriter(pipe[1])
     for _ in range(MANY):
         writer.put(LINE)

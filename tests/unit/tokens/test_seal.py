@@ -76,7 +76,7 @@ def test_seal_of_a_token_without_a_limit_is_that_of_earlier_releases():
 
 
 def test_the_order_of_secrets_is_sealed():
-    """No two secrets of a token have each other's seals, nor has a first one any later one's."""
+    """Secrets that differ only in their order have different seals, the first one included."""
     seals = {SEALER.seal(TOKEN, SECRET._replace(ordinal=number)) for number in range(20)}
     assert len(seals) == 20
 

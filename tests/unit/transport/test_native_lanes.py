@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import grpc
 import pytest
 from latchkey_service.access.methods import METHODS
 from latchkey_service.errors import Unauthenticated
+from latchkey_service.tokens.fair_queue import SMALL_BYTES
 from latchkey_service.transport import native, native_queues
 
 from tests.helpers.waiting import eventually
@@ -49,6 +51,19 @@ async def test_anonymous_calls_take_no_place() -> None:
     assert one.started[-1] == 1
 
 
+@pytest.mark.parametrize("path", [VERIFY, BATCH, CREATE])
+async def test_large_anonymous_calls_reach_no_handler(path: str) -> None:
+    """A handler would keep the request until its answer, which may be delayed by half a minute. So
+    a large one is refused first, also without load. That of a known caller starts."""
+    one = server()
+    data = bytes(SMALL_BYTES + 1)
+    one.come(path, [1], data=data)
+    assert one.started == []
+    assert one.front.failed == [(1, grpc.StatusCode.UNAUTHENTICATED.value[0])]
+    one.come(path, [2], by("a"), data)
+    assert one.started == [2]
+
+
 async def test_a_full_queue_is_shared() -> None:
     """A caller whose calls fill a queue loses its newest ones to another caller, up to an equal
     share."""
@@ -77,8 +92,9 @@ async def test_delayed_rejections_are_bounded(monkeypatch: pytest.MonkeyPatch) -
 
 
 async def test_rejections_of_clients_that_left_are_dropped() -> None:
-    """A client that leaves before its delayed rejection takes no memory any more. Its rejection is
-    not sent."""
+    """If a client leaves before its delayed rejection is due, the rejection is dropped and takes no
+    more memory.
+    """
     one = server()
     one.delay_seconds = 30.0
     one.come(VERIFY, range(native_queues.VERIFIES_IN_TURN), by("a"))

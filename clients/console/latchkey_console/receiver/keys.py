@@ -41,8 +41,8 @@ FETCH_SECONDS: Final = 5.0
 # several receivers may share. A key that the partner withdraws is accepted for this long, or longer
 # while the fetch fails: refusing genuine reports would leave leaked secrets alive.
 POLL_SECONDS: Final = 300.0
-# The further fetches for reports that name an unknown key: so many at once, and one more after each
-# such time. Anyone can spend them, so at most 35 an hour.
+# The budget of further fetches for reports that name an unknown key: so many at once, and one more
+# after each such interval. Anyone can spend it, so it allows at most 35 an hour.
 UNKNOWN_FETCHES_MAX: Final = 5
 UNKNOWN_FETCH_SECONDS: Final = 120.0
 # Reports that may wait for a fetch at the same time: a quarter of the receiver's connections, so
@@ -128,8 +128,8 @@ class PublicKeys:
         # No redirects: the operator has chosen whom to trust.
         self._client = client or httpx2.AsyncClient(timeout=FETCH_SECONDS, follow_redirects=False)
         self._fetched: Keys = {}
-        # Names that a document lacks which was fetched for them, and when. Few, because each fetch
-        # for an unknown key adds at most WAITING_MAX.
+        # Names of keys that a fetch for them did not find, and when. There are few, because each
+        # fetch for an unknown key adds at most WAITING_MAX.
         self._absent: dict[str, float] = {}
         self._fetching: asyncio.Task[bool] | None = None
         self._polling: asyncio.Task[None] | None = None
@@ -179,9 +179,10 @@ class PublicKeys:
             await self._shared_fetch(url)
 
     async def _find_by_fetch(self, identifier: str, url: str) -> EllipticCurvePublicKey | None:
-        """Return the key, or None if a document that was fetched from now on lacks it."""
+        """Return the key, or None if a fetch that begins from now on does not find it."""
         if self._fetching is not None:
-            # It may have begun before the partner published the key. So it can only find it.
+            # This fetch may have begun before the partner published the key. So it can only show
+            # that the key exists.
             await asyncio.shield(self._fetching)
             if (key := self._known(identifier)) is not None:
                 return key
@@ -196,7 +197,7 @@ class PublicKeys:
         return None
 
     def _is_absent(self, identifier: str) -> bool:
-        """Return whether a document of a short time ago lacks this key."""
+        """Return whether a recent fetch did not find this key."""
         end = self._monotonic() - UNKNOWN_FETCH_SECONDS
         self._absent = {name: at for name, at in self._absent.items() if at > end}
         return identifier in self._absent

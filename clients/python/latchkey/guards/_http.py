@@ -107,8 +107,8 @@ class Refusal:
     status: HTTPStatus
     detail: str
     headers: tuple[tuple[str, str], ...]
-    """The headers that do not depend on the body: what the client can do, such as WWW-Authenticate
-    or Retry-After, and that no cache may keep the answer."""
+    """The headers that do not depend on the body: Cache-Control, which forbids caching, and what
+    the client can do, such as WWW-Authenticate or Retry-After."""
 
     @property
     def body(self) -> bytes:
