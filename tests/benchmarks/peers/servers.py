@@ -235,7 +235,7 @@ def spicedb(scratch: Path, database_url: str, core: int) -> Iterator[list[Runnin
         *(binary, "serve", *engine, "--grpc-preshared-key", key, "--log-level", "error"),
         *("--grpc-addr", f"127.0.0.1:{rpc}", "--http-enabled", "--http-addr", f"127.0.0.1:{web}"),
         *("--metrics-addr", f"127.0.0.1:{metrics}", "--telemetry-endpoint", ""),
-        *("--skip-release-check", "--datastore-watch-disabled"),
+        *("--skip-release-check", "--datastore-disable-watch-support"),
     ]
     names = [_digest() for _ in range(CREDENTIALS)]
     with _served(scratch, "SpiceDB", argv, {}, core) as pid:
