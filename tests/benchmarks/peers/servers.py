@@ -6,19 +6,13 @@ service would ask it for every request that presents a credential.
 
 import base64
 import contextlib
-import hashlib
-import http.client
 import json
-import os
 import secrets
-import subprocess
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
 
 import grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
@@ -26,6 +20,16 @@ from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
 from tests.benchmarks import processes
 from tests.benchmarks.peers.programs import Unavailable, program
+from tests.benchmarks.peers.starting import (
+    Api,
+    chunks,
+    digest,
+    http_form,
+    message,
+    migrated,
+    served,
+    text,
+)
 from tests.helpers.free_ports import free_port
 
 __all__ = ["CREDENTIALS", "PRODUCTS", "GrpcCheck", "HttpCheck", "Product", "Running", "Unavailable"]
@@ -33,13 +37,7 @@ __all__ = ["CREDENTIALS", "PRODUCTS", "GrpcCheck", "HttpCheck", "Product", "Runn
 # How many credentials each product has: so few that the slowest product with a cache has seen all
 # of them before a slice is measured.
 CREDENTIALS = 300
-# OpenFGA accepts no more per call.
-WRITE_MAX = 100
-# The migrations of the largest product take half a minute on a busy machine.
-MIGRATE_SECONDS_MAX = 180.0
-START_SECONDS_MAX = 60.0
 CALL_SECONDS_MAX = 20.0
-POLL_SECONDS = 0.1
 ACCOUNT = "bench"
 
 
@@ -142,8 +140,8 @@ def openfga(scratch: Path, database_url: str, core: int) -> Iterator[list[Runnin
     """Run OpenFGA twice: with the defaults, and with its cache of checks. A credential is a tuple
     whose user is the secret's hash."""
     binary = program(*_OPENFGA)
-    _migrate([binary, "migrate", "--datastore-engine", "postgres", "--datastore-uri", database_url])
-    users = [f"credential:{_digest()}" for _ in range(CREDENTIALS)]
+    migrated([binary, "migrate", "--datastore-engine", "postgres", "--datastore-uri", database_url])
+    users = [f"credential:{digest()}" for _ in range(CREDENTIALS)]
     variants = (
         ("OpenFGA", ()),
         ("OpenFGA, check cache on", ("--check-query-cache-enabled",)),
@@ -159,8 +157,8 @@ def openfga(scratch: Path, database_url: str, core: int) -> Iterator[list[Runnin
                 *("--playground-enabled=false", "--metrics-enabled=false", "--log-level", "error"),
                 *options,
             ]
-            pid = stack.enter_context(_served(scratch, name, argv, {}, core))
-            api = _Api(f"127.0.0.1:{web}")
+            pid = stack.enter_context(served(scratch, name, argv, {}, core))
+            api = Api(f"127.0.0.1:{web}")
             api.wait("/healthz", pid)
             # Both servers share the store of the first.
             store = store or _Store.create(api, users)
@@ -185,23 +183,23 @@ class _Store:
     model: str
 
     @classmethod
-    def create(cls, api: "_Api", users: Sequence[str]) -> "_Store":
+    def create(cls, api: "Api", users: Sequence[str]) -> "_Store":
         store = api.post("/stores", {"name": "bench"})["id"]
         answer = api.post(f"/stores/{store}/authorization-models", _OPENFGA_MODEL)
         created = cls(store, answer["authorization_model_id"])
-        for some in _chunks(users):
+        for some in chunks(users):
             created.write(api, "writes", some)
         return created
 
     def request(self, user: str) -> bytes:
         """Return the serialised question whether a user may read the account."""
-        key = _text(1, user) + _text(2, "reader") + _text(3, f"account:{ACCOUNT}")
-        return _text(1, self.store) + _message(2, key) + _text(4, self.model)
+        key = text(1, user) + text(2, "reader") + text(3, f"account:{ACCOUNT}")
+        return text(1, self.store) + message(2, key) + text(4, self.model)
 
-    def delete(self, api: "_Api", users: Sequence[str], number: int) -> None:
+    def delete(self, api: "Api", users: Sequence[str], number: int) -> None:
         self.write(api, "deletes", [users[number]])
 
-    def write(self, api: "_Api", kind: str, users: Sequence[str]) -> None:
+    def write(self, api: "Api", kind: str, users: Sequence[str]) -> None:
         keys = [
             {"user": user, "relation": "reader", "object": f"account:{ACCOUNT}"} for user in users
         ]
@@ -228,7 +226,7 @@ def spicedb(scratch: Path, database_url: str, core: int) -> Iterator[list[Runnin
     secret's hash."""
     binary = program(*_SPICEDB)
     engine = ("--datastore-engine", "postgres", "--datastore-conn-uri", database_url)
-    _migrate([binary, "datastore", "migrate", "head", *engine])
+    migrated([binary, "datastore", "migrate", "head", *engine])
     key = secrets.token_hex(16)
     rpc, web, metrics = free_port(), free_port(), free_port()
     argv = [
@@ -237,12 +235,12 @@ def spicedb(scratch: Path, database_url: str, core: int) -> Iterator[list[Runnin
         *("--metrics-addr", f"127.0.0.1:{metrics}", "--telemetry-endpoint", ""),
         *("--skip-release-check", "--datastore-disable-watch-support"),
     ]
-    names = [_digest() for _ in range(CREDENTIALS)]
-    with _served(scratch, "SpiceDB", argv, {}, core) as pid:
-        api = _Api(f"127.0.0.1:{web}", {"Authorization": f"Bearer {key}"})
+    names = [digest() for _ in range(CREDENTIALS)]
+    with served(scratch, "SpiceDB", argv, {}, core) as pid:
+        api = Api(f"127.0.0.1:{web}", {"Authorization": f"Bearer {key}"})
         api.wait("/openapi.json", pid)
         api.post("/v1/schema/write", {"schema": _SPICEDB_SCHEMA})
-        for some in _chunks(names):
+        for some in chunks(names):
             api.post("/v1/relationships/write", _spicedb_write("OPERATION_TOUCH", some))
 
         def delete(number: int) -> None:
@@ -254,10 +252,10 @@ def spicedb(scratch: Path, database_url: str, core: int) -> Iterator[list[Runnin
         running = []
         for name, consistency in ways:
             requests = [
-                _message(1, consistency)
-                + _message(2, _text(1, "account") + _text(2, ACCOUNT))
-                + _text(3, "read")
-                + _message(4, _message(1, _text(1, "credential") + _text(2, credential)))
+                message(1, consistency)
+                + message(2, text(1, "account") + text(2, ACCOUNT))
+                + text(3, "read")
+                + message(4, message(1, text(1, "credential") + text(2, credential)))
                 for credential in names
             ]
             check = GrpcCheck(
@@ -313,14 +311,14 @@ def hydra(scratch: Path, database_url: str, core: int) -> Iterator[list[Running]
         "LOG_LEVEL": "fatal",
         "SQA_OPT_OUT": "true",
     }
-    _migrate([binary, "migrate", "sql", "up", "--read-from-env", "--yes"], environment)
+    migrated([binary, "migrate", "sql", "up", "--read-from-env", "--yes"], environment)
     argv = [binary, "serve", "all", "--dev", "--sqa-opt-out"]
-    with _served(scratch, "hydra", argv, environment, core) as pid:
-        api = _Api(f"127.0.0.1:{admin}")
+    with served(scratch, "hydra", argv, environment, core) as pid:
+        api = Api(f"127.0.0.1:{admin}")
         api.wait("/health/ready", pid)
         client = api.post("/admin/clients", {"grant_types": ["client_credentials"]})
         pair = f"{client['client_id']}:{client['client_secret']}".encode()
-        issuer = _Api(
+        issuer = Api(
             f"127.0.0.1:{public}", {"Authorization": f"Basic {base64.b64encode(pair).decode()}"}
         )
         form = {"grant_type": "client_credentials"}
@@ -330,7 +328,7 @@ def hydra(scratch: Path, database_url: str, core: int) -> Iterator[list[Running]
             issuer.form("/oauth2/revoke", {"token": tokens[number]})
 
         requests = [
-            _http_form(f"127.0.0.1:{admin}", "/admin/oauth2/introspect", {"token": token})
+            http_form(f"127.0.0.1:{admin}", "/admin/oauth2/introspect", {"token": token})
             for token in tokens
         ]
         check = HttpCheck(
@@ -345,111 +343,3 @@ PRODUCTS: Mapping[str, Product] = {
     "spicedb": spicedb,
     "hydra": hydra,
 }
-
-
-# ---- shared ----
-
-
-class _Api:
-    """A JSON API on loopback. Raises RuntimeError for an answer that is no success."""
-
-    def __init__(self, address: str, headers: Mapping[str, str] | None = None) -> None:
-        self._address = address
-        self._headers = dict(headers or {})
-
-    def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        return self._call("POST", path, json.dumps(body), "application/json")
-
-    def form(self, path: str, fields: Mapping[str, str]) -> Any:
-        return self._call("POST", path, urlencode(fields), "application/x-www-form-urlencoded")
-
-    def wait(self, path: str, pid: int) -> None:
-        """Wait until the server answers on `path`."""
-        give_up = time.monotonic() + START_SECONDS_MAX
-        while True:
-            try:
-                self._call("GET", path, None, "application/json")
-            except (OSError, RuntimeError, http.client.HTTPException) as error:
-                if time.monotonic() > give_up or not Path(f"/proc/{pid}").exists():
-                    raise Unavailable(f"it does not answer on {path}: {error}") from error
-                time.sleep(POLL_SECONDS)
-            else:
-                return
-
-    def _call(self, method: str, path: str, body: str | None, kind: str) -> Any:
-        connection = http.client.HTTPConnection(self._address, timeout=CALL_SECONDS_MAX)
-        try:
-            connection.request(method, path, body, self._headers | {"Content-Type": kind})
-            answer = connection.getresponse()
-            text = answer.read()
-        finally:
-            connection.close()
-        if not 200 <= answer.status < 300:
-            raise RuntimeError(f"{method} {path}: {answer.status} {text[:500]!r}")
-        return json.loads(text) if text.strip() else None
-
-
-@contextlib.contextmanager
-def _served(
-    scratch: Path, name: str, argv: Sequence[str], environment: Mapping[str, str], core: int
-) -> Iterator[int]:
-    """Run a server on one core; yield its pid, and end it."""
-    log = scratch / f"{name.replace(' ', '-')}.log"
-    with log.open("wb") as out, processes.on({core}):
-        process = subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-            cwd=scratch,
-            env=dict(os.environ) | dict(environment),
-            start_new_session=True,
-            preexec_fn=processes.end_with_parent(),  # noqa: PLW1509 - only makes a system call
-        )
-    try:
-        yield process.pid
-    finally:
-        process.terminate()
-        processes.ended(process)
-
-
-def _migrate(argv: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
-    done = subprocess.run(
-        argv,
-        env=dict(os.environ) | dict(environment or {}),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=MIGRATE_SECONDS_MAX,
-        check=False,
-    )
-    if done.returncode:
-        raise Unavailable(f"its migrations failed: {(done.stdout + done.stderr)[-500:]}")
-
-
-def _chunks(items: Sequence[str]) -> Iterator[Sequence[str]]:
-    for start in range(0, len(items), WRITE_MAX):
-        yield items[start : start + WRITE_MAX]
-
-
-def _digest() -> str:
-    return hashlib.sha256(secrets.token_bytes(16)).hexdigest()
-
-
-def _message(number: int, content: bytes) -> bytes:
-    """Return a field of a protobuf message that holds bytes, of at most 16,383 bytes."""
-    size = len(content)
-    length = bytes([size]) if size < 0x80 else bytes([size & 0x7F | 0x80, size >> 7])
-    return bytes([number << 3 | 2]) + length + content
-
-
-def _text(number: int, text: str) -> bytes:
-    return _message(number, text.encode())
-
-
-def _http_form(address: str, path: str, fields: Mapping[str, str]) -> bytes:
-    body = urlencode(fields)
-    return (
-        f"POST {path} HTTP/1.1\r\nHost: {address}\r\nContent-Length: {len(body)}\r\n"
-        f"Content-Type: application/x-www-form-urlencoded\r\n\r\n{body}"
-    ).encode()

@@ -278,8 +278,8 @@ async def test_envoy(clone: Clone) -> None:
 
 @INSTALLS
 async def test_nginx(clone: Clone) -> None:
-    """nginx refuses requests as the page says, a client cannot claim another account, and without a
-    decision nobody gets in."""
+    """The proxy refuses requests as the page says. A client cannot claim another account, and
+    without a decision nobody gets in."""
     installed_by_apt(lambda: found("nginx") is not None, ["nginx-light"])
     clone.prepare("nginx")
     async with contextlib.AsyncExitStack() as stack:
