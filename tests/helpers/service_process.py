@@ -128,6 +128,10 @@ class Service:
         self.family()
         return address
 
+    async def prints(self, text: str) -> None:
+        """Wait until its output contains the text. The log may say earlier that it serves."""
+        await eventually(lambda: text in self.out, f"the output {text!r}")
+
     def family(self) -> set[psutil.Process]:
         """Return the process and everything that it has started and that was ever seen."""
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -176,7 +176,7 @@ async def test_a_changed_policy_takes_effect_while_running(
     not the one that was in force when the worker or the service first started."""
     service = run(policy=policy, workers=2)
     address = await service.welcome()
-    assert '-H "authorization: Bearer $(cat me.credential)"' in service.out
+    await service.prints('-H "authorization: Bearer $(cat me.credential)"')
     async with contextlib.AsyncExitStack() as stack:
         # Enough connections to reach both workers almost certainly.
         channels = [
@@ -322,7 +322,7 @@ async def test_tls(run: Run, folder: Path, policy: Path) -> None:
     target = f"localhost:{port}"
     service = run(*PYTHON, policy=policy, tls_listen=target, workers=2, **files)
     address = await service.welcome()
-    assert f"With TLS it serves on {target}." in service.out
+    await service.prints(f"With TLS it serves on {target}.")
     async with encrypted(target) as first:
         assert await verify(first) is grpc.StatusCode.OK
         async with grpc.aio.insecure_channel(address) as plaintext:

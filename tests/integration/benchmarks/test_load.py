@@ -6,12 +6,15 @@ import socket
 import struct
 from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 
 from tests.benchmarks import load
 from tests.benchmarks.load import Traffic
 from tests.benchmarks.rows import SERVICE
+from tests.helpers.calls import is_serving
 from tests.helpers.raw_http2 import MAX_CONCURRENT_STREAMS, SETTINGS, Frame
+from tests.helpers.waiting import eventually
 
 # Few calls, and a longer time-out than a busy machine needs: all of them are answered.
 PER_S, SECONDS, PATIENCE_SECONDS = 20.0, 0.5, 10.0
@@ -29,6 +32,8 @@ async def test_calls_are_answered_and_statuses_counted(address, create):
     service returned, although the headers of each differ from all others."""
     token = await create()
     verify = pb.VerifyRequest(secret=token.secret, required_scope=pb.SCOPE_READ)
+    async with grpc.aio.insecure_channel(address) as channel:
+        await eventually(lambda: is_serving(channel), "the server is healthy")
     done = await asyncio.to_thread(
         load.run,
         address,

@@ -118,7 +118,7 @@ async def test_from_nothing_to_service_and_back(
     The next start has the data."""
     service = run(*PYTHON, data_dir=folder / "new", transport=transport)
     address = await service.welcome()
-    assert f"    {address} latchkey.v1.TokenService/Create\n" in service.out
+    await service.prints(f"    {address} latchkey.v1.TokenService/Create\n")
     async with client(address) as stub:
         created = await stub.Create(create_request(), timeout=5)
     assert len(service.family()) > 3
@@ -330,7 +330,7 @@ async def test_a_given_database_is_used(run: Run, database_url: str, folder: Pat
         core_dumps="on",
     )
     address = await service.welcome()
-    assert "your Postgres" in service.out
+    await service.prints("your Postgres")
     assert not address.endswith(":0")
     for pid in service.worker_pids:
         listening = psutil.Process(pid).net_connections("tcp")
