@@ -349,7 +349,7 @@ async def test_confirmed_creates_survive_a_crash(
     page = pb.ListRequest(account_id="crash", page_size=500)
 
     async def read() -> pb.ListResponse:
-        # Look-ups have a connection of their own, and may work earlier than the pool.
+        # Look-ups use a separate connection, which may work earlier than the pool.
         return await stub.List(page, timeout=5)
 
     while True:

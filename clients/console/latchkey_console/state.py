@@ -3,7 +3,7 @@
 The console has no database. With a key file that all its processes share, each of them can continue
 what another one began. Without it, each process has a random key, and its state ends with it.
 
-Each console and each purpose has keys of its own, derived from those of the file, so that a value
+Each console and each purpose has separate keys, derived from those of the file, so that a value
 that was sealed for one of them is worthless for any other.
 """
 

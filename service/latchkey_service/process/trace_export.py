@@ -1,4 +1,4 @@
-"""Exports the spans of a worker by OTLP, from a thread of its own.
+"""Exports the spans of a worker by OTLP, from a separate thread.
 
 Nothing waits for the collector: spans that find the queue full are dropped and counted, and so are
 those that the collector does not accept. Imported only if traces are on, because it loads the
