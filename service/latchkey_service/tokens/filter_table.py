@@ -56,8 +56,9 @@ _NAME = r"regexp_replace(t.name_key, '^\x01[^\x01]*\x01', '')"
 # Subqueries that return one value: the planner computes them for each token that is read. It may
 # turn an EXISTS into a hash of the whole table.
 _LAST_USE = "(SELECT max(u.last_time) FROM token_usage u WHERE u.token_id = t.id)"
-_RENEWED = """coalesce((SELECT max(coalesce(x.create_time, t.create_time)) FROM secret x
-                               WHERE x.token_id = t.id), t.create_time)"""
+# A token's first secret is as old as the token, and has the ordinal 0. The others have an index.
+_RENEWED = """coalesce((SELECT max(x.create_time) FROM secret x
+                   WHERE x.token_id = t.id AND x.ordinal > 0), t.create_time)"""
 # Among the secrets that owners see: those that work, and the newest one.
 _LEAKED = """coalesce((SELECT bool_or(s.leak_report_time IS NOT NULL)
                    FROM (SELECT x.leak_report_time, x.ordinal, max(x.ordinal) OVER () AS newest,
@@ -192,12 +193,13 @@ def walk(
     start: Start | None,
     limit: int,
     arguments: Arguments,
+    columns: str = "",
 ) -> str:
     """Return the SQL of the first `limit` tokens after `start`, not filtered. $1 is the account.
 
-    Its columns are those of `token`, and `key`, `key_id` and `n`: the place in the order, and the
-    number, from 1. With LAST_USE, it may contain deleted tokens: their columns of `token` are NULL
-    or have a delete_time.
+    Without `columns`, its columns are those of `token`, and `key`, `key_id` and `n`: the place in
+    the order, and the number, from 1. With LAST_USE, it may contain deleted tokens: their columns
+    of `token` are NULL or have a delete_time.
     """
     key, key_id = _KEYS[order]
     way = _direction(order, reverse=reverse)
@@ -210,7 +212,7 @@ def walk(
     numbered = f"{key} AS key, {key_id} AS key_id, row_number() OVER ({ordered}) AS n"
     if order is Order.LAST_USE:
         return f"""
-            SELECT w.key, w.key_id, w.n, t.*
+            SELECT {columns or "w.key, w.key_id, w.n, t.*"}
               FROM (SELECT {numbered}
                       FROM {_source("token_last_use u", "u.token_id", selected, arguments)}
                      WHERE u.account_id = $1{where}
@@ -219,7 +221,7 @@ def walk(
                    -- By id alone: without statistics, the planner prefers an index of the account.
                    SELECT * FROM token t WHERE t.id = w.key_id OFFSET 0) t ON true"""  # noqa: S608 - constants, and conditions without values
     return f"""
-            SELECT {numbered}, t.*
+            SELECT {columns or f"{numbered}, t.*"}
               FROM {_source("token t", "t.id", selected, arguments)}
              WHERE t.account_id = $1 AND t.delete_time IS NULL{where}
              {ordered} LIMIT {limit}"""  # noqa: S608 - constants, and conditions without values
