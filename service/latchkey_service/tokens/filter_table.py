@@ -24,9 +24,15 @@ class Start:
 
 
 class Arguments:
-    """The arguments of a statement, in the order of their numbers."""
+    """The arguments of a statement, in the order of their numbers.
 
-    def __init__(self, *values: object) -> None:
+    `hidden`: the planner does not see their values. A walk has one plan for all of them, but in a
+    large table the planner expects so much of a plan for the values of an account with many tokens
+    that it makes one for each call. That takes as long as a page.
+    """
+
+    def __init__(self, *values: object, hidden: bool = False) -> None:
+        self._hidden = hidden
         self.values = list(values)
         self._kinds: list[str | None] = [None] * len(values)
 
@@ -38,10 +44,16 @@ class Arguments:
         known = zip(self.values, self._kinds, strict=True)
         for number, (other, other_kind) in enumerate(known, start=1):
             if other is value and other_kind == kind:
-                return f"${number}::{kind}"
+                return self.sql(number, kind)
         self.values.append(value)
         self._kinds.append(kind)
-        return f"${len(self.values)}::{kind}"
+        return self.sql(len(self.values), kind)
+
+    def sql(self, number: int, kind: str) -> str:
+        """Return the SQL that stands for the argument with this number."""
+        argument = f"${number}::{kind}"
+        # The outer cast, because `= ANY ((SELECT ...))` would compare with rows.
+        return f"(SELECT {argument})::{kind}" if self._hidden else argument
 
 
 _EXPIRY = "coalesce(t.expire_time, 'infinity'::timestamptz)"
@@ -209,13 +221,14 @@ def walk(
         time, token_id = arguments.add(start.key, "timestamptz"), arguments.add(start.id, "text")
         bounds.append(f"({key}, {key_id}) {'<' if way == 'DESC' else '>'} ({time}, {token_id})")
     where = "".join(f" AND {bound}" for bound in bounds)
+    account = arguments.sql(1, "text")
     numbered = f"{key} AS key, {key_id} AS key_id, row_number() OVER ({ordered}) AS n"
     if order is Order.LAST_USE:
         return f"""
             SELECT {columns or "w.key, w.key_id, w.n, t.*"}
               FROM (SELECT {numbered}
                       FROM {_source("token_last_use u", "u.token_id", selected, arguments)}
-                     WHERE u.account_id = $1{where}
+                     WHERE u.account_id = {account}{where}
                      {ordered} LIMIT {limit}) w
               LEFT JOIN LATERAL (
                    -- By id alone: without statistics, the planner prefers an index of the account.
@@ -223,7 +236,7 @@ def walk(
     return f"""
             SELECT {columns or f"{numbered}, t.*"}
               FROM {_source("token t", "t.id", selected, arguments)}
-             WHERE t.account_id = $1 AND t.delete_time IS NULL{where}
+             WHERE t.account_id = {account} AND t.delete_time IS NULL{where}
              {ordered} LIMIT {limit}"""  # noqa: S608 - constants, and conditions without values
 
 

@@ -69,9 +69,10 @@ class ListStore:
         `counted` tokens, if that is more than 0.
         """
         # One more than requested shows whether anything follows.
-        arguments = Arguments(account_id, size + 1)
+        arguments = Arguments(account_id, size + 1, hidden=True)
         condition = condition_of(selected, now, arguments)
-        matches = f"t.account_id = $1 AND t.delete_time IS NULL AND {condition}"
+        account = arguments.sql(1, "text")
+        matches = f"t.account_id = {account} AND t.delete_time IS NULL AND {condition}"
         if selected == Filter():
             examined = min(examined, size + 1)
         walked = walk(
@@ -119,7 +120,7 @@ class ListStore:
                     {USES}
                     WHERE t.matches OR t.n = {examined}
                     ORDER BY {ordered}
-                    LIMIT $2) page ON true
+                    LIMIT {arguments.sql(2, "bigint")}) page ON true
              ORDER BY page.n
             """  # noqa: S608 - constants, and conditions without values
         async with self._pool.session() as session:
