@@ -28,7 +28,7 @@ from latchkey_service.tokens.filters import Filter
 from latchkey_service.tokens.lifecycle_store import Changed
 from latchkey_service.tokens.receipt_table import RECEIPT, Deletion
 from latchkey_service.tokens.token_store import deletion_of
-from latchkey_service.tokens.token_table import COLUMNS, DETAILS, detailed_record_of
+from latchkey_service.tokens.token_table import COLUMNS, DETAILS, USES, detailed_record_of
 from latchkey_service.tokens.verdict import TokenRecord
 
 __all__ = ["BulkStore", "Scan"]
@@ -252,6 +252,7 @@ class BulkStore:
                   FROM {SNAPSHOT}
                   LEFT JOIN (SELECT {COLUMNS}, {DETAILS}
                                FROM token t
+                              {USES}
                               WHERE t.account_id = $1 AND t.delete_time IS NULL
                                 AND t.id = ANY($2::text[])) page ON true
                  ORDER BY page.create_time, page.id
