@@ -94,11 +94,13 @@ class EditForm:
         """Return the submitted form unchanged, so that it can be shown again as typed."""
         form = cls._with({name: fields.get(f"was_{name}", "") for name in _NAMES})
         typed = (*_NAMES, "expiry", "date", "date_end")
-        return replace(form, **{name: fields.get(name, "") for name in typed})
+        values: dict[str, Any] = {name: fields.get(name, "") for name in typed}
+        return replace(form, **values)
 
     @classmethod
     def _with(cls, before: Mapping[str, str]) -> "EditForm":
-        return cls(**before, before=before)
+        values: Mapping[str, Any] = before
+        return cls(**values, before=before)
 
     def with_errors(self, errors: Mapping[str, str]) -> "EditForm":
         """Return the form with these errors."""

@@ -120,7 +120,8 @@ class TokenForm:
     @classmethod
     def read(cls, fields: Mapping[str, str]) -> "TokenForm":
         """Return the submitted form unchanged, so that it can be shown again as typed."""
-        return cls(**{name: fields.get(name, "") for name in _TYPED})
+        values: dict[str, Any] = {name: fields.get(name, "") for name in _TYPED}
+        return cls(**values)
 
     @property
     def typed(self) -> dict[str, str]:
