@@ -144,14 +144,14 @@ class Registrar:
         refusing = {}
         authenticator = self._authenticator
         if authenticator is not None and (self._screen is not None or self._by_certificate):
-            for name in unary:
+            for name, handler in unary.items():
                 path = f"/{service}/{name}"
                 if rule_of(path).role is None:
                     continue
                 parse = handlers[name].request_deserializer
                 refuser = self._paths.refuser(path, parse, authenticator)
                 if self._by_certificate:
-                    by_path[path] = _identified_first(unary[name], refuser, authenticator)
+                    by_path[path] = _identified_first(handler, refuser, authenticator)
                 else:
                     refusing[path] = refuser
         self._server.add_generic_rpc_handlers((_ByPath(by_path, refusing, self._screen),))
