@@ -247,7 +247,7 @@ async def test_shares_become_equal(count: int) -> None:
     callers = [f"caller {number}" for number in range(count)]
     for caller in callers:
         await scene.fill(caller, total)
-    order = random.Random(1)
+    order = random.Random(1)  # noqa: S311 - repeatable
     for _ in range(4 * total):
         await scene.end_one(order.choice(callers))
         for caller in order.sample(callers, count):

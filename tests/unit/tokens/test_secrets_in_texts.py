@@ -9,7 +9,7 @@ SECRETS = {
     "token": Keyring([Pepper(bytes(32))]).mint("lk", lambda size: bytes(range(size))).secret,
     "credential": credentials.mint(lambda size: bytes(range(size))),
 }
-# A line break and an indent, as in a wrapped mail; a place for a break, as on a page; a soft hyphen.
+# As in a wrapped mail, on a page that may break a word, and in a document with soft hyphens.
 BREAKS = ("", " ", "\n", "\n    ", "\u200b", "\u00ad", "\u2060")
 
 
