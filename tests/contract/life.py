@@ -175,15 +175,16 @@ class Life:
             token=pb.Token(**{path: value}),
             update_mask=field_mask_pb2.FieldMask(paths=[path]),
         )
-        changes = getattr(token, attribute) != value or not token.named
+        # The name that a token shows changes nothing, also if it has lost it.
+        changes = getattr(token, attribute) != value
         answer = await self.call("Update", token.account, request, changes=changes)
         if token.deleted:
             assert answer is grpc.StatusCode.NOT_FOUND
-        elif path == "name" and self.taken(token.account, value, token):
+        elif path == "name" and changes and self.taken(token.account, value, token):
             assert answer is grpc.StatusCode.ALREADY_EXISTS
         else:
             assert isinstance(answer, pb.UpdateResponse)
-            if path == "name":
+            if path == "name" and changes:
                 self.take(token.account, value, "Update", token)
                 token.named = True
             before = getattr(token, attribute)
@@ -224,6 +225,11 @@ class Life:
             await eventually(lambda: time.time() > end + 0.001, "the expiry")
             token.expired = True
 
+    async def expire_and_take(self, token: Model) -> None:
+        """Let another token take the name of one that expires."""
+        await self.expire(token)
+        await self.create(token.account, token.name, token.scope, lost=0)
+
     async def prolong(self, token: Model) -> None:
         """Let the token live for ever, also if it has expired."""
         if isinstance(await self.set_expiry(token, None), pb.UpdateResponse):
@@ -236,7 +242,7 @@ class Life:
         if end is not None:
             request.token.expire_time.CopyFrom(Timestamp())
             request.token.expire_time.FromNanoseconds(int(end * 1e9))
-        changes = end is not None or token.expires or not token.named
+        changes = end is not None or token.expires
         answer = await self.call("Update", token.account, request, changes=changes)
         if token.deleted:
             assert answer in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INVALID_ARGUMENT)
