@@ -349,7 +349,9 @@ class _Supervisor:
                 return await self._unless_stopped(read) and read.result() == READY
         except TimeoutError:
             # The worker itself may have logged nothing yet.
-            self._log.error("worker not ready in time", pid=process.pid, seconds=READY_TIMEOUT_SECONDS)
+            self._log.error(
+                "worker not ready in time", pid=process.pid, seconds=READY_TIMEOUT_SECONDS
+            )
             return False
 
     async def _end(self, process: asyncio.subprocess.Process) -> None:
