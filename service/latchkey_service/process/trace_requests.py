@@ -23,6 +23,14 @@ _PROVIDERS: Final = (
     "OTEL_PYTHON_EXPORTER_OTLP_HTTP_CREDENTIAL_PROVIDER",
     "OTEL_PYTHON_EXPORTER_OTLP_HTTP_TRACES_CREDENTIAL_PROVIDER",
 )
+# The first kind that is among the wrapped errors counts: the special before the general.
+_CAUSES: Final[tuple[tuple[tuple[type[BaseException], ...], str], ...]] = (
+    ((requests.exceptions.ProxyError,), "the proxy does not forward"),
+    ((socket.gaierror,), "the host name is not known"),
+    ((ConnectionRefusedError,), "connection refused"),
+    ((requests.Timeout, TimeoutError), "timed out"),
+    ((ConnectionError,), "connection closed"),
+)
 
 
 class Requests:
@@ -62,24 +70,21 @@ def _cause(error: BaseException) -> str:
     """Return why a request failed, in a few words."""
     wrapped = list(_wrapped(error))
     for each in wrapped:
-        if isinstance(each, ssl.SSLCertVerificationError):
-            # OpenSSL's text for the code, such as "certificate has expired".
-            return f"TLS: {each.verify_message}"
         if isinstance(each, ssl.SSLError):
-            return f"TLS: {(each.reason or 'failed').lower().replace('_', ' ')}"
-        if isinstance(each, requests.exceptions.ProxyError):
-            return "the proxy does not forward"
-        if isinstance(each, socket.gaierror):
-            return "the host name is not known"
-        if isinstance(each, ConnectionRefusedError):
-            return "connection refused"
-    if any(isinstance(each, requests.Timeout | TimeoutError) for each in wrapped):
-        return "timed out"
-    if any(isinstance(each, ConnectionError) for each in wrapped):
-        return "connection closed"
+            return f"TLS: {_tls_reason(each)}"
+    for kinds, cause in _CAUSES:
+        if any(isinstance(each, kinds) for each in wrapped):
+            return cause
     if isinstance(error, OSError) and not isinstance(error, requests.RequestException):
         return "a TLS file cannot be read"
     return type(error).__name__
+
+
+def _tls_reason(error: ssl.SSLError) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        # OpenSSL's text for the code, such as "certificate has expired".
+        return error.verify_message
+    return (error.reason or "failed").lower().replace("_", " ")
 
 
 def _wrapped(error: BaseException) -> Iterator[BaseException]:

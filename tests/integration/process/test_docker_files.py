@@ -1,5 +1,6 @@
 """The container files, as far as they can be checked without a container engine."""
 
+import itertools
 import re
 import shutil
 from pathlib import Path
@@ -158,7 +159,7 @@ def test_images_of_workflows_have_a_digest_or_a_reason() -> None:
     """A container of CI is pinned by digest, or a comment says why not."""
     for workflow in (ROOT / ".github/workflows").glob("*.yml"):
         lines = workflow.read_text("utf-8").splitlines()
-        for before, line in zip(lines, lines[1:], strict=False):
+        for before, line in itertools.pairwise(lines):
             if re.match(r"\s*image: ", line):
                 assert re.search(DIGEST, line) or "# Without a digest: " in before, line
 
