@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.helpers.postgres_node import Node, Template
+# A shell must not take it apart.
+ACCOUNT = "auth0|5f7c8e"
 
 
 async def two_roles(node: Node, node_template: Template, tmp_path: Path) -> tuple[str, str]:
@@ -79,16 +81,16 @@ async def test_log_and_audit_log(
         async with grpc.aio.insecure_channel(address) as channel:
             await eventually(lambda: is_serving(channel), "health is up")
             stub: Any = pb_grpc.TokenServiceStub(channel)
-            request = pb.CreateRequest(account_id="acme", name="export", scope=pb.SCOPE_READ)
+            request = pb.CreateRequest(account_id=ACCOUNT, name="export", scope=pb.SCOPE_READ)
             created = await stub.Create(request, timeout=10)
-            delete = pb.DeleteRequest(account_id="acme", id=created.token.id)
+            delete = pb.DeleteRequest(account_id=ACCOUNT, id=created.token.id)
             await stub.Delete(delete, timeout=10)
         (tmp_path / "latchkey.log").write_text(
             "".join(line for line in running.err.splitlines(keepends=True) if line[0] == "{")
         )
         (command,) = marked("docs/backup.md", "lost deletions")
         found = await paste(command, tmp_path)
-        assert found == f"latchkey delete --yes --account acme {created.token.id}\n"
+        assert found == f"latchkey delete --yes --account '{ACCOUNT}' '{created.token.id}'\n"
         assert "Deleted " in await paste(found, tmp_path, LATCHKEY_TARGET=address)
 
         async def sealed() -> bool:
