@@ -14,7 +14,7 @@ import shutil
 import signal
 import socket
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
@@ -127,10 +127,10 @@ async def test_grpc_service(address: str, create: Create) -> None:
         served(server, address) as port,
         grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
     ):
-        check = health_pb2_grpc.HealthStub(channel).Check
+        stub: Any = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest()
-        answer = await check(request, metadata=bearer, timeout=WAIT_SECONDS)
+        answer = await stub.Check(request, metadata=bearer, timeout=WAIT_SECONDS)
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
         with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await check(request, timeout=WAIT_SECONDS)
+            await stub.Check(request, timeout=WAIT_SECONDS)
         assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
