@@ -65,10 +65,6 @@ NOT_RUN = {
     ): "needs a Kubernetes cluster; the tests in integration/deploy render the chart",
     (
         "docs/deploy.md",
-        "make image BASE=",
-    ): "needs a registry of images and a package index; it builds for minutes",
-    (
-        "docs/deploy.md",
         "docker buildx imagetools",
     ): "asks a registry of images; test_docker_files.py compares the name with the Dockerfile",
     (
