@@ -58,11 +58,12 @@ docs: $(VENV)/.dev  ## Build the documentation site into build/site
 
 # The same name as in the compose files.
 IMAGE ?= latchkey:$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
-image:  ## Build the image with docker, podman or buildah, whichever works (IMAGE=NAME)
+image:  ## Build the image with docker, podman or buildah, whichever works (IMAGE=NAME BASE=IMAGE)
 	@for builder in docker podman buildah; do
 	  if command -v $$builder >/dev/null && $$builder info >/dev/null 2>&1; then
 	    echo "Building $(IMAGE) with $$builder"
-	    exec $$builder build --build-arg LATCHKEY_BUILD="$$(git rev-parse --short HEAD 2>/dev/null || true)" --tag $(IMAGE) .
+	    exec $$builder build --build-arg LATCHKEY_BUILD="$$(git rev-parse --short HEAD 2>/dev/null || true)" \
+	      $(if $(BASE),--build-arg BASE=$(BASE)) $(ARGS) --tag $(IMAGE) .
 	  fi
 	done
 	echo "No image builder works here: install docker, podman or buildah, or start docker's daemon." >&2

@@ -151,8 +151,11 @@ async def known_tokens(create: Create, connection: Any, count: int) -> list[Know
             *(known.id, known.created, known.expires, NOW - DAY if known.disabled else None),
         )
         await connection.execute(
-            "UPDATE secret SET create_time = $2, leak_report_time = $3 WHERE token_id = $1",
-            *(known.id, known.renewed, NOW if known.leaked else None),
+            "UPDATE secret SET create_time = $2, ordinal = $3, leak_report_time = $4"
+            " WHERE token_id = $1",
+            # As after a rotation, if it is younger than the token.
+            *(known.id, known.renewed, int(known.renewed > known.created)),
+            NOW if known.leaked else None,
         )
         if known.used is not None:
             await connection.execute(

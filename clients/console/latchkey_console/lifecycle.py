@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Awaitable, Callable
-from datetime import datetime, timedelta
 from typing import Any, Final
 
 import latchkey
@@ -13,23 +12,16 @@ from starlette.routing import Route
 from latchkey_console.creation import Different
 from latchkey_console.editing import EditForm, ReplaceForm, ends_within
 from latchkey_console.failures import is_refusal, trouble
-from latchkey_console.forms import durations, expiries, last_day
+from latchkey_console.forms import TOKEN_BYTES_MAX, durations, expiries, last_day
 from latchkey_console.frame import Frame, Notice, Visit, read_fields, unchanged
 from latchkey_console.replacing import NotReplaced, Replacements
+from latchkey_console.reporters import Reporters
 from latchkey_console.showing import Displays, NewSecret, place_of
 
 __all__ = ["Lifecycle"]
 
 _log = logging.getLogger("latchkey.console")
 
-# The methods that report secrets as leaked, as the audit log names them.
-_REPORTS: Final = tuple(
-    f"/latchkey.v1.TokenService/{name}" for name in ("ReportSecret", "RevokeSecret")
-)
-# The largest difference between the time of a report and that of its audit entry, which is rounded.
-_REPORT_MARGIN: Final = timedelta(seconds=1)
-# How many entries about one token to read. A token has fewer reports.
-_ENTRIES_MAX: Final = 50
 _STALE: Final = (
     "This form has expired or belongs to another session. Nothing was changed. "
     "Check the form and submit it again."
@@ -46,7 +38,7 @@ class Lifecycle:
     def __init__(self, frame: Frame, displays: Displays) -> None:
         self._frame = frame
         self._client = frame.client
-        self._may_audit = True
+        self._reporters = Reporters(frame.client, frame.monotonic)
         self._displays = displays
         self._replacements = Replacements(frame.client, frame.now)
 
@@ -76,41 +68,9 @@ class Lifecycle:
         except latchkey.LatchkeyError as error:
             # The rest is worth showing. A policy, or an older server, may refuse this.
             _log.info("usage is not shown: %s", error.code.name)
-        reporters = await self._reporters(visit, token)
+        reporters = await self._reporters.of(visit.account_id, token)
         values = {"token": token, "usage": usage, "reporters": reporters}
         return await self._frame.dialog(request, visit, "token.html", values)
-
-    async def _reporters(self, visit: Visit, token: latchkey.Token) -> dict[datetime, str]:
-        """Return who reported the token's leaked secrets, by the time of the report.
-
-        The audit log records this. If a policy forbids the console to read the log, this asks only
-        once, because each refusal makes an entry.
-        """
-        times = {s.leak_report_time for s in token.secrets if s.leak_report_time is not None}
-        if not times or not self._may_audit:
-            return {}
-        wanted = latchkey.AuditFilter(
-            account_id=visit.account_id,
-            token_id=token.id,
-            outcome=latchkey.Outcome.OK,
-            start_time=min(times) - _REPORT_MARGIN,
-            end_time=max(times) + _REPORT_MARGIN,
-        )
-        try:
-            page = await self._client.audit_page(wanted, page_size=_ENTRIES_MAX)
-        except latchkey.PermissionDenied:
-            self._may_audit = False
-            return {}
-        except latchkey.LatchkeyError as error:
-            _log.info("reporters are not shown: %s", error.code.name)
-            return {}
-        reports = [entry for entry in page.entries if entry.method in _REPORTS]
-        return {
-            time: entry.caller
-            for time in times
-            for entry in reports
-            if abs(entry.time - time) <= _REPORT_MARGIN and entry.caller
-        }
 
     async def replace_form(self, request: Request) -> Response:
         """Ask how long the old secret should still work."""
@@ -157,7 +117,7 @@ class Lifecycle:
     async def edit(self, request: Request) -> Response:
         """Save what the visitor changed, or show the form again with its errors."""
         began = self._frame.monotonic()
-        fields = await read_fields(request)
+        fields = await read_fields(request, bytes_max=TOKEN_BYTES_MAX)
         visit = self._frame.visit(request, fields)
         form, token_id = EditForm.read(fields), fields.get("id", "")
         if not self._frame.is_ours(fields, visit):

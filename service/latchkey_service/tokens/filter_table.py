@@ -24,9 +24,15 @@ class Start:
 
 
 class Arguments:
-    """The arguments of a statement, in the order of their numbers."""
+    """The arguments of a statement, in the order of their numbers.
 
-    def __init__(self, *values: object) -> None:
+    `hidden`: the planner does not see their values. A walk has one plan for all of them, but in a
+    large table the planner expects so much of a plan for the values of an account with many tokens
+    that it makes one for each call. That takes as long as a page.
+    """
+
+    def __init__(self, *values: object, hidden: bool = False) -> None:
+        self._hidden = hidden
         self.values = list(values)
         self._kinds: list[str | None] = [None] * len(values)
 
@@ -38,10 +44,16 @@ class Arguments:
         known = zip(self.values, self._kinds, strict=True)
         for number, (other, other_kind) in enumerate(known, start=1):
             if other is value and other_kind == kind:
-                return f"${number}::{kind}"
+                return self.sql(number, kind)
         self.values.append(value)
         self._kinds.append(kind)
-        return f"${len(self.values)}::{kind}"
+        return self.sql(len(self.values), kind)
+
+    def sql(self, number: int, kind: str) -> str:
+        """Return the SQL that stands for the argument with this number."""
+        argument = f"${number}::{kind}"
+        # The outer cast, because `= ANY ((SELECT ...))` would compare with rows.
+        return f"(SELECT {argument})::{kind}" if self._hidden else argument
 
 
 _EXPIRY = "coalesce(t.expire_time, 'infinity'::timestamptz)"
@@ -56,8 +68,9 @@ _NAME = r"regexp_replace(t.name_key, '^\x01[^\x01]*\x01', '')"
 # Subqueries that return one value: the planner computes them for each token that is read. It may
 # turn an EXISTS into a hash of the whole table.
 _LAST_USE = "(SELECT max(u.last_time) FROM token_usage u WHERE u.token_id = t.id)"
-_RENEWED = """coalesce((SELECT max(coalesce(x.create_time, t.create_time)) FROM secret x
-                               WHERE x.token_id = t.id), t.create_time)"""
+# A token's first secret is as old as the token, and has the ordinal 0. The others have an index.
+_RENEWED = """coalesce((SELECT max(x.create_time) FROM secret x
+                   WHERE x.token_id = t.id AND x.ordinal > 0), t.create_time)"""
 # Among the secrets that owners see: those that work, and the newest one.
 _LEAKED = """coalesce((SELECT bool_or(s.leak_report_time IS NOT NULL)
                    FROM (SELECT x.leak_report_time, x.ordinal, max(x.ordinal) OVER () AS newest,
@@ -192,12 +205,13 @@ def walk(
     start: Start | None,
     limit: int,
     arguments: Arguments,
+    columns: str = "",
 ) -> str:
     """Return the SQL of the first `limit` tokens after `start`, not filtered. $1 is the account.
 
-    Its columns are those of `token`, and `key`, `key_id` and `n`: the place in the order, and the
-    number, from 1. With LAST_USE, it may contain deleted tokens: their columns of `token` are NULL
-    or have a delete_time.
+    Without `columns`, its columns are those of `token`, and `key`, `key_id` and `n`: the place in
+    the order, and the number, from 1. With LAST_USE, it may contain deleted tokens: their columns
+    of `token` are NULL or have a delete_time.
     """
     key, key_id = _KEYS[order]
     way = _direction(order, reverse=reverse)
@@ -207,21 +221,22 @@ def walk(
         time, token_id = arguments.add(start.key, "timestamptz"), arguments.add(start.id, "text")
         bounds.append(f"({key}, {key_id}) {'<' if way == 'DESC' else '>'} ({time}, {token_id})")
     where = "".join(f" AND {bound}" for bound in bounds)
+    account = arguments.sql(1, "text")
     numbered = f"{key} AS key, {key_id} AS key_id, row_number() OVER ({ordered}) AS n"
     if order is Order.LAST_USE:
         return f"""
-            SELECT w.key, w.key_id, w.n, t.*
+            SELECT {columns or "w.key, w.key_id, w.n, t.*"}
               FROM (SELECT {numbered}
                       FROM {_source("token_last_use u", "u.token_id", selected, arguments)}
-                     WHERE u.account_id = $1{where}
+                     WHERE u.account_id = {account}{where}
                      {ordered} LIMIT {limit}) w
               LEFT JOIN LATERAL (
                    -- By id alone: without statistics, the planner prefers an index of the account.
                    SELECT * FROM token t WHERE t.id = w.key_id OFFSET 0) t ON true"""  # noqa: S608 - constants, and conditions without values
     return f"""
-            SELECT {numbered}, t.*
+            SELECT {columns or f"{numbered}, t.*"}
               FROM {_source("token t", "t.id", selected, arguments)}
-             WHERE t.account_id = $1 AND t.delete_time IS NULL{where}
+             WHERE t.account_id = {account} AND t.delete_time IS NULL{where}
              {ordered} LIMIT {limit}"""  # noqa: S608 - constants, and conditions without values
 
 

@@ -5,7 +5,7 @@ from typing import Any, Final, NamedTuple
 
 from latchkey_service.coherence.snapshot import SNAPSHOT, Snapshot, snapshot_of
 from latchkey_service.postgres.connections import Pool, retry_on_conflict
-from latchkey_service.tokens.token_table import COLUMNS, DETAILS, detailed_record_of
+from latchkey_service.tokens.token_table import COLUMNS, DETAILS, USES, detailed_record_of
 from latchkey_service.tokens.verdict import TokenRecord
 
 __all__ = ["BY_HINT", "BY_ID", "END_LENGTH", "FindStore", "Found"]
@@ -43,7 +43,7 @@ SELECT h.revision, h.mark, h.timeline, page.*
   FROM {SNAPSHOT}
   LEFT JOIN (
        SELECT f.matches, {COLUMNS}, {DETAILS}
-         FROM ({ids}) f JOIN token t ON t.id = f.id) page ON true
+         FROM ({ids}) f JOIN token t ON t.id = f.id {USES}) page ON true
  ORDER BY page.id DESC
 """  # noqa: S608 - constants only
 

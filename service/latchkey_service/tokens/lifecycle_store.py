@@ -31,6 +31,7 @@ from latchkey_service.tokens.token_store import Request
 from latchkey_service.tokens.token_table import (
     COLUMNS,
     DETAILS,
+    USES,
     detailed_record_of,
     rate_columns,
     record_of,
@@ -142,9 +143,8 @@ class LifecycleStore:
                                              coalesce(nullif(s.hint, ''), t.hint),
                                              coalesce(s.create_time, t.create_time),
                                              s.request_id,
-                                             (SELECT max(u.last_time) FROM token_usage u
-                                               WHERE u.token_id = t.id
-                                                 AND u.hint = coalesce(nullif(s.hint, ''), t.hint)),
+                                             u.times[array_position(
+                                                 u.hints, coalesce(nullif(s.hint, ''), t.hint))],
                                              s.leak_report_time)
                                          ORDER BY s.ordinal DESC)
                           FROM secret s WHERE s.token_id = t.id AND s.retire_time IS NULL),
@@ -152,6 +152,7 @@ class LifecycleStore:
                   FROM {SNAPSHOT}
                   LEFT JOIN token t
                     ON t.account_id = $1 AND t.id = $2 AND t.delete_time IS NULL
+                 {USES}
                 """,  # noqa: S608 - constants only
                 account_id,
                 token_id,

@@ -36,6 +36,7 @@ from latchkey_service.tokens.receipt_table import RECEIPT, RECEIPT_COUNT, Deleti
 from latchkey_service.tokens.token_table import (
     COLUMNS,
     DETAILS,
+    USES,
     detailed_record_of,
     rate_columns,
 )
@@ -234,6 +235,7 @@ class TokenStore:
                   FROM {SNAPSHOT}
                   LEFT JOIN token t
                     ON t.account_id = $1 AND t.id = $2 AND t.delete_time IS NULL
+                 {USES}
                 """,  # noqa: S608 - constants only
                 account_id,
                 token_id,

@@ -17,6 +17,7 @@ __all__ = [
     "COLUMNS",
     "DETAILS",
     "FIND_BY_DIGEST",
+    "USES",
     "detailed_record_of",
     "rate_columns",
     "record_of",
@@ -30,12 +31,11 @@ COLUMNS = """t.id, t.account_id, t.name, t.scope, t.create_time, t.expire_time, 
        t.rate_period_seconds, t.rate_burst"""
 _COLUMN_COUNT = 15
 # What owners see besides: the secrets that work and the newest one, newest first, each with its
-# last use, and the token's last use, from whichever of its secrets and callers it came.
+# last use, and the token's last use, from whichever of its secrets and callers it came. Needs
+# `USES` in the FROM clause.
 DETAILS = """t.description,
        (SELECT array_agg(ROW(s.hint, s.create_time, s.expire_time, s.retire_on_first_use,
-                             (SELECT max(u.last_time) FROM token_usage u
-                               WHERE u.token_id = t.id AND u.hint = s.hint),
-                             s.leak_report_time)
+                             u.times[array_position(u.hints, s.hint)], s.leak_report_time)
                          ORDER BY s.ordinal DESC)
           FROM (SELECT coalesce(nullif(x.hint, ''), t.hint) AS hint,
                        coalesce(x.create_time, t.create_time) AS create_time,
@@ -46,9 +46,17 @@ DETAILS = """t.description,
                  WHERE x.token_id = t.id) s
          WHERE s.ordinal = s.newest OR s.expire_time IS NULL
             OR s.expire_time > statement_timestamp()) AS secrets,
-       (SELECT ROW(u.last_time, u.caller) FROM token_usage u
-         WHERE u.token_id = t.id ORDER BY u.last_time DESC LIMIT 1) AS last_use"""
-_DETAIL_COUNT = 3
+       u.times[1] AS last_used_time, u.callers[1] AS last_used_by"""
+_DETAIL_COUNT = 4
+# All uses of the token `t`, the last one first. Each token's rows are read once, although both a
+# secret's and the token's last use come from them: in a large table, each further search costs
+# several pages.
+USES = """CROSS JOIN LATERAL (
+       SELECT array_agg(x.hint ORDER BY x.last_time DESC) AS hints,
+              array_agg(x.last_time ORDER BY x.last_time DESC) AS times,
+              array_agg(x.caller ORDER BY x.last_time DESC) AS callers
+         FROM token_usage x
+        WHERE x.token_id = t.id) u"""
 _SCOPES = tuple(Scope)
 _NO_LABELS: Mapping[str, str] = MappingProxyType({})
 
@@ -81,13 +89,12 @@ def record_of(row: "asyncpg.Record | tuple[Any, ...]") -> TokenRecord:
 def detailed_record_of(row: "asyncpg.Record") -> TokenRecord:
     """Return the token in the last columns of a row, those of `COLUMNS` and `DETAILS`."""
     columns = row[-_COLUMN_COUNT - _DETAIL_COUNT :]
-    description, secrets, last_use = columns[_COLUMN_COUNT:]
-    last_used_time, last_used_by = last_use or (None, "")
+    description, secrets, last_used_time, last_used_by = columns[_COLUMN_COUNT:]
     return _record(columns[:_COLUMN_COUNT])._replace(
         description=description,
         secrets=tuple(TokenSecret(*secret) for secret in secrets or ()),
         last_used_time=last_used_time,
-        last_used_by=last_used_by,
+        last_used_by=last_used_by or "",
     )
 
 

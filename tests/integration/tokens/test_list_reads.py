@@ -1,0 +1,167 @@
+"""What a statement reads for each token of a list: its secrets and its uses, once each."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import NamedTuple, cast
+
+import asyncpg
+import pytest
+from latchkey_service.postgres.connections import Connector, Pool
+from latchkey_service.tokens.bulk_store import BulkStore
+from latchkey_service.tokens.filters import Filter, Order
+from latchkey_service.tokens.find_store import FindStore
+from latchkey_service.tokens.lifecycle_store import LifecycleStore
+from latchkey_service.tokens.list_store import ListStore
+from latchkey_service.tokens.token_store import TokenStore
+from latchkey_service.tokens.verdict import TokenRecord
+
+from tests.helpers.databases import session
+from tests.integration.tokens.test_list_counts import Explained, Explainer
+
+NOW = datetime(2026, 11, 29, tzinfo=UTC)
+TOKENS = 40
+HOUR = timedelta(hours=1)
+
+
+class Known(NamedTuple):
+    """A token's working secrets, newest first, each with its last use, and the token's last use."""
+
+    secrets: list[tuple[str, datetime | None]]
+    last_used_time: datetime | None
+    last_used_by: str
+
+
+async def known_tokens(connection: asyncpg.Connection[asyncpg.Record]) -> dict[str, Known]:
+    """Create tokens with up to three secrets that several callers used, and other uses."""
+    chosen = random.Random(11)  # noqa: S311 - for times, not for secrets
+    await connection.execute("INSERT INTO pepper (id) VALUES ('p')")
+    found = {}
+    for number in range(TOKENS):
+        token_id, created = f"tok_{number:026}", NOW - 100 * HOUR
+        hints = [f"lk_…{number:02}{ordinal:02}" for ordinal in range(chosen.randrange(1, 4))]
+        await connection.execute(
+            """
+            INSERT INTO token (id, account_id, name, name_key, scope, create_time, hint)
+            VALUES ($1, 'acme', $1, $1, 1, $2, $3)
+            """,
+            *(token_id, created, hints[-1]),
+        )
+        # All at different times, because nothing decides which of two equal ones is the last.
+        hours = iter(chosen.sample(range(90), 90))
+        uses: list[tuple[datetime, str, str]] = []
+        for ordinal, hint in enumerate(hints):
+            await connection.execute(
+                """
+                INSERT INTO secret (digest, pepper_id, token_id, hint, create_time, ordinal)
+                VALUES ($1, 'p', $2, $3, $4, $5)
+                """,
+                *(bytes([number, ordinal, *bytes(30)]), token_id, hint, created, ordinal),
+            )
+        # Empty: the secret is not known. The other is of a secret that was removed.
+        for hint in (*hints, "", "lk_…gone"):
+            callers = chosen.sample(["", "shop", "mail", "jobs"], chosen.randrange(4))
+            uses += [(NOW - next(hours) * HOUR, caller, hint) for caller in callers]
+        await connection.executemany(
+            "INSERT INTO token_usage VALUES ($1, $2, $3, $4, $4)",
+            [(token_id, hint, caller, time) for time, caller, hint in uses],
+        )
+        last = max(uses, default=None)
+        found[token_id] = Known(
+            [
+                (hint, max((time for time, _, used in uses if used == hint), default=None))
+                for hint in reversed(hints)
+            ],
+            None if last is None else last[0],
+            "" if last is None else last[1],
+        )
+    return found
+
+
+async def listed(store: ListStore, selected: Filter, counted: int = 0) -> Sequence[TokenRecord]:
+    """List the account's tokens."""
+    found, _ = await store.list_tokens(
+        "acme",
+        selected,
+        Order.NEWEST,
+        reverse=False,
+        now=NOW,
+        start=None,
+        size=100,
+        examined=1_000,
+        counted=counted,
+    )
+    return found.records
+
+
+def seen(record: TokenRecord) -> Known:
+    """Return what a store says of a token's uses."""
+    secrets = [(secret.hint, secret.last_used_time) for secret in record.secrets]
+    return Known(secrets, record.last_used_time, record.last_used_by)
+
+
+async def test_every_reader_sees_the_last_uses(database_url: str) -> None:
+    """List, Get, Find, DeleteAll and the changes of a token see the last use of each secret, by any
+    caller, and that of the token, by any secret and caller."""
+    async with session(database_url) as connection:
+        known = await known_tokens(connection)
+    pool = await Pool.open(Connector(database_url))
+    try:
+        records = await listed(ListStore(pool), Filter())
+        assert {record.id: seen(record) for record in records} == known
+        bulk, _ = await BulkStore(pool).get_tokens("acme", list(known))
+        assert {record.id: seen(record) for record in bulk} == known
+        for token_id, expected in known.items():
+            record, _ = await TokenStore(pool).get_token("acme", token_id)
+            assert record is not None
+            assert seen(record) == expected
+            (one,), _ = await FindStore(pool).by_id(token_id)
+            assert seen(one.record) == expected
+            state, _ = await LifecycleStore(pool).read_state("acme", token_id)
+            assert state is not None
+            assert seen(state.record) == expected
+            stored = [(each.shown.hint, each.shown.last_used_time) for each in state.secrets]
+            assert stored == expected.secrets
+    finally:
+        await pool.close()
+
+
+@pytest.fixture
+async def explainer(database_url: str) -> AsyncIterator[ListStore]:
+    """A store that raises the plan of its statement, on a database with tokens."""
+    async with session(database_url) as connection:
+        await known_tokens(connection)
+        await connection.execute("VACUUM (ANALYZE) token, secret, token_usage")
+        # On so few pages, Postgres would read all of them.
+        await connection.execute("SET enable_seqscan = off")
+        await connection.execute("SET enable_bitmapscan = off")
+        yield ListStore(cast("Pool", Explainer(connection)))
+
+
+async def plan_of(store: ListStore, selected: Filter, counted: int = 0) -> str:
+    """Return the plan of a list."""
+    with pytest.raises(Explained) as explained:
+        await listed(store, selected, counted)
+    return str(explained.value)
+
+
+async def test_a_list_reads_each_table_once_for_a_token(explainer: ListStore) -> None:
+    """A list searches a token's uses and its secrets once each."""
+    plan = await plan_of(explainer, Filter())
+    searches = {
+        table: len(re.findall(rf"Scan .*\bon {table} ", plan))
+        for table in ("token_usage", "secret")
+    }
+    assert searches == {"token_usage": 1, "secret": 1}, plan
+
+
+async def test_old_secrets_are_found_in_a_small_index(explainer: ListStore) -> None:
+    """A list of tokens with old secrets, and its count, search for younger ones in an index of
+    secrets that replaced others, and read no row of the table for it."""
+    plan = await plan_of(explainer, Filter(secret_created_before=NOW), 1_000)
+    searches = re.findall(r"(Scan.*) on secret .*?Heap Fetches: (\d+)", plan, re.DOTALL)
+    assert plan.count("Index Only Scan Backward using secret_rotated on secret") == 2, plan
+    assert {fetches for _, fetches in searches} == {"0"}, plan
