@@ -31,7 +31,7 @@ test: $(VENV)/.dev  ## Run the tests but the slow ones, and measure coverage, or
 	@$(if $(ARGS),,export PYTEST_PLUGINS=tests.helpers.measured)
 	exec $(PYTEST) $(or $(ARGS),-m "not slow")
 
-test-slow: $(VENV)/.dev  ## Run the slow tests, which drive a browser
+test-slow: $(VENV)/.dev  ## Run the slow tests: the browser, failovers, histories, fuzzing, wheels
 	@exec $(PYTEST) -m slow $(ARGS)
 
 check: $(VENV)/.dev  ## Check style, types, contract, stubs, lock files and known vulnerabilities

@@ -15,6 +15,8 @@ from tests.checks.distributions import distributions, version
 from tests.helpers.environments import BUILD, Environment, build_wheels, declared_by
 from tests.helpers.repository import ROOT
 
+pytestmark = pytest.mark.slow("builds and installs all wheels")
+
 PACKAGES = {
     "latchkey-proto": ("proto/latchkey_proto", "proto/latchkey_coherence"),
     "latchkey-client": ("clients/python/latchkey",),
