@@ -106,7 +106,8 @@ async def test_process_does_not_ask_itself(caplog: pytest.LogCaptureFixture) -> 
         listener.setblocking(False)
         with pytest.raises(BlockingIOError):
             listener.accept()
-    assert caplog.text == ""
+    # Other servers of the session log here too.
+    assert not [each for each in caplog.records if each.name.startswith("latchkey_console")]
 
 
 async def test_sign_out_counts_in_the_other_process() -> None:
