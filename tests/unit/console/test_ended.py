@@ -107,7 +107,7 @@ async def test_process_does_not_ask_itself(caplog: pytest.LogCaptureFixture) -> 
         with pytest.raises(BlockingIOError):
             listener.accept()
     # Other servers of the session log here too.
-    assert not [each for each in caplog.records if each.name.startswith("latchkey_console")]
+    assert not [each for each in caplog.records if each.name.startswith("latchkey.console")]
 
 
 async def test_sign_out_counts_in_the_other_process() -> None:
