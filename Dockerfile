@@ -1,8 +1,15 @@
 # The service and the command line, without the embedded Postgres and the console. It requires
-# LATCHKEY_DATABASE_URL. Both stages use the same base image; Dependabot proposes newer ones.
+# LATCHKEY_DATABASE_URL. docs/deploy.md says how to build behind a mirror, and how to update the base.
 
-FROM python:3.13.18-slim-trixie AS build
+# Another base image for both stages, such as the same one from a mirror.
+ARG BASE=base
+# Not in an ARG, because Dependabot updates only images that FROM names.
+FROM python:3.13.16-slim-trixie@sha256:bf44cdfcb76cd3b41e879bc058fc37ec5872002ccfde7fcb765e218cde0cd79c AS base
+
+FROM ${BASE} AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+# Another package index. The lock files contain hashes, so it cannot replace a package.
+ARG PIP_INDEX_URL=""
 WORKDIR /src
 COPY requirements/run.txt requirements/service.txt requirements/
 # Built in this stage and then copied, so that the image contains neither pip nor a build tool.
@@ -22,7 +29,7 @@ RUN pip wheel --no-deps --no-build-isolation --wheel-dir /tmp/wheel \
  && pip --python /opt/latchkey/bin/python install --no-deps --no-index /tmp/wheel/*.whl \
  && pip --python /opt/latchkey/bin/python check
 
-FROM python:3.13.18-slim-trixie
+FROM ${BASE}
 # Created here so that a new volume mounted on it belongs to the user.
 RUN useradd --system --uid 10001 --no-create-home --home-dir /nonexistent latchkey \
  && install -d -o latchkey -g latchkey -m 0700 /var/lib/latchkey

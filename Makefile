@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 
-.PHONY: help run console demo test check bench history fuzz soak sbom proto manifests image lock clean format docs
+.PHONY: help run console demo test test-slow check bench history fuzz soak sbom proto manifests image lock clean format docs
 
 help:  ## Show these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,11 +23,16 @@ console: $(VENV)/.run  ## Start the service and the console (ARGS=ACCOUNT)
 demo: $(VENV)/.run  ## Delete a token while two services use it, and show when each refuses it
 	@exec $(PY) examples/demo.py
 
-# Three at once, on two cores: one of them usually waits, for example for the end of a lease. With
-# more, tests that measure time can miss their bounds. A part of the tests does not reach the floor, so coverage is measured only when all of them
-# run.
-test: $(VENV)/.dev  ## Run all tests and measure their coverage, or run some (ARGS="-k delete")
-	@exec $(BIN)/pytest -n 3 --dist loadgroup $(or $(ARGS),--cov)
+# Four at once, on two cores: some of them usually wait, for example for the end of a lease. With
+# more, tests that measure time can miss their bounds. A part of the tests does not reach the floor,
+# so coverage is measured only when all of them run.
+PYTEST = $(PY) -m pytest -n 4 --dist loadgroup
+test: $(VENV)/.dev  ## Run the tests but the slow ones, and measure coverage, or run some (ARGS="-k delete")
+	@$(if $(ARGS),,export PYTEST_PLUGINS=tests.helpers.measured)
+	exec $(PYTEST) $(or $(ARGS),-m "not slow")
+
+test-slow: $(VENV)/.dev  ## Run the slow tests: the browser, failovers, histories, fuzzing, wheels
+	@exec $(PYTEST) -m slow $(ARGS)
 
 check: $(VENV)/.dev  ## Check style, types, contract, stubs, lock files and known vulnerabilities
 	@exec $(PY) -m tests.checks $(ARGS)
@@ -53,11 +58,12 @@ docs: $(VENV)/.dev  ## Build the documentation site into build/site
 
 # The same name as in the compose files.
 IMAGE ?= latchkey:$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
-image:  ## Build the image with docker, podman or buildah, whichever works (IMAGE=NAME)
+image:  ## Build the image with docker, podman or buildah, whichever works (IMAGE=NAME BASE=IMAGE)
 	@for builder in docker podman buildah; do
 	  if command -v $$builder >/dev/null && $$builder info >/dev/null 2>&1; then
 	    echo "Building $(IMAGE) with $$builder"
-	    exec $$builder build --build-arg LATCHKEY_BUILD="$$(git rev-parse --short HEAD 2>/dev/null || true)" --tag $(IMAGE) .
+	    exec $$builder build --build-arg LATCHKEY_BUILD="$$(git rev-parse --short HEAD 2>/dev/null || true)" \
+	      $(if $(BASE),--build-arg BASE=$(BASE)) $(ARGS) --tag $(IMAGE) .
 	  fi
 	done
 	echo "No image builder works here: install docker, podman or buildah, or start docker's daemon." >&2
@@ -74,7 +80,7 @@ format: $(VENV)/.dev  ## Format the code and apply safe fixes
 	@$(BIN)/ruff format -q .
 
 clean:  ## Remove .venv, build output and caches; keep the data directory
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage .coverage.*
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {

@@ -30,16 +30,14 @@ from latchkey_service.tokens.token_store import TokenStore
 from tests.helpers.databases import drop_database
 from tests.helpers.fork_server import Forked, fork_server
 from tests.helpers.forked_service import forks_services
-from tests.helpers.measured import (
-    data_file,
-    pytest_runtest_protocol,  # noqa: F401 - pytest calls the hook
-)
+from tests.helpers.measured import folder as coverage_folder
 from tests.helpers.programs import INSTALLS
 from tests.helpers.scratch import SCRATCH
 from tests.helpers.servers import (
     TEMPLATE,
     TRANSPORTS,
     Create,
+    clone_template,
     execute,
     make_settings,
     serving,
@@ -87,6 +85,9 @@ FAULTS = TESTS / "faults"
 # others. A worker must not have a long one left when the others have finished.
 GROUPS_FIRST = ("faults", "browser", "recovery", "history", "failover", "soak")
 FIRST = (*GROUPS_FIRST, "fuzz", "integration", "contract", "console")
+# A browser takes more processor time than all unit tests. What the page sends and answers is tested
+# without one too.
+SLOW = {"one_browser": "drives a browser"}
 # Fixtures that install a program where it is missing.
 INSTALLING = {"axe", "grpcurl", "one_browser", "pgbouncer", "signed"}
 _numbers = itertools.count(1)
@@ -101,8 +102,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_turn)
     for item in items:
-        if isinstance(item, pytest.Function) and not INSTALLING.isdisjoint(item.fixturenames):
+        names = item.fixturenames if isinstance(item, pytest.Function) else ()
+        if not INSTALLING.isdisjoint(names):
             item.add_marker(INSTALLS)
+        for name, reason in SLOW.items():
+            if name in names:
+                item.add_marker(pytest.mark.slow(reason))
 
 
 def _turn(item: pytest.Item) -> int:
@@ -157,9 +162,9 @@ def scratch() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def forked(scratch: Path, pytestconfig: pytest.Config) -> Iterator[Forked]:
+def forked(scratch: Path) -> Iterator[Forked]:
     """Commands that run a Python module in a process that has imported it already."""
-    with fork_server(scratch, *PRELOADED, data=data_file(pytestconfig)) as command:
+    with fork_server(scratch, *PRELOADED, coverage=coverage_folder()) as command:
         yield command
 
 
@@ -201,8 +206,7 @@ async def template_url(postgres_url: str) -> str:
 async def database_url(postgres_url: str, template_url: str) -> AsyncIterator[str]:
     """A fresh, migrated database."""
     name = f"test_{next(_numbers)}"
-    await execute(postgres_url, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
-    yield with_database(postgres_url, name)
+    yield await clone_template(postgres_url, name)
     await drop_database(postgres_url, name)
 
 
@@ -258,8 +262,7 @@ async def shared_servers(
             key = (transport, lease_seconds, imported_prefixes)
             if key not in started:
                 name = f"shared_{transport}_{len(started)}"
-                await execute(postgres_url, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
-                url = with_database(postgres_url, name)
+                url = await clone_template(postgres_url, name)
                 connection = await asyncpg.connect(url)
                 stack.push_async_callback(connection.close)
                 settings = make_settings(url, pepper_file, transport)

@@ -17,8 +17,7 @@ from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from tests.console import browsing, tools
 from tests.console.processes import Console, console, run, sql
 from tests.console.relay import Relay
-from tests.helpers.measured import measured_python
-from tests.helpers.servers import TEMPLATE, execute, with_database
+from tests.helpers.servers import clone_template
 from tests.helpers.service_process import service
 
 if TYPE_CHECKING:
@@ -105,20 +104,15 @@ class World:
 @pytest.fixture(scope="session")
 async def page_database(postgres_url: str, template_url: str) -> str:
     """A database that all console tests share; each test uses its own accounts."""
-    await execute(postgres_url, f"CREATE DATABASE console TEMPLATE {TEMPLATE}")
-    return with_database(postgres_url, "console")
+    return await clone_template(postgres_url, "console")
 
 
 @pytest.fixture(scope="session")
-def backend(
-    page_database: str, pepper_file: Path, scratch: Path, pytestconfig: pytest.Config
-) -> Iterator[tuple[Relay, Any]]:
+def backend(page_database: str, pepper_file: Path, scratch: Path) -> Iterator[tuple[Relay, Any]]:
     """The real service as a process behind a relay, and a stub that bypasses the relay."""
     with (
         service(
             scratch / "page-service",
-            # Measures the supervisor, whose workers are other processes.
-            measured_python(pytestconfig),
             database_url=page_database,
             pepper_file=pepper_file,
             data_dir=scratch / "page-data",
@@ -135,14 +129,11 @@ def backend(
 
 
 @pytest.fixture(scope="session")
-def page(
-    backend: tuple[Relay, Any], scratch: Path, pytestconfig: pytest.Config
-) -> Iterator[tuple[Console, str]]:
+def page(backend: tuple[Relay, Any], scratch: Path) -> Iterator[tuple[Console, str]]:
     """The console as a process. The browser's own headers play the sign-in proxy."""
     arguments = ("--account-header", "X-Forwarded-User", "--trusted-proxy", "127.0.0.1")
-    start = (*measured_python(pytestconfig), "-m", "latchkey_cli")
     target = backend[0].address
-    with console(scratch / "page", *arguments, "--target", target, start=start) as running:
+    with console(scratch / "page", *arguments, "--target", target) as running:
         yield running
 
 

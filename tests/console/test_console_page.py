@@ -1,4 +1,4 @@
-"""docs/console.md: its commands start the console, and its theme is accepted."""
+"""docs/console.md and docs/operators.md: commands start the console, and the theme is accepted."""
 
 import os
 import re
@@ -17,21 +17,22 @@ from tests.helpers.programs import run as execute
 from tests.helpers.repository import ROOT
 
 PAGE = (ROOT / "docs/console.md").read_text("utf-8")
+OPERATORS = (ROOT / "docs/operators.md").read_text("utf-8")
 # On a busy machine.
 OPENSSL_SECONDS = 20.0
 _BLOCK = r"^ *<!-- test: {} -->\n *```\w+\n(.*?)^ *```$"
 
 
-def block(mark: str) -> str:
+def block(mark: str, page: str = PAGE) -> str:
     """Return the block of code with this mark, with continued lines joined."""
-    (text,) = re.findall(_BLOCK.format(mark), PAGE, re.MULTILINE | re.DOTALL)
+    (text,) = re.findall(_BLOCK.format(mark), page, re.MULTILINE | re.DOTALL)
     return re.sub(r" *\\\n *", " ", str(text))
 
 
 def test_every_block_is_tested() -> None:
     """Each marked block has a test here."""
     marks = set(re.findall(r"<!-- test: console (.+) -->", PAGE))
-    assert marks == {"state key", "several", "embedded", "theme"}
+    assert marks == {"state key", "several", "embedded", "framed", "theme"}
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl")
@@ -60,12 +61,23 @@ def test_commands_for_several_processes(tmp_path: Path) -> None:
     assert codes == [0, 0]
 
 
-def test_command_below_a_path(tmp_path: Path) -> None:
-    """The documented command serves the page at the documented address."""
-    _, _, *arguments = block("console embedded").split()
+@pytest.mark.parametrize(
+    ("mark", "page", "url"),
+    [
+        ("console embedded", PAGE, "https://app.example.com/settings/tokens"),
+        ("console framed", PAGE, "https://tokens.example.com"),
+        ("console operators", OPERATORS, "https://latchkey-operators.example.com"),
+    ],
+)
+def test_single_commands(tmp_path: Path, mark: str, page: str, url: str) -> None:
+    """Each documented command serves the page at the documented address."""
+    name, command, *arguments = block(mark, page).split()
+    assert (name, command) == ("latchkey", "console")
+    if "--listen" in arguments:
+        arguments[arguments.index("--listen") + 1] = f"127.0.0.1:{free_port()}"
     running = Console(tmp_path / "page", *arguments)
     try:
-        assert run(running.url()) == "https://app.example.com/settings/tokens"
+        assert run(running.url()) == url
     finally:
         assert running.end() == 0
 

@@ -288,6 +288,41 @@ def test_resubmitted_form_creates_no_second_token(browser: Browser, world: World
     assert sorted(world.tokens()) == ["first", "second"]
 
 
+@pytest.mark.answers(422)
+def test_more_options(browser: Browser, world: World, script: bool, axe: str) -> None:
+    """A new token is restricted from its beginning: description, networks, permissions and labels
+    are below "More options", which stay open after a mistake. All of it works by keyboard."""
+    browser.open("/new")
+    browser.type("#name", "restricted")
+    assert not browser.find(".more").get_property("open")
+    browser.tab_to(".more summary")
+    browser.press(Keys.ENTER)
+    browser.type("#description", "Reads orders.")
+    browser.type("#networks", "10.1.2.3/8")
+    browser.type("#permissions", "orders:read")
+    browser.type("#labels", "team=payments")
+    if script:
+        # The drawer that was closed and opened again shows what was typed.
+        browser.press(Keys.ESCAPE)
+        browser.gone("dialog")
+        browser.click("#generate")
+        assert browser.find("#labels").get_attribute("value") == "team=payments"
+    browser.click("#add")
+    assert "Did you mean 10.0.0.0/8?" in browser.text("#error-networks")
+    if script:
+        browser.focused("#networks")
+        browser.accessible(axe, "the form with more options")
+        browser.screen("new-more")
+    browser.type("#networks", "10.0.0.0/8")
+    browser.click("#add")
+    assert world.verdict(shown_secret(browser)) == "VERDICT_ADDRESS_NOT_ALLOWED"
+    token = world.tokens()["restricted"]
+    assert token.description == "Reads orders."
+    assert list(token.allowed_networks) == ["10.0.0.0/8"]
+    assert list(token.permissions) == ["orders:read"]
+    assert dict(token.labels) == {"team": "payments"}
+
+
 def test_closed_drawer_keeps_the_input(browser: Browser, world: World) -> None:
     """Escape closes the drawer and restores the focus. Reopened, the drawer has the input."""
     world.create("existing")

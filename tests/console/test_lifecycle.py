@@ -168,8 +168,9 @@ def test_lost_answer_of_a_replace(browser: Browser, world: World, script: bool) 
 
 
 def test_edit(browser: Browser, world: World, script: bool) -> None:
-    """Name, scope, expiry, description and networks change; a lower scope has a receipt."""
-    created = world.create("old name", scope=pb.SCOPE_WRITE)
+    """Every field of a token changes; a lower scope has a receipt. Labels that nobody touched stay
+    as they are."""
+    created = world.create("old name", scope=pb.SCOPE_WRITE, labels={"a=b": " kept "})
     browser.open()
     browser.click(act(created, "token"))
     browser.click("#edit")
@@ -181,7 +182,9 @@ def test_edit(browser: Browser, world: World, script: bool) -> None:
     choose(browser, "expiry", "30")
     browser.type("#description", "Runs every night.")
     browser.type("#networks", "192.0.2.0/24\n2001:db8::/32")
+    browser.type("#permissions", "orders:read\nstock:*")
     browser.type("#rate", "100/minute, burst 20")
+    browser.send("#labels", Keys.END, "\nteam = payments")
     browser.click("#save")
     notice = browser.text("#notice")
     assert "Saved new name" in notice
@@ -190,6 +193,8 @@ def test_edit(browser: Browser, world: World, script: bool) -> None:
     assert token.scope == pb.SCOPE_READ
     assert token.description == "Runs every night."
     assert list(token.allowed_networks) == ["192.0.2.0/24", "2001:db8::/32"]
+    assert list(token.permissions) == ["orders:read", "stock:*"]
+    assert dict(token.labels) == {"a=b": " kept ", "team": "payments"}
     limit = token.rate_limit
     assert (limit.count, limit.period.seconds, limit.burst) == (100, 60, 20)
     expires = token.expire_time.ToDatetime(UTC) - datetime.now(UTC)
@@ -200,7 +205,8 @@ def test_edit(browser: Browser, world: World, script: bool) -> None:
     browser.click(act(created, "token"))
     details = browser.text("dialog")
     limit_text = "100/minute, burst 20"
-    for words in ("Runs every night.", "192.0.2.0/24", "2001:db8::/32", limit_text, token.id):
+    shown = ("Runs every night.", "192.0.2.0/24", "2001:db8::/32", "stock:*", "team payments")
+    for words in (*shown, limit_text, token.id):
         assert words in details
 
 
@@ -212,11 +218,17 @@ def test_edit_shows_errors_at_their_field(browser: Browser, world: World, script
     browser.open(f"/edit?id={created.token.id}")
     browser.type("#name", "TAKEN")
     browser.type("#networks", "10.1.2.3/8")
+    browser.type("#permissions", "Orders:Read")
+    browser.type("#labels", "team")
     browser.click("#save")
     assert "Did you mean 10.0.0.0/8?" in browser.text("#error-networks")
+    assert "Did you mean orders:read?" in browser.text("#error-permissions")
+    assert "“team” is not a label" in browser.text("#error-labels")
     if script:
         browser.screen("edit-mistakes")
     browser.type("#networks", "10.0.0.0/8")
+    browser.type("#permissions", "orders:read")
+    browser.type("#labels", "team=payments")
     browser.click("#save")
     assert "already have a token with this name" in browser.text("#error-name")
     browser.type("#name", "still mine")

@@ -60,7 +60,7 @@ def test_each_finding_is_counted_explained_and_filtered(
             "If a copy leaks, it works until someone notices. Set an expiry.",
         ),
         ("expires-soon", "expires soon", "Expires within 14 days"),
-        ("expired", "expired", "refused everywhere"),
+        ("expired", "expired", "Refused everywhere"),
         ("old", "aged", "over 180 days old"),
         ("write", "writes", "Whoever has the secret can change data"),
     ):

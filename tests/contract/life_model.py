@@ -23,10 +23,19 @@ class Model:
     networks: tuple[str, ...] = ()
     disabled: bool = False
     deleted: bool = False
+    expires: bool = False
+    expired: bool = False
+    # Whether it holds its name. An expired token loses it to the next one that wants it.
+    named: bool = True
     # Newest first, each with whether it works.
     secrets: list[tuple[str, bool]] = field(default_factory=list)
     # The secret with which it was imported.
     imported: str | None = None
+    # Those that were reported as leaked while they had not ended.
+    leaked: set[str] = field(default_factory=set)
+    # How many verifies were VALID, and with which secrets.
+    uses: int = 0
+    used_secrets: set[str] = field(default_factory=set)
 
     def verdict(self, secret: str, scope: int, address: str, required: tuple[str, ...]) -> str:
         allowed = {"10.1.2.3": "10.0.0.0/8", "192.0.2.1": "192.0.2.0/24"}
@@ -34,7 +43,7 @@ class Model:
             return "DELETED"
         if self.disabled:
             return "DISABLED"
-        if not dict(self.secrets)[secret]:
+        if self.expired or not dict(self.secrets)[secret]:
             return "EXPIRED"
         if self.networks and allowed.get(address) not in self.networks:
             return "ADDRESS_NOT_ALLOWED"

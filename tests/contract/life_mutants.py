@@ -18,7 +18,9 @@ from latchkey_service.tokens.filter_table import condition_of
 from latchkey_service.tokens.imported import ImportedSecrets
 from latchkey_service.tokens.importing import Importer
 from latchkey_service.tokens.lifecycle import Lifecycle
+from latchkey_service.tokens.lifecycle_store import LifecycleStore
 from latchkey_service.tokens.token_changer import TokenChanger
+from latchkey_service.tokens.usage_table import UsageTable
 
 __all__ = ["MUTANTS"]
 
@@ -200,6 +202,57 @@ def imports_forget_to_disable(patch: Patch) -> None:
     patch.setattr(Importer, "_checked", enabled)
 
 
+def expired_tokens_hold_their_names(patch: Patch) -> None:
+    """No token can take the name of an expired one."""
+
+    async def kept(*_arguments: Any) -> bool:
+        return False
+
+    patch.setattr(LifecycleStore, "free_expired_name", kept)
+
+
+def an_earlier_expiry_does_not_narrow(patch: Patch) -> None:
+    """Update of the expiry does not wait for verifiers."""
+    narrows = changes.narrows
+
+    def otherwise(old: Any, new: Any) -> bool:
+        return narrows(old._replace(expire_time=None), new._replace(expire_time=None))
+
+    patch.setattr(lifecycle, "narrows", otherwise)
+
+
+def uses_of_imported_secrets_are_lost(patch: Patch) -> None:
+    """Uses of secrets that the service has not made are not written."""
+    record = UsageTable.record
+
+    async def fewer(self: Any, writer: str, number: int, uses: Any) -> Any:
+        ours = [use for use in uses if use.hint.startswith("lk_")]
+        return await record(self, writer, number, ours)
+
+    patch.setattr(UsageTable, "record", fewer)
+
+
+def uses_count_for_no_secret(patch: Patch) -> None:
+    """Uses are counted for the token, but not for its secrets."""
+    record = UsageTable.record
+
+    async def nameless(self: Any, writer: str, number: int, uses: Any) -> Any:
+        return await record(self, writer, number, [use._replace(hint="") for use in uses])
+
+    patch.setattr(UsageTable, "record", nameless)
+
+
+def enable_is_recorded_as_disable(patch: Patch) -> None:
+    """The audit entry of an Enable names another method."""
+    change = LifecycleStore.change
+
+    async def misnamed(self: Any, wanted: Any, context: Any) -> Any:
+        method = context.method.replace("Enable", "Disable")
+        return await change(self, wanted, replace(context, method=method))
+
+    patch.setattr(LifecycleStore, "change", misnamed)
+
+
 MUTANTS = (
     older_secrets_live_on,
     one_older_secret_stays,
@@ -216,4 +269,9 @@ MUTANTS = (
     absent_secrets_stay_absent,
     imports_tell_of_other_accounts,
     imports_forget_to_disable,
+    expired_tokens_hold_their_names,
+    an_earlier_expiry_does_not_narrow,
+    uses_of_imported_secrets_are_lost,
+    uses_count_for_no_secret,
+    enable_is_recorded_as_disable,
 )

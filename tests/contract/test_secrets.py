@@ -366,6 +366,25 @@ async def test_report_secrets(stub, create, address):
     assert not any(secret.HasField("leak_report_time") for secret in retired.token.secrets)
 
 
+async def test_a_leak_outlives_an_expiry(stub, create):
+    """An owner can prolong an expired token, so a report of its secret marks it, and RevokeSecret
+    ends it. Both say so."""
+    ttl = duration_pb2.Duration(nanos=100_000_000)
+    reported, revoked = await create(ttl=ttl), await create(ttl=ttl)
+    for created in (reported, revoked):
+        await becomes("EXPIRED", stub, created.secret)
+    answer = await stub.ReportSecret(pb.ReportSecretRequest(secrets=[reported.secret]))
+    assert outcomes(answer) == ["REPORTED"]
+    answer = await stub.RevokeSecret(pb.RevokeSecretRequest(secrets=[revoked.secret]))
+    assert outcomes(answer) == ["ENDED"]
+    for created, prolonged in ((reported, "VALID"), (revoked, "EXPIRED")):
+        update = pb.UpdateRequest(account_id="acme", id=created.token.id)
+        update.update_mask.paths.append("expire_time")
+        token = (await stub.Update(update)).token
+        assert token.secrets[0].HasField("leak_report_time")
+        await becomes(prolonged, stub, created.secret)
+
+
 async def test_a_revoked_secret_is_marked_as_leaked(stub, create):
     """RevokeSecret sets the mark too, until a rotation replaces the secret."""
     created = await create()

@@ -5,6 +5,7 @@ Each run is a separate process, because libFuzzer ends its process.
 
 import contextlib
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -42,19 +43,6 @@ INPUTS_MIN = {
     "refused-native": 8,
     "refused-tls": 8,
 }
-# Memory growth after the warm-up, of the process under attack. libFuzzer keeps its new inputs in
-# memory, some megabytes. A server's allocator keeps the memory of the largest burst, which may come
-# at any time; With grpcio, where a connection may have any number of streams, that is a lot.
-GROWTH_MB_MAX = {
-    "nothing": 24,
-    "postgres": 64,
-    "native": 64,
-    "grpcio": 512,
-    "tls": 512,
-    # One connection at a time: 100 calls, of which grpcio receives no message.
-    "native-policy": 96,
-    "tls-policy": 64,
-}
 
 
 @pytest.fixture
@@ -91,8 +79,25 @@ def test_nothing_is_found(
     assert result.ok, f"{result.findings} {result.broken}: {result.output[-4_000:]}"
     assert result.inputs >= INPUTS_MIN[name]
     assert result.rss_start > 0, "it was measured"
-    growth = result.rss_end - result.rss_start
-    assert growth <= GROWTH_MB_MAX[TARGETS[name].needs], f"{growth:.0f} MB more"
+
+
+@pytest.mark.parametrize(("needs", "more", "fails"), [("tls", 500, False), ("tls", 520, True)])
+def test_growing_memory_fails_a_run(tmp_path: Path, needs: str, more: int, fails: bool) -> None:
+    """A run fails if the process under attack keeps more memory than an allocator keeps of a burst,
+    and says how much. Growth during the warm-up does not count."""
+    rss = [50] * 40 + [100] * 20 + [100 + more] * 40
+    samples = tmp_path / "samples"
+    samples.write_text(
+        "".join(
+            json.dumps({"time": n, "inputs": n, "rss": mb << 20, "files": 9}) + "\n"
+            for n, mb in enumerate(rss)
+        )
+    )
+    result = campaign.Result("http2-tls")
+    campaign.measure(result, samples, campaign.GROWTH_MB_MAX[needs])
+    assert result.rss_end - result.rss_start == more
+    assert result.ok is not fails
+    assert fails == ("memory grew by 520 MB" in result.broken)
 
 
 def test_a_seeded_bug_is_found(tmp_path: Path) -> None:

@@ -35,8 +35,8 @@ __all__ = ["LEADER", "SOCKET", "Forked", "fork_server"]
 
 # Imports everything, on a busy machine.
 START_SECONDS_MAX = 60.0
-# The variable that names the file for coverage.
-DATA_FILE = "FORK_SERVER_DATA_FILE"
+# The variable that names the folder for coverage (`measured.py`).
+FOLDER = "COVERAGE_FOLDER"
 CLIENT = Path(__file__).with_name("fork_client.py")
 # In the folder of the server.
 SOCKET = "fork-server"
@@ -50,13 +50,13 @@ Forked = Callable[..., tuple[str, ...]]
 def fork_server(
     folder: Path,
     *modules: str,
-    data: str | None = None,
+    coverage: str | None = None,
     variables: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Forked]:
     """Run a server, and yield a function that returns the command of a run of a module.
 
-    With `data`, coverage of each run is measured, in a file of that name with a suffix. The server
-    imports the modules with `variables` in its environment.
+    With `coverage`, each run saves in this folder which lines it has executed. The server imports
+    the modules with `variables` in its environment.
     """
     path = folder / SOCKET
     process = subprocess.Popen(
@@ -69,7 +69,7 @@ def fork_server(
             **os.environ,
             "LANG": "C.UTF-8",
             "LC_ALL": "C.UTF-8",
-            DATA_FILE: data or "",
+            FOLDER: coverage or "",
             **variables,
         },
         # Ctrl-C reaches pytest, which ends the server.
@@ -191,31 +191,28 @@ def become(run: Run) -> list[str]:
     return arguments
 
 
-def measure(data: str) -> Any:
-    """Begin to measure the coverage of this process and of those that it forks."""
-    import coverage
+def measure(folder: str) -> Any:
+    """Begin to measure what this process imports, and the processes that it forks."""
+    from tests.helpers.measured import Measurement
 
-    measurement = coverage.Coverage(
-        data, data_suffix=True, config_file=str(ROOT / "pyproject.toml")
-    )
+    measurement = Measurement(ROOT, Path(folder), short=True)
     measurement.start()
     return measurement
 
 
-def save(measurement: Any) -> None:
-    measurement.stop()
-    measurement.save()
-
-
 if __name__ == "__main__":
+    # Before the imports, which it measures too.
+    measurement = measure(folder) if (folder := os.environ[FOLDER]) else None
     for module in sys.argv[2:]:
         importlib.import_module(module)
-    measurement = measure(data) if (data := os.environ[DATA_FILE]) else None
+    if measurement is not None:
+        measurement.save()
+        measurement.forked()
     gc.collect()
     # Shared pages stay shared.
     gc.freeze()
     module, *rest = become(serve(sys.argv[1]))
     sys.argv = [module, *rest]
     if measurement is not None:
-        atexit.register(save, measurement)
+        atexit.register(measurement.save)
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -1,78 +1,150 @@
-"""Decides which tests count for coverage, when `make test` measures it.
+"""Measures which lines and branches of the service and the clients the tests execute.
 
-The tests of faults, histories and models do not: they depend on time or run hot loops, and tracing
-makes Python almost twice as slow. What they execute is tested one call at a time elsewhere.
+A plugin of pytest, which `make test` loads before anything that it measures is imported
+(`PYTEST_PLUGINS`). SlipCover removes its probes from code that has run, so that hot loops and
+measurements of time in the tests are as without it. Measured are the processes of pytest and the
+command line tool (`fork_server.py`), not the services that tests start as processes.
 
-Contract tests that run on each transport count on one of them. The integration tests of transports
-count on both.
+Each process saves the lines that it has seen. The process that reports unites them. The settings
+are in pyproject.toml (`[tool.slipcover]`).
 """
 
+from __future__ import annotations
+
+import io
+import json
 import os
-import sys
+import shutil
+import tempfile
 import tomllib
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
+from slipcover import FileMatcher, ImportManager, Slipcover, print_coverage
 
-__all__ = ["MEASURED", "data_file", "measured_python", "pytest_runtest_protocol"]
+__all__ = ["FOLDER", "Measurement", "folder"]
 
-MEASURED = {"console", "contract", "integration", "unit"}
-# The transport on which the contract tests do not count.
-NOT_MEASURED = "grpcio"
-# Set by coverage.py. A Python process that inherits it measures itself.
-FOR_CHILDREN = "COVERAGE_PROCESS_CONFIG"
+# The variable that names the folder in which processes save what they have seen.
+FOLDER: Final = "COVERAGE_FOLDER"
+# The variable by which pytest loads this plugin. Another pytest that a test starts must not.
+_PLUGINS: Final = "PYTEST_PLUGINS"
+# After this many passes through one probe, the probes that have been passed are removed. That takes
+# a second, which a process that ends soon does not spend.
+_PASSES_MAX: Final = 50
+_NEVER: Final = 2**31 - 1
 
-
-def data_file(config: pytest.Config) -> str | None:
-    """Return the file whose name other processes extend for what they measure, or None if nothing
-    is measured. The measurement of pytest includes these files in the end."""
-    controller = getattr(config.pluginmanager.getplugin("_cov"), "cov_controller", None)
-    return None if controller is None else str(Path(controller.cov.config.data_file).resolve())
-
-
-def measured_python(config: pytest.Config) -> tuple[str, ...]:
-    """Return the command that runs Python in any folder, and measures coverage if pytest does."""
-    data = data_file(config)
-    if data is None:
-        return (sys.executable,)
-    file = config.rootpath / "pyproject.toml"
-    settings = tomllib.loads(file.read_text("utf-8"))["tool"]["coverage"]["run"]
-    # The file's folders are relative to the folder of the process.
-    source = ",".join(str(config.rootpath / folder) for folder in settings["source"])
-    options = ("--parallel-mode", f"--data-file={data}", f"--rcfile={file}", f"--source={source}")
-    return (sys.executable, "-m", "coverage", "run", *options)
+Coverage = dict[str, Any]
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Pause the measurement while a test runs that does not count, with its fixtures."""
-    plugin = item.config.pluginmanager.getplugin("_cov")
-    controller = getattr(plugin, "cov_controller", None)
-    if controller is None or counts(item):
-        return (yield)
-    with paused(controller):
-        return (yield)
+def folder() -> str | None:
+    """Return the folder in which processes save what they have seen, or None if nothing is
+    measured."""
+    return os.environ.get(FOLDER)
 
 
-def counts(item: pytest.Item) -> bool:
-    """Return whether coverage is measured while this test runs."""
-    folder = item.path.relative_to(item.config.rootpath / "tests").parts[0]
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    repeated = folder == "contract" and parameters.get("transport") == NOT_MEASURED
-    return folder in MEASURED and not repeated
+class Measurement:
+    """Measures the modules that this process imports from now on."""
+
+    def __init__(self, root: Path, folder: Path, *, short: bool = False) -> None:
+        """Measure as the pyproject.toml in `root` says, and save in `folder`. A `short` process
+        keeps its probes."""
+        self._folder = folder
+        settings = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["tool"]["slipcover"]
+        sources = [str(root / source) for source in settings["source"]]
+        self.floor = float(settings["fail-under"])
+        self._slipcover = Slipcover(
+            branch=settings["branch"],
+            source=sources,
+            exclude_also=settings["exclude-also"],
+            d_miss_threshold=_NEVER if short else _PASSES_MAX,
+        )
+        self._imports = ImportManager(self._slipcover, FileMatcher(sources=sources))
+
+    def start(self) -> None:
+        self._imports.__enter__()
+
+    def forked(self) -> None:
+        """Forget what the parent has seen, which saves that itself."""
+        self._slipcover.signal_child_process()
+
+    def save(self) -> None:
+        """Write what this process has seen."""
+        seen: dict[str, set[Any]] = {}
+        for part in (self._slipcover.all_seen, self._slipcover.newly_seen):
+            for name, lines in part.items():
+                seen.setdefault(name, set()).update(lines)
+        text = json.dumps({name: list(lines) for name, lines in seen.items()})
+        # Written whole or not at all, because the process may be killed.
+        number, name = tempfile.mkstemp(".part", dir=self._folder)
+        os.write(number, text.encode())
+        os.close(number)
+        Path(name).rename(Path(name).with_suffix(".json"))
+
+    def united(self) -> Coverage:
+        """Return the coverage by all processes that have saved. Modules that no process has
+        imported count too."""
+        for path in self._folder.glob("*.json"):
+            for name, lines in json.loads(path.read_text("utf-8")).items():
+                # A branch is a pair of lines.
+                seen = (tuple(line) if isinstance(line, list) else line for line in lines)
+                self._slipcover.all_seen[name].update(seen)
+        coverage: Coverage = self._slipcover.get_coverage()
+        return coverage
 
 
-@contextmanager
-def paused(controller: Any) -> Iterator[None]:
-    """Stop measuring this process and the processes that it starts."""
-    config = os.environ.pop(FOR_CHILDREN, None)
-    controller.pause()
-    try:
-        yield
-    finally:
-        controller.resume()
-        if config is not None:
-            os.environ[FOR_CHILDREN] = config
+class _Plugin:
+    """Measures the tests that this process runs, or reports what the workers have measured."""
+
+    def __init__(self, root: Path, *, runs: bool, reports: bool) -> None:
+        """Both are true without pytest-xdist."""
+        if reports:
+            os.environ[FOLDER] = tempfile.mkdtemp(prefix="latchkey-coverage-")
+        self._folder = Path(os.environ[FOLDER])
+        self._runs, self._reports = runs, reports
+        self._measurement = Measurement(root, self._folder)
+        self._lines: list[str] = []
+        if runs:
+            os.environ.pop(_PLUGINS, None)
+            self._measurement.start()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
+        # All fixtures have ended after it, and all workers.
+        result = yield
+        if self._runs:
+            self._measurement.save()
+        if self._reports:
+            self._judge(session)
+        return result
+
+    def _judge(self, session: pytest.Session) -> None:
+        coverage = self._measurement.united()
+        table = io.StringIO()
+        print_coverage(coverage, outfile=table, missing_width=80, skip_covered=True)
+        total, floor = coverage["summary"]["percent_covered"], self._measurement.floor
+        self._lines = [*table.getvalue().splitlines(), "", f"Coverage: {total:.1f} %"]
+        if total < floor:
+            self._lines.append(f"FAILED: coverage is below the floor of {floor:g} %")
+            # pytest exits with 1.
+            session.testsfailed += 1
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self._lines:
+            terminalreporter.section("coverage")
+            for line in self._lines:
+                terminalreporter.write_line(line)
+
+    def pytest_unconfigure(self) -> None:
+        if self._reports:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    """Start before the first conftest.py, which imports the service."""
+    worker = "PYTEST_XDIST_WORKER" in os.environ
+    alone = not getattr(early_config.known_args_namespace, "numprocesses", None)
+    plugin = _Plugin(early_config.rootpath, runs=worker or alone, reports=not worker)
+    early_config.pluginmanager.register(plugin, "coverage of the service and the clients")

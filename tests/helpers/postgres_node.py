@@ -50,6 +50,8 @@ CONNECT_SECONDS_MAX: Final = 5.0
 _SETTINGS: Final = {
     "max_connections": "150",
     "shared_buffers": "32MB",
+    # In the data directory. A killed server leaves its segment, which elsewhere nobody removes.
+    "dynamic_shared_memory_type": "mmap",
     # Written data survives a killed process. No test crashes the machine, and with fsync on, start,
     # backup and restore take several times as long.
     "fsync": "off",

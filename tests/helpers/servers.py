@@ -19,6 +19,7 @@ __all__ = [
     "TEMPLATE",
     "TRANSPORTS",
     "Create",
+    "clone_template",
     "execute",
     "fresh_database",
     "make_settings",
@@ -76,7 +77,14 @@ def with_database(url: str, name: str) -> str:
 async def fresh_database(postgres_url: str) -> str:
     """Clone the migrated template under an unused name and return its URL."""
     name = f"own_{next(_numbers)}"
-    await execute(postgres_url, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
+    return await clone_template(postgres_url, name)
+
+
+async def clone_template(postgres_url: str, name: str) -> str:
+    """Clone the migrated template and return the URL of the new database."""
+    # Creating and dropping a copy of the files takes half the processor time of a copy that is
+    # logged, which is the default.
+    await execute(postgres_url, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE} STRATEGY FILE_COPY")
     return with_database(postgres_url, name)
 
 

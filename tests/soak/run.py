@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
+from latchkey_service.postgres.connections import POOL_SIZE_MAX
 from latchkey_service.postgres.embedded_cluster import EmbeddedPostgres
 from latchkey_service.tokens import pepper_file
 
@@ -34,9 +35,15 @@ OVERTIME_SECONDS = 240.0
 # The server drops a killed client within three leases, and the connection of a closed channel at
 # once.
 REST_SECONDS_MAX = 30.0
-# How many more of each a worker may have after the load than before it: connections to the
-# database, which stay open for five minutes, and the objects that serve them.
-STAYS = {"file descriptors": 20, "tasks": 8, "watch streams": 0}
+# How many more of each there may be after the load than before it. A worker's connections to the
+# database, and the objects that serve them, stay for five minutes. The callers that are still
+# connected may have moved from one worker to another, so their connections are counted together.
+STAYS = {
+    "file descriptors without callers": POOL_SIZE_MAX,
+    "connections of callers": 0,
+    "tasks": 8,
+    "watch streams": 0,
+}
 WORKERS = 2
 
 
@@ -183,16 +190,25 @@ async def _at_rest(
             return set(workers) <= {pid for pid, _ in rest}
 
         await eventually(tell, "each worker reports its counts")
+        rest[running.pid, "connections of callers"] = 0
         for pid in workers:
-            rest[pid, "file descriptors"] = psutil.Process(pid).num_fds()
+            callers = _connections_of_callers(pid)
+            rest[running.pid, "connections of callers"] += callers
+            rest[pid, "file descriptors without callers"] = psutil.Process(pid).num_fds() - callers
         if not before or not _stayed(before, rest) or time.monotonic() > give_up:
             return rest
         await asyncio.sleep(POLL_SECONDS)
 
 
+def _connections_of_callers(pid: int) -> int:
+    # The database is reached through a Unix socket.
+    connections = psutil.Process(pid).net_connections("tcp")
+    return sum(connection.status != psutil.CONN_LISTEN for connection in connections)
+
+
 def _stayed(before: Rest, after: Rest) -> list[str]:
     return [
-        f"worker {pid}: {after[pid, what]} {what} at rest after the load, {count} before"
+        f"process {pid}: {after[pid, what]} {what} at rest after the load, {count} before"
         for (pid, what), count in before.items()
         if after[pid, what] > count + STAYS[what]
     ]

@@ -10,9 +10,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from latchkey_coherence import verdict_cache
 from latchkey_service.__main__ import main
+from latchkey_service.coherence import recent_log
 from latchkey_service.process import periodic
 from latchkey_service.rpc.counters import Counts
+from latchkey_service.tokens import imported
 from latchkey_service.tokens.lifecycle import Lifecycle
 
 from tests.helpers.child_processes import end_with_parent
@@ -20,6 +23,9 @@ from tests.helpers.child_processes import end_with_parent
 LEAK_VARIABLE = "LATCHKEY_SOAK_LEAK"
 SUMMARY_VARIABLE = "LATCHKEY_SOAK_SUMMARY_SECONDS"
 MODULE = "tests.soak.worker"
+# The bound of each structure that otherwise fills for minutes and would look like a leak. Small, so
+# that it is reached while the service warms up. The size of the cache is a setting.
+BOUND = 1_000
 # Large, because the leaks must show within seconds, among connections that open and close.
 LEAKED_BYTES = 1_000_000
 LEAKED_EACH = 10
@@ -48,6 +54,9 @@ def _supervise() -> int:
 def _work() -> int:
     end_with_parent()
     periodic.SUMMARY_SECONDS = float(os.environ[SUMMARY_VARIABLE])
+    verdict_cache.HISTORY_MAX = BOUND  # type: ignore[misc]  # what this module is for
+    recent_log.HISTORY_MAX = BOUND  # type: ignore[attr-defined]  # as above
+    imported.ABSENT_MAX = BOUND  # type: ignore[misc]  # as above
     take = Counts.take
 
     def take_more(counts: Counts) -> dict[str, int]:

@@ -29,6 +29,7 @@ from latchkey_cli.restrictions import (
     RateOption,
     rate_limit_of,
 )
+from latchkey_cli.text import pasted
 from latchkey_cli.times import parse_duration
 
 if TYPE_CHECKING:
@@ -231,7 +232,7 @@ def rotate(
             account, token_id, grace=grace, retire_on_first_use=on_first_use
         )
         rotated = session.run(call, doing)
-    again = f"'latchkey rotate {token_id} -a {account}'"
+    again = f"'latchkey rotate {token_id} -a {pasted(account)}'"
     hand_over(
         rotated,
         as_json=as_json,

@@ -1,14 +1,32 @@
-"""Makes untrusted text safe to print on a terminal. Pure."""
+"""Makes untrusted text safe to print on a terminal, and to paste into a shell. Pure."""
 
+import re
+import shlex
 import unicodedata
 from typing import Final
 
-__all__ = ["visible"]
+__all__ = ["pasted", "visible"]
 
 # Control characters (escape sequences start with one), format characters (bidirectional ones make
 # one name look like another, zero-width ones are invisible), lone surrogates, private-use and
 # unassigned characters, and the line and paragraph separators.
 _ESCAPED_CATEGORIES: Final = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+
+
+# No shell gives a meaning to these, wherever they stand.
+_PLAIN: Final = re.compile(r"[A-Za-z0-9._:@+/-]+")
+# Account ids may contain these too, and double quotes are enough for them.
+_IN_QUOTES: Final = re.compile(r"[A-Za-z0-9._:@|+=/~-]+")
+
+
+def pasted(word: str) -> str:
+    """Return a word as people can paste it into a shell.
+
+    Our messages put commands into single quotes, so this prefers double quotes.
+    """
+    if _PLAIN.fullmatch(word):
+        return word
+    return f'"{word}"' if _IN_QUOTES.fullmatch(word) else shlex.quote(word)
 
 
 def visible(text: str) -> str:

@@ -28,7 +28,7 @@ from latchkey_cli.restrictions import (
     RateOption,
     rate_limit_of,
 )
-from latchkey_cli.text import visible
+from latchkey_cli.text import pasted, visible
 from latchkey_cli.times import NEVER
 
 if TYPE_CHECKING:
@@ -82,8 +82,8 @@ def create(
     from latchkey_cli.session import Doing, Session
 
     if_lost = (
-        f"the token may exist: look for '{name}' in 'latchkey list -a {account}' and rotate it "
-        "to get a secret"
+        f"the token may exist: look for '{name}' in 'latchkey list -a {pasted(account)}' "
+        "and rotate it to get a secret"
     )
     with Session(target, timeout) as session:
         call = session.client.create(
@@ -99,7 +99,7 @@ def create(
             rate_limit=rate_limit,
         )
         created = session.run(call, Doing(f"create token '{name}'", if_lost))
-    again = f"'latchkey rotate {created.token.id} -a {account}'"
+    again = f"'latchkey rotate {created.token.id} -a {pasted(account)}'"
     hand_over(
         created,
         as_json=as_json,

@@ -93,6 +93,10 @@ class Creations:
                 ttl=new.ttl,
                 request_id=request_id_of(mark),
                 rate_limit=new.rate_limit,
+                description=new.description,
+                allowed_networks=new.allowed_networks,
+                permissions=new.permissions,
+                labels=dict(new.labels),
             )
         except LatchkeyError as error:
             if isinstance(error, AlreadyExists) and error.reason == "REQUEST_ID_REUSED":

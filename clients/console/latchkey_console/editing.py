@@ -3,11 +3,9 @@
 The service has the final say, as for a new token (`forms`).
 """
 
-import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from ipaddress import ip_network
 from typing import Any, Final
 
 from latchkey import FieldViolation, Limits, Token
@@ -21,23 +19,36 @@ from latchkey_console.forms import (
     name_mistake,
     rate_limit_of,
 )
+from latchkey_console.restrictions import (
+    RESTRICTION_FIELDS,
+    description_of,
+    labels_of,
+    labels_text,
+    networks_of,
+    permissions_of,
+)
 
 __all__ = ["ENDS", "EditForm", "End", "ReplaceForm", "Replacement", "ends_within"]
 
-DESCRIPTION_LENGTH_MAX: Final = 256
-NETWORKS_MAX: Final = 32
 _KEEP: Final = "keep"
-_NAMES: Final = ("name", "scope", "description", "networks", "rate")
+# The optional fields: their names in the service, and how to interpret what was typed, given what
+# the form showed.
+_PARSED: Final[Mapping[str, tuple[str, Callable[[str, str], Any]]]] = {
+    "description": ("description", lambda typed, _: description_of(typed)),
+    "networks": ("allowed_networks", lambda typed, _: networks_of(typed)),
+    "permissions": ("permissions", lambda typed, _: permissions_of(typed)),
+    "rate": ("rate_limit", lambda typed, _: rate_limit_of(typed)),
+    "labels": ("labels", labels_of),
+}
+_NAMES: Final = ("name", "scope", *_PARSED)
 # Tokens that end within this time get a later expiry together with a new secret, by default.
 _SOON: Final = timedelta(days=14)
-_HIDDEN: Final = frozenset({"Cc", "Cs"})
 # For each field of the service: the form field that shows its mistakes, and its name there.
 _SERVICE_FIELDS: Final[Mapping[str, tuple[str, str]]] = {
     "name": ("name", "The name"),
     "scope": ("scope", "The access scope"),
     "expire_time": ("expiry", "The expiry"),
-    "description": ("description", "The description"),
-    "allowed_networks": ("networks", "An allowed network"),
+    **RESTRICTION_FIELDS,
     **RATE_FIELDS,
 }
 
@@ -54,7 +65,9 @@ class EditForm:
     scope: str
     description: str
     networks: str
+    permissions: str
     rate: str
+    labels: str
     before: Mapping[str, str]
     expiry: str = _KEEP
     date: str = ""
@@ -70,7 +83,9 @@ class EditForm:
                 "scope": token.scope.value,
                 "description": token.description,
                 "networks": "\n".join(token.allowed_networks),
+                "permissions": "\n".join(token.permissions),
                 "rate": "" if token.rate_limit is None else str(token.rate_limit),
+                "labels": labels_text(token.labels),
             }
         )
 
@@ -78,22 +93,14 @@ class EditForm:
     def read(cls, fields: Mapping[str, str]) -> "EditForm":
         """Return the submitted form unchanged, so that it can be shown again as typed."""
         form = cls._with({name: fields.get(f"was_{name}", "") for name in _NAMES})
-        return replace(
-            form,
-            name=fields.get("name", ""),
-            scope=fields.get("scope", ""),
-            description=fields.get("description", ""),
-            networks=fields.get("networks", ""),
-            rate=fields.get("rate", ""),
-            expiry=fields.get("expiry", ""),
-            date=fields.get("date", ""),
-            date_end=fields.get("date_end", ""),
-        )
+        typed = (*_NAMES, "expiry", "date", "date_end")
+        values: dict[str, Any] = {name: fields.get(name, "") for name in typed}
+        return replace(form, **values)
 
     @classmethod
     def _with(cls, before: Mapping[str, str]) -> "EditForm":
-        name, scope, description, networks, rate = (before[name] for name in _NAMES)
-        return cls(name, scope, description, networks, rate, before)
+        values: Mapping[str, Any] = before
+        return cls(**values, before=before)
 
     def with_errors(self, errors: Mapping[str, str]) -> "EditForm":
         """Return the form with these errors."""
@@ -119,28 +126,14 @@ class EditForm:
             changes |= self._expiry(now)
         except ValueError as error:
             errors["expiry"] = str(error)
-        description = _text(self.description)
-        if len(description) > DESCRIPTION_LENGTH_MAX:
-            errors["description"] = (
-                f"This description has {len(description)} characters. "
-                f"Use at most {DESCRIPTION_LENGTH_MAX}."
-            )
-        elif any(unicodedata.category(c) in _HIDDEN and c != "\n" for c in description):
-            errors["description"] = "The description contains a control character. Remove it."
-        elif description != _text(self.before["description"]):
-            changes["description"] = description
-        networks = self.networks.replace(",", " ").split()
-        if mistake := _networks_mistake(networks):
-            errors["networks"] = mistake
-        elif networks != self.before["networks"].split():
-            changes["allowed_networks"] = networks
-        try:
-            rate = rate_limit_of(self.rate)
-        except ValueError as error:
-            errors["rate"] = str(error)
-        else:
-            if self.rate.strip() != self.before["rate"]:
-                changes["rate_limit"] = rate
+        for field_name, (path, parse) in _PARSED.items():
+            typed, before = getattr(self, field_name), self.before[field_name]
+            if _plain(typed) == _plain(before):
+                continue
+            try:
+                changes[path] = parse(typed, before)
+            except ValueError as error:
+                errors[field_name] = str(error)
         return self.with_errors(errors) if errors else changes
 
     def refused(self, violations: Iterable[FieldViolation]) -> "EditForm":
@@ -243,21 +236,6 @@ def ends_within(limits: Limits) -> dict[str, End]:
     }
 
 
-def _text(text: str) -> str:
-    """Return a text area's content without surrounding white space and carriage returns."""
+def _plain(text: str) -> str:
+    """Return a field's content without surrounding white space and carriage returns."""
     return text.replace("\r\n", "\n").strip()
-
-
-def _networks_mistake(networks: list[str]) -> str | None:
-    if len(networks) > NETWORKS_MAX:
-        return f"These are {len(networks)} networks. Use at most {NETWORKS_MAX}."
-    for text in networks:
-        try:
-            wide = ip_network(text, strict=False)
-        except ValueError:
-            return f"“{text[:64]}” is not a network. Write it as 192.0.2.0/24 or 2001:db8::/32."
-        try:
-            ip_network(text)
-        except ValueError:
-            return f"“{text}” has bits beyond its prefix. Did you mean {wide}?"
-    return None

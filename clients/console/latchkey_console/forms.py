@@ -6,14 +6,22 @@ them in the form's own words.
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from dataclasses import fields as dataclass_fields
 from datetime import UTC, date, datetime, time, timedelta
-from typing import Final
+from typing import Any, Final
 from urllib.parse import parse_qsl
 
 from latchkey import FieldViolation, Limits, RateLimit, Scope
 
+from latchkey_console.restrictions import (
+    RESTRICTION_FIELDS,
+    description_of,
+    labels_of,
+    networks_of,
+    permissions_of,
+)
 from latchkey_console.times import span
 
 __all__ = [
@@ -24,6 +32,7 @@ __all__ = [
     "SCOPES",
     "SELECTED_MAX",
     "SELECTION_BYTES_MAX",
+    "TOKEN_BYTES_MAX",
     "NewToken",
     "TokenForm",
     "duration_of",
@@ -40,6 +49,9 @@ NAME_LENGTH_MAX: Final = 64
 # A name of 64 four-byte characters takes 768 bytes percent-encoded. The rest leaves room for the
 # fields of a long filter.
 BODY_BYTES_MAX: Final = 16_384
+# A four-byte character takes 12 bytes, so 16 labels with 318 of them take 61 KB. The form of a
+# change also sends the labels that it showed. The rest leaves room for the other fields.
+TOKEN_BYTES_MAX: Final = 163_840
 _FIELDS_MAX: Final = 32
 # Tokens that can be selected at once: one page of the service, so that one call names them all.
 SELECTED_MAX: Final = 500
@@ -68,6 +80,7 @@ _SERVICE_FIELDS: Final[Mapping[str, tuple[str, str]]] = {
     "scope": ("scope", "The access scope"),
     "expire_time": ("expiry", "The expiry"),
     "ttl": ("expiry", "The expiry"),
+    **RESTRICTION_FIELDS,
     **RATE_FIELDS,
 }
 
@@ -81,6 +94,10 @@ class NewToken:
     expire_time: datetime | None
     ttl: timedelta | None
     rate_limit: RateLimit | None = None
+    description: str = ""
+    allowed_networks: tuple[str, ...] = ()
+    permissions: tuple[str, ...] = ()
+    labels: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,19 +111,27 @@ class TokenForm:
     date_end: str = ""
     """The end of the chosen date in the viewer's time zone, set by the script. Default: UTC."""
     rate: str = ""
+    description: str = ""
+    networks: str = ""
+    permissions: str = ""
+    labels: str = ""
     errors: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, fields: Mapping[str, str]) -> "TokenForm":
         """Return the submitted form unchanged, so that it can be shown again as typed."""
-        return cls(
-            name=fields.get("name", ""),
-            scope=fields.get("scope", ""),
-            expiry=fields.get("expiry", ""),
-            date=fields.get("date", ""),
-            date_end=fields.get("date_end", ""),
-            rate=fields.get("rate", ""),
-        )
+        values: dict[str, Any] = {name: fields.get(name, "") for name in _TYPED}
+        return cls(**values)
+
+    @property
+    def typed(self) -> dict[str, str]:
+        """Return all fields as they were submitted."""
+        return {name: getattr(self, name) for name in _TYPED}
+
+    @property
+    def has_more(self) -> bool:
+        """Return whether the visitor has used the fields that are hidden at first."""
+        return any((self.description, self.networks, self.permissions, self.labels))
 
     @classmethod
     def within(cls, limits: Limits) -> "TokenForm":
@@ -138,20 +163,22 @@ class TokenForm:
             ttl = duration_of(self.expiry)
             if ttl is None:
                 errors["expiry"] = "Choose when the token expires."
-        rate_limit = None
-        try:
-            rate_limit = rate_limit_of(self.rate)
-        except ValueError as error:
-            errors["rate"] = str(error)
+        parsed: dict[str, Any] = {}
+        for place, (name_there, parse) in _PARSED.items():
+            try:
+                parsed[name_there] = parse(getattr(self, place))
+            except ValueError as error:
+                errors[place] = str(error)
         if errors or scope is None:
             return self.with_errors(errors)
-        return NewToken(name, scope, expire_time, ttl, rate_limit)
+        return NewToken(name, scope, expire_time, ttl, **parsed)
 
     def refused(self, violations: Iterable[FieldViolation]) -> "TokenForm":
         """Return the form with the service's violations as errors of their fields."""
         errors: dict[str, str] = {}
         for violation in violations:
-            place, subject = _SERVICE_FIELDS.get(violation.field, ("", violation.field))
+            path = violation.field.partition("[")[0]
+            place, subject = _SERVICE_FIELDS.get(path, ("", violation.field))
             errors.setdefault(place, f"{subject} {violation.description.rstrip('. ')}.")
         return self.with_errors(errors or {"": "The service did not accept this."})
 
@@ -251,6 +278,17 @@ def last_second(day: str, end: str, now: datetime) -> datetime:
     if chosen <= now:
         raise ValueError("This day has already ended. Choose a later one.")
     return chosen
+
+
+_TYPED: Final = tuple(f.name for f in dataclass_fields(TokenForm) if f.name != "errors")
+# The optional fields: their names in `NewToken`, and how to interpret what was typed.
+_PARSED: Final[Mapping[str, tuple[str, Callable[[str], Any]]]] = {
+    "rate": ("rate_limit", rate_limit_of),
+    "description": ("description", description_of),
+    "networks": ("allowed_networks", lambda typed: tuple(networks_of(typed))),
+    "permissions": ("permissions", lambda typed: tuple(permissions_of(typed))),
+    "labels": ("labels", lambda typed: tuple(labels_of(typed).items())),
+}
 
 
 def parse_body(body: bytes, repeated: str = "") -> dict[str, str]:

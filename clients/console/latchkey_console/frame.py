@@ -17,6 +17,7 @@ from latchkey_console import listing
 from latchkey_console.accounts import choose
 from latchkey_console.cookies import CookieRules, SealedCookie
 from latchkey_console.failures import Trouble, trouble
+from latchkey_console.forms import BODY_BYTES_MAX
 from latchkey_console.identity import Identity, Refused, Viewer
 from latchkey_console.listing import ROWS_MAX, Filter, Listed
 from latchkey_console.packing import pack_receipt, unpack_receipt
@@ -273,10 +274,12 @@ def _further(listed: Listed, wanted: Filter) -> dict[str, Any]:
     return {"further": {"rows": f"/rows{after.query}", "page": f"/{whole.query}{anchor}"}}
 
 
-async def read_fields(request: Request, repeated: str = "") -> dict[str, str]:
+async def read_fields(
+    request: Request, repeated: str = "", bytes_max: int = BODY_BYTES_MAX
+) -> dict[str, str]:
     """Return the fields of a submitted form, as `read_form` does. Raises Refused."""
     try:
-        return await read_form(request, repeated)
+        return await read_form(request, repeated, bytes_max)
     except BadForm:
         raise Refused(400, "Invalid form", "Nothing was changed. Go back and try again.") from None
 

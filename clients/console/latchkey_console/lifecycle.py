@@ -12,7 +12,7 @@ from starlette.routing import Route
 from latchkey_console.creation import Different
 from latchkey_console.editing import EditForm, ReplaceForm, ends_within
 from latchkey_console.failures import is_refusal, trouble
-from latchkey_console.forms import durations, expiries, last_day
+from latchkey_console.forms import TOKEN_BYTES_MAX, durations, expiries, last_day
 from latchkey_console.frame import Frame, Notice, Visit, read_fields, unchanged
 from latchkey_console.replacing import NotReplaced, Replacements
 from latchkey_console.reporters import Reporters
@@ -117,7 +117,7 @@ class Lifecycle:
     async def edit(self, request: Request) -> Response:
         """Save what the visitor changed, or show the form again with its errors."""
         began = self._frame.monotonic()
-        fields = await read_fields(request)
+        fields = await read_fields(request, bytes_max=TOKEN_BYTES_MAX)
         visit = self._frame.visit(request, fields)
         form, token_id = EditForm.read(fields), fields.get("id", "")
         if not self._frame.is_ours(fields, visit):

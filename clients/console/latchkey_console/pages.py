@@ -6,7 +6,7 @@ Nothing else differs.
 """
 
 import logging
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, Final
 from urllib.parse import urlencode
@@ -18,7 +18,7 @@ from starlette.responses import Response
 from latchkey_console import listing
 from latchkey_console.creation import Creations, Different, Lost, NotMade
 from latchkey_console.failures import Trouble, is_refusal, trouble
-from latchkey_console.forms import NewToken, TokenForm, expiries, last_day
+from latchkey_console.forms import TOKEN_BYTES_MAX, NewToken, TokenForm, expiries, last_day
 from latchkey_console.frame import Frame, Notice, Visit, read_fields, rows_context, unchanged
 from latchkey_console.identity import NotSignedIn
 from latchkey_console.settings import is_account_id
@@ -82,7 +82,7 @@ class Pages:
 
     async def create(self, request: Request) -> Response:
         """Create the form's token once, or show the form again with its errors."""
-        fields = await read_fields(request)
+        fields = await read_fields(request, bytes_max=TOKEN_BYTES_MAX)
         form = TokenForm.read(fields)
         try:
             visit = self._frame.visit(request, fields)
@@ -175,7 +175,7 @@ class Pages:
 
     def _keep_draft(self, request: Request, form: TokenForm, account: str) -> None:
         """Keep the form's input until after the sign-in, in the sealed session."""
-        draft = {name: value for name, value in asdict(form).items() if name != "errors"}
+        draft = form.typed
         if sum(map(len, draft.values())) <= DRAFT_LENGTH_MAX:
             until = int(self._frame.now().timestamp()) + DRAFT_SECONDS
             request.session["draft"] = {"form": draft, "until": until}

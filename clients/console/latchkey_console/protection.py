@@ -180,12 +180,14 @@ class Seals:
         return TimestampSigner(self._keys, salt=f"mark {session} {account_id}")
 
 
-async def read_form(request: Request, repeated: str = "") -> dict[str, str]:
+async def read_form(
+    request: Request, repeated: str = "", bytes_max: int = BODY_BYTES_MAX
+) -> dict[str, str]:
     """Return the fields of a submitted form, bounded in size and time. Raises BadForm.
 
     The field `repeated` may occur several times; see `parse_body`.
     """
-    bytes_max = SELECTION_BYTES_MAX if repeated else BODY_BYTES_MAX
+    bytes_max = SELECTION_BYTES_MAX if repeated else bytes_max
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/x-www-form-urlencoded":
         raise BadForm

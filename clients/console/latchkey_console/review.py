@@ -93,7 +93,7 @@ _WORDS: Final = {
     ),
     Kind.EXPIRED: (
         "Expired",
-        "These are refused everywhere. Delete them to keep this list short.",
+        "Refused everywhere. Delete it to keep this list short.",
     ),
     Kind.EXPIRES_SOON: (
         "Expiring soon",

@@ -206,17 +206,21 @@ class _SecretOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SecretO
     SECRET_OUTCOME_UNSPECIFIED: _SecretOutcome.ValueType  # 0
     """Never sent."""
     SECRET_OUTCOME_ENDED: _SecretOutcome.ValueType  # 1
-    """This call ended the secret."""
+    """This call ended the secret: it worked, or would have worked again if somebody
+    had enabled its token or moved the token's expire_time.
+    """
     SECRET_OUTCOME_ENDED_BEFORE: _SecretOutcome.ValueType  # 2
-    """The secret belongs to a token, but did not work any more: it or its token had
-    ended before this call.
+    """The secret belongs to a token, but had ended before this call, or the token
+    was deleted.
     """
     SECRET_OUTCOME_UNKNOWN: _SecretOutcome.ValueType  # 3
     """The string has the right shape, but no token has this secret."""
     SECRET_OUTCOME_MALFORMED: _SecretOutcome.ValueType  # 4
     """The string is not a secret of this service: wrong shape or checksum."""
     SECRET_OUTCOME_REPORTED: _SecretOutcome.ValueType  # 5
-    """Only from ReportSecret: the secret works, and is marked as leaked."""
+    """Only from ReportSecret: the secret is marked as leaked. It works, unless its
+    token is disabled or has expired.
+    """
 
 class SecretOutcome(_SecretOutcome, metaclass=_SecretOutcomeEnumTypeWrapper):
     """What RevokeSecret or ReportSecret did with a secret."""
@@ -224,17 +228,21 @@ class SecretOutcome(_SecretOutcome, metaclass=_SecretOutcomeEnumTypeWrapper):
 SECRET_OUTCOME_UNSPECIFIED: SecretOutcome.ValueType  # 0
 """Never sent."""
 SECRET_OUTCOME_ENDED: SecretOutcome.ValueType  # 1
-"""This call ended the secret."""
+"""This call ended the secret: it worked, or would have worked again if somebody
+had enabled its token or moved the token's expire_time.
+"""
 SECRET_OUTCOME_ENDED_BEFORE: SecretOutcome.ValueType  # 2
-"""The secret belongs to a token, but did not work any more: it or its token had
-ended before this call.
+"""The secret belongs to a token, but had ended before this call, or the token
+was deleted.
 """
 SECRET_OUTCOME_UNKNOWN: SecretOutcome.ValueType  # 3
 """The string has the right shape, but no token has this secret."""
 SECRET_OUTCOME_MALFORMED: SecretOutcome.ValueType  # 4
 """The string is not a secret of this service: wrong shape or checksum."""
 SECRET_OUTCOME_REPORTED: SecretOutcome.ValueType  # 5
-"""Only from ReportSecret: the secret works, and is marked as leaked."""
+"""Only from ReportSecret: the secret is marked as leaked. It works, unless its
+token is disabled or has expired.
+"""
 Global___SecretOutcome: _TypeAlias = SecretOutcome  # noqa: Y015
 
 class _ImportOutcome:

@@ -248,10 +248,11 @@ class TokenServiceServicer(object):
         (LATCHKEY_LEASE_SECONDS, 3 s by default) plus half a second. Deleting a
         deleted token returns the same receipt until the tombstone is removed, so a
         retry is safe.
-        Errors: INVALID_ARGUMENT; NOT_FOUND if the account never had the token;
-        UNAVAILABLE, after which the deletion may or may not stand: retry. With the
-        reason DELETION_NOT_CONFIRMED, the deletion stands, but the deadline was
-        too short for the wait: retry to get the receipt.
+        Errors: INVALID_ARGUMENT; NOT_FOUND if the account has no such token: it
+        never had it, or the tombstone has been removed; UNAVAILABLE, after which
+        the deletion may or may not stand: retry. With the reason
+        DELETION_NOT_CONFIRMED, the deletion stands, but the deadline was too short
+        for the wait: retry to get the receipt.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -106,10 +106,11 @@ class TokenServiceStub:
     (LATCHKEY_LEASE_SECONDS, 3 s by default) plus half a second. Deleting a
     deleted token returns the same receipt until the tombstone is removed, so a
     retry is safe.
-    Errors: INVALID_ARGUMENT; NOT_FOUND if the account never had the token;
-    UNAVAILABLE, after which the deletion may or may not stand: retry. With the
-    reason DELETION_NOT_CONFIRMED, the deletion stands, but the deadline was
-    too short for the wait: retry to get the receipt.
+    Errors: INVALID_ARGUMENT; NOT_FOUND if the account has no such token: it
+    never had it, or the tombstone has been removed; UNAVAILABLE, after which
+    the deletion may or may not stand: retry. With the reason
+    DELETION_NOT_CONFIRMED, the deletion stands, but the deadline was too short
+    for the wait: retry to get the receipt.
     """
     Update: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.UpdateRequest, _token_service_pb2.UpdateResponse]
     """Changes the fields of a token that `update_mask` lists (AIP-134). Narrows the
@@ -335,10 +336,11 @@ class TokenServiceAsyncStub(TokenServiceStub):
     (LATCHKEY_LEASE_SECONDS, 3 s by default) plus half a second. Deleting a
     deleted token returns the same receipt until the tombstone is removed, so a
     retry is safe.
-    Errors: INVALID_ARGUMENT; NOT_FOUND if the account never had the token;
-    UNAVAILABLE, after which the deletion may or may not stand: retry. With the
-    reason DELETION_NOT_CONFIRMED, the deletion stands, but the deadline was
-    too short for the wait: retry to get the receipt.
+    Errors: INVALID_ARGUMENT; NOT_FOUND if the account has no such token: it
+    never had it, or the tombstone has been removed; UNAVAILABLE, after which
+    the deletion may or may not stand: retry. With the reason
+    DELETION_NOT_CONFIRMED, the deletion stands, but the deadline was too short
+    for the wait: retry to get the receipt.
     """
     Update: _aio.UnaryUnaryMultiCallable[_token_service_pb2.UpdateRequest, _token_service_pb2.UpdateResponse]  # type: ignore[assignment]
     """Changes the fields of a token that `update_mask` lists (AIP-134). Narrows the
@@ -585,10 +587,11 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         (LATCHKEY_LEASE_SECONDS, 3 s by default) plus half a second. Deleting a
         deleted token returns the same receipt until the tombstone is removed, so a
         retry is safe.
-        Errors: INVALID_ARGUMENT; NOT_FOUND if the account never had the token;
-        UNAVAILABLE, after which the deletion may or may not stand: retry. With the
-        reason DELETION_NOT_CONFIRMED, the deletion stands, but the deadline was
-        too short for the wait: retry to get the receipt.
+        Errors: INVALID_ARGUMENT; NOT_FOUND if the account has no such token: it
+        never had it, or the tombstone has been removed; UNAVAILABLE, after which
+        the deletion may or may not stand: retry. With the reason
+        DELETION_NOT_CONFIRMED, the deletion stands, but the deadline was too short
+        for the wait: retry to get the receipt.
         """
 
     @_abc_1.abstractmethod

@@ -117,16 +117,21 @@ class Server:
             encrypted = make_transport("grpcio", limits, reporter.rejected)
             self._servers.append(encrypted)
             authenticator = screen = None
+            # With a CA, every client has a certificate, which the metadata do not show.
+            by_certificate = settings.tls_client_ca is not None
             if active_policy is not None:
                 authenticator = Authenticator(active_policy, tls=True)
-                # With a CA, every client has a certificate, which the metadata do not show.
-                screen = authenticator.screen if settings.tls_client_ca is None else None
+                screen = None if by_certificate else authenticator.screen
             reflected = exposure.reflects(settings, settings.tls_listen)
-            _register(
-                services,
-                Registrar(encrypted, paths, authenticator, metadata_reader("grpcio"), screen),
-                reflected=reflected,
+            registrar = Registrar(
+                encrypted,
+                paths,
+                authenticator,
+                metadata_reader("grpcio"),
+                screen,
+                by_certificate=by_certificate,
             )
+            _register(services, registrar, reflected=reflected)
             assert settings.tls_certificate is not None, "checked in exposure.py"  # noqa: S101 - for the type checker
             assert settings.tls_key is not None, "checked in exposure.py"  # noqa: S101 - for the type checker
             self.certificates = Certificates(

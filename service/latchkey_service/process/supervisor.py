@@ -297,13 +297,13 @@ class _Supervisor:
             reason = _EXITED
             reports: asyncio.Task[None] | None = None
             try:
-                if await self._becomes_ready(process):
+                if not (fault := await self._starts(process)):
                     ready.set()
                     self._log.info("worker ready", worker=number, pid=process.pid)
                     reports = asyncio.create_task(self._reports.follow(number, process))
                     await self._unless_stopped(asyncio.create_task(process.wait()))
                 elif not ready.is_set() and not self._stop.is_set():
-                    raise StartError(f"worker {number} failed to start; see its log above")
+                    raise StartError(f"worker {number} {fault}")
                 else:
                     reason = _NOT_READY
             finally:
@@ -340,15 +340,18 @@ class _Supervisor:
         self._processes.add(process)
         return process
 
-    async def _becomes_ready(self, process: asyncio.subprocess.Process) -> bool:
-        """Wait until the worker reports ready. Return False if it exits or we stop first."""
+    async def _starts(self, process: asyncio.subprocess.Process) -> str:
+        """Wait until the worker reports ready. Return "", or for people why it is not ready."""
         assert process.stdout is not None, "it is a pipe"  # noqa: S101 - for the type checker
         read = asyncio.create_task(process.stdout.readline())
         try:
             async with asyncio.timeout(READY_TIMEOUT_SECONDS):
-                return await self._unless_stopped(read) and read.result() == READY
+                ready = await self._unless_stopped(read) and read.result() == READY
         except TimeoutError:
-            return False
+            # It may have logged nothing.
+            seconds = READY_TIMEOUT_SECONDS
+            return f"was not ready within {seconds:g} s: this machine is too busy; start again"
+        return "" if ready else "failed to start; see its log above"
 
     async def _end(self, process: asyncio.subprocess.Process) -> None:
         """Stop a worker: SIGTERM first, and SIGKILL after the drain and the grace period."""

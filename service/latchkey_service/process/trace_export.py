@@ -34,6 +34,7 @@ from opentelemetry.trace import (
 from opentelemetry.trace import Span as OtelSpan
 
 from latchkey_service import tracing
+from latchkey_service.process.trace_requests import Requests
 from latchkey_service.release import release
 from latchkey_service.settings.logs import logger
 
@@ -61,10 +62,15 @@ class TraceExport:
         # The library would log every failed request. This class logs when that begins.
         logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
         self.exported = self.dropped = self.failed = 0
-        self._exporter = OTLPSpanExporter() if exporter is None else exporter
+        self._requests = Requests()
+        if exporter is None:
+            exporter = OTLPSpanExporter(session=self._requests.session)
+        self._exporter = exporter
         # Spans in the queue: counted by the event loop, and by the thread that takes them out.
         self._queued = self._taken = 0
         self._failing = False
+        # Set when the rest of the spans has been counted as failed.
+        self._abandoned = False
         self._log = logger()
         ours = {
             "service.name": "latchkey",
@@ -119,6 +125,7 @@ class TraceExport:
         except TimeoutError:
             # Ends the pause before a retry.
             self._exporter.shutdown()
+        self._abandoned = True
         if left := self._queued - self.exported - self.failed:
             self.failed += left
             self._log.warning("spans not exported", spans=left)
@@ -138,6 +145,8 @@ class TraceExport:
             result = self._exporter.export(spans)
         except Exception:  # noqa: BLE001 - the thread must go on
             result = SpanExportResult.FAILURE
+        if self._abandoned:
+            return result
         accepted = result is SpanExportResult.SUCCESS
         if accepted:
             self.exported += len(spans)
@@ -148,7 +157,11 @@ class TraceExport:
             if accepted:
                 self._log.info("the collector accepts traces again")
             else:
-                self._log.warning("the collector does not accept traces", spans=len(spans))
+                self._log.warning(
+                    "the collector does not accept traces",
+                    cause=self._requests.cause or "unknown",
+                    spans=len(spans),
+                )
         return result
 
     def end_sending(self) -> None:

@@ -12,7 +12,9 @@ the database at once, and the queue for these slots is short:
 - A call whose deadline would pass in the queue is rejected at once.
 - Callers take turns, and a full queue makes room for a caller that has less than its share. The
   total has shares too, because most calls in it are Deletes whose change stands: they cannot make
-  room. One of n callers may have 1/(n+1) of it, so a further one always finds room.
+  room. A caller may have no more calls than there are free places (dynamic thresholds, Choudhury
+  and Hahne 1998). So n callers that all want more end up with 1/(n+1) each, and the same is left
+  for a further one. If they arrive one after the other, each gets half of what the others left.
 - Calls that only take rights away (removals) go before others, and have their own room. While other
   calls wait, every fourth slot goes to those: otherwise anyone who may delete could stop them.
 
@@ -137,12 +139,8 @@ class ConcurrencyLimiter:
             raise self._rejection()
 
     def _has_its_share(self, caller: str) -> bool:
-        """Return whether a caller has as many calls present as it may."""
-        if not caller:
-            return False
-        present = self._present.get(caller, 0)
-        callers = len(self._present) + (not present)
-        return present >= self._total_max // (callers + 1)
+        """Return whether a caller has as many calls present as there are free places."""
+        return caller != "" and self._present.get(caller, 0) >= self._total_max - self._total
 
     def _room(self, *, removal: bool) -> tuple[FairQueue[asyncio.Future[None]], bool]:
         """Return the queue for a call that arrives now, and whether it is full."""

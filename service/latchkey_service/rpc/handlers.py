@@ -6,7 +6,7 @@ Verify (call details, metadata, a chain of coroutines) than the Verify itself.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import grpc
@@ -14,6 +14,7 @@ import grpc
 from latchkey_service.access.authenticator import Authenticator
 from latchkey_service.access.methods import BATCH_VERIFY, VERIFY, rule_of
 from latchkey_service.errors import LatchkeyError
+from latchkey_service.rpc.call_context import CallContext
 from latchkey_service.rpc.call_report import Metadata
 from latchkey_service.rpc.managed_calls import ManagedCalls
 from latchkey_service.rpc.streams import Streams
@@ -106,7 +107,8 @@ class Registrar:
     registered by name, except request streams, which it would give to a no-op of grpcio. grpcio's
     asyncio server, and the grpcio part of `native`, only look handlers up by path.
 
-    With `screen`, grpcio refuses anonymous unary calls before it has received their messages.
+    grpcio refuses unary calls of no known caller before it has received their messages. With
+    `screen`, the metadata decide. With `by_certificate`, the connection does too.
     """
 
     def __init__(
@@ -116,12 +118,15 @@ class Registrar:
         authenticator: Authenticator | None,
         metadata_of: Callable[[Any], Metadata],
         screen: Callable[[Any], str] | None = None,
+        *,
+        by_certificate: bool = False,
     ) -> None:
         self._server = server
         self._paths = paths
         self._authenticator = authenticator
         self._metadata_of = metadata_of
         self._screen = screen
+        self._by_certificate = by_certificate
 
     def add_generic_rpc_handlers(self, handlers: Any) -> None:
         """Do nothing, because generated code then registers the same handlers by name."""
@@ -137,12 +142,18 @@ class Registrar:
         by_path = {f"/{service}/{name}": handler for name, handler in wrapped.items()}
         unary = {n: handler for n, handler in wrapped.items() if not handler.request_streaming}
         refusing = {}
-        if self._screen is not None and self._authenticator is not None:
-            for name in unary:
+        authenticator = self._authenticator
+        if authenticator is not None and (self._screen is not None or self._by_certificate):
+            for name, handler in unary.items():
                 path = f"/{service}/{name}"
-                if rule_of(path).role is not None:
-                    parse = handlers[name].request_deserializer
-                    refusing[path] = self._paths.refuser(path, parse, self._authenticator)
+                if rule_of(path).role is None:
+                    continue
+                parse = handlers[name].request_deserializer
+                refuser = self._paths.refuser(path, parse, authenticator)
+                if self._by_certificate:
+                    by_path[path] = _identified_first(handler, refuser, authenticator)
+                else:
+                    refusing[path] = refuser
         self._server.add_generic_rpc_handlers((_ByPath(by_path, refusing, self._screen),))
         self._server.add_registered_method_handlers(service, unary)
 
@@ -152,6 +163,32 @@ class Registrar:
         The transports answer them at once, and a flood of them would delay other calls.
         """
         self._server.add_generic_rpc_handlers((_Unknown(self._paths.unknown()),))
+
+
+def _identified_first(handler: Any, refuser: Any, authenticator: Authenticator) -> Any:
+    """Return a handler that identifies the caller before it receives the message.
+
+    grpcio shows the certificate only to a handler, and receives the message of a unary method
+    before that. So the method gets the handler of a stream with one answer, which costs a twentieth
+    more.
+    """
+    serve: Callable[[bytes, CallContext], Awaitable[bytes]] = handler.unary_unary
+    refuse: Callable[[Any, CallContext], Awaitable[None]] = refuser.stream_stream
+
+    async def call(messages: Any, context: Any) -> bytes:
+        try:
+            authenticator.identify(context)
+        except LatchkeyError:
+            await refuse(messages, context)
+            return b""
+        data = await context.read()
+        if data is grpc.aio.EOF:
+            context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+            context.set_details("The call has no message.")
+            return b""
+        return await serve(data, context)
+
+    return grpc.stream_unary_rpc_method_handler(call)
 
 
 class _ByPath(grpc.GenericRpcHandler):

@@ -141,10 +141,10 @@ class BulkStore:
     async def report_secrets(
         self, digests: Sequence[bytes], now: datetime, audit_context: AuditContext
     ) -> tuple[dict[bytes, bool], bool, Snapshot]:
-        """Mark the working secrets with these digests as leaked, unless they are marked already.
+        """Mark the secrets with these digests as leaked, unless they have ended or are marked.
 
-        Returns, for each digest that the database has, whether its secret works. Also returns
-        whether there is an audit entry, and the snapshot of the read.
+        Returns, for each digest that the database has, whether its secret has not ended. Also
+        returns whether there is an audit entry, and the snapshot of the read.
         """
         async with self._pool.session() as session:
             with require_durable_commit(session):
@@ -154,9 +154,9 @@ class BulkStore:
                         SELECT s.digest, t.id, t.account_id
                           FROM token t JOIN secret s ON s.token_id = t.id
                          WHERE s.digest = ANY($1::bytea[]) AND s.retire_time IS NULL
+                           -- Not the token's: its owner can move that.
                            AND coalesce(s.expire_time > $2, true)
-                           AND t.delete_time IS NULL AND coalesce(t.expire_time > $2, true)
-                           AND {DURABLE}
+                           AND t.delete_time IS NULL AND {DURABLE}
                          ORDER BY t.id
                            FOR UPDATE OF t),
                     marked AS (

@@ -142,7 +142,10 @@ def narrows(old: TokenRecord, new: TokenRecord) -> bool:
 
 
 def secrets_after(state: TokenState, change: Change, moment: datetime) -> tuple[TokenSecret, ...]:
-    """Return the token's secrets after a change at `moment`, newest first, as owners see them."""
+    """Return the token's secrets after a change at `moment`, newest first, as owners see them.
+
+    As Get does, these are the secrets that work, and the newest one in any case.
+    """
     ends = {secret.digest: secret.expire_time for secret in change.kept}
     shown = []
     if change.minted is not None and change.minted_at is not None:
@@ -151,6 +154,11 @@ def secrets_after(state: TokenState, change: Change, moment: datetime) -> tuple[
                 change.minted_hint, change.minted_at, None, change.minted.retire_on_first_use
             )
         )
+    elif state.record.secrets and (
+        not state.secrets or state.secrets[0].record.ordinal != state.newest_ordinal
+    ):
+        # The newest one was revoked.
+        shown.append(state.record.secrets[0])
     for stored in state.secrets:
         end = ends.get(stored.record.digest, stored.record.expire_time)
         if stored.record.digest in change.retired:

@@ -149,7 +149,7 @@ class PendingUses:
             if pending.reported:
                 self._reported[pending.caller] -= 1
                 self._reported_total -= 1
-        # Only callers with entries share the room.
+        # Callers without entries would only take memory.
         self._reported = +self._reported
         return uses
 
@@ -161,12 +161,10 @@ class PendingUses:
     def _may_report(self, caller: str) -> bool:
         """Return whether a report of `caller` may begin another entry.
 
-        Of n callers with reports, each may have one of n+1 equal parts of the room: the last part
-        is for the next caller.
+        A caller may have no more entries than there are free places for reports, so the next caller
+        finds room too (as in `rpc/admission.py`).
         """
-        own = self._reported[caller]
-        callers = len(self._reported) + (own == 0)
-        return own * (callers + 1) < self._entries_max and self._reported_total < self._reported_max
+        return self._reported[caller] < self._reported_max - self._reported_total
 
     def _add(self, key: _Key, now: float, *, reported: bool = False) -> Pending | None:
         """Return a new entry, or None if there is no room."""

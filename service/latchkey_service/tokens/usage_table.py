@@ -41,10 +41,13 @@ fresh AS (
     RETURNING number),
 used AS MATERIALIZED (
     SELECT t.id AS token_id,
-           -- A client may report any hint, and each makes a row. So only known ones are kept.
-           CASE WHEN u.hint = t.hint
-                  OR EXISTS (SELECT FROM secret s WHERE s.token_id = t.id AND s.hint = u.hint)
-                THEN u.hint ELSE '' END AS hint,
+           -- A client may report any hint, and each makes a row. So only known ones are kept. The
+           -- hint of an imported secret may have any form, so the last four characters decide.
+           CASE WHEN u.hint = t.hint THEN u.hint
+                ELSE coalesce((SELECT s.hint FROM secret s
+                                WHERE s.token_id = t.id AND right(s.hint, 4) = right(u.hint, 4)
+                                ORDER BY s.hint = u.hint DESC, s.ordinal DESC LIMIT 1), '')
+            END AS hint,
            u.caller, t.account_id,
            greatest(u.first_time, t.create_time) AS first_time,
            greatest(u.last_time, t.create_time) AS last_time,

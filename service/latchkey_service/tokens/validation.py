@@ -10,13 +10,14 @@ from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Network, ip_network
 from uuid import UUID
 
+from latchkey_coherence.names import IGNORABLE
 from latchkey_coherence.rate import RateLimit
 from latchkey_coherence.verdict import PERMISSION
 
 from latchkey_service.errors import FieldViolation, InvalidArgument, ViolationReason
 from latchkey_service.identifiers import ACCOUNT_ID
 from latchkey_service.lifetime import Lifetime, in_words
-from latchkey_service.secret_format import contains_secret
+from latchkey_service.secret_format import CREDENTIAL_LENGTH, contains_secret
 from latchkey_service.tokens.names import is_visible
 from latchkey_service.tokens.verdict import Scope
 
@@ -199,9 +200,20 @@ def description_violations(description: str) -> list[FieldViolation]:
 
 
 def secret_violations(texts: Iterable[tuple[str, str]]) -> list[FieldViolation]:
-    """Check (field, text) pairs for secrets, which would be stored and shown as they are."""
-    fields = {field: None for field, text in texts if contains_secret(text[:SCANNED_LENGTH_MAX])}
+    """Check (field, text) pairs for secrets, which would be stored and shown as they are.
+
+    A secret is found even if it is broken into lines, or has invisible or full-width characters.
+    """
+    fields = {field: None for field, text in texts if _shows_secret(text[:SCANNED_LENGTH_MAX])}
     return [FieldViolation(field, "must not contain a secret") for field in fields]
+
+
+def _shows_secret(text: str) -> bool:
+    if len(text) < CREDENTIAL_LENGTH:
+        # Both kinds of secrets are at least as long.
+        return False
+    joined = "".join(unicodedata.normalize("NFKC", IGNORABLE.sub("", text)).split())
+    return contains_secret(text) or (joined != text and contains_secret(joined))
 
 
 def new_token_violations(

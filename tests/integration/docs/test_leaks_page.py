@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.documented import marked, paste
 from tests.helpers.free_ports import free_port
 from tests.helpers.programs import missing
 from tests.helpers.repository import ROOT
+from tests.helpers.tool import NOWHERE
 
 PAGE = (ROOT / "docs/leaks.md").read_text("utf-8")
 BLOCK = re.compile(r"^<!-- test: leaks -->\n```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -70,4 +72,30 @@ async def test_the_commands_work_as_printed(address: str, tmp_path: Path) -> Non
 
 def test_every_command_is_run() -> None:
     """Each block of commands is marked."""
-    assert PAGE.count("```bash\n") == len(BLOCK.findall(PAGE)) == 3
+    assert PAGE.count("```bash\n") == len(BLOCK.findall(PAGE)) + 1 == 4
+
+
+async def test_the_receiver_starts_as_printed(tmp_path: Path) -> None:
+    """The command of the instructions fetches the scanner's keys, and is then ready for reports."""
+    if absent := [name for name in ("curl", "jq", "openssl") if shutil.which(name) is None]:
+        missing(f"not installed here: {', '.join(absent)}")
+    (command,) = marked("docs/leaks.md", "receiver")
+    keys, port = free_port(), free_port()
+    endpoint = "https://api.github.com/meta/public_keys/secret_scanning"
+    for printed, ours in (
+        (endpoint, f"http://127.0.0.1:{keys}/keys.json"),
+        ("127.0.0.1:50090", f"127.0.0.1:{port}"),
+        ("latchkey.internal:50051", NOWHERE),
+    ):
+        assert command.count(printed) == 1
+        command = command.replace(printed, ours)
+    script = [
+        "trap 'kill $(jobs -p); wait' EXIT",
+        "(umask 077; latchkey policy new-caller receiver --role revoker >receiver.credential)",
+        marked("docs/leaks.md", "leaks")[0],
+        f"python -m http.server {keys} --bind 127.0.0.1 >served 2>&1 &",
+        f"until curl --silent --output /dev/null http://127.0.0.1:{keys}/; do sleep 0.1; done",
+        f"{command.strip()} >received 2>&1 &",
+        f"until curl --silent --fail http://127.0.0.1:{port}/healthz; do sleep 0.1; done",
+    ]
+    assert (await paste("\n".join(script), tmp_path)).endswith("ok\n")

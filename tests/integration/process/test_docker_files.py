@@ -1,5 +1,6 @@
 """The container files, as far as they can be checked without a container engine."""
 
+import itertools
 import re
 import shutil
 from pathlib import Path
@@ -17,6 +18,9 @@ from tests.helpers.repository import ROOT
 DOCKERFILE = (ROOT / "Dockerfile").read_text("utf-8")
 COMPOSE = (ROOT / "docker-compose.yml").read_text("utf-8")
 FOR_OTHERS = (ROOT / "docker-compose.serve.yml").read_text("utf-8")
+
+
+DIGEST = r"@sha256:[0-9a-f]{64}"
 
 
 def arguments(instruction: str) -> list[str]:
@@ -66,11 +70,15 @@ def test_image_installs_only_what_is_locked() -> None:
 
 
 def test_image_pins_base_and_copies_existing_files() -> None:
-    """Base images name a patch release and a Debian release, the same in both stages. Every copied
-    file exists and is not ignored. No variable of the image has a secret."""
-    for image in arguments("FROM"):
-        assert re.fullmatch(r"python:3\.\d+\.\d+-slim-[a-z]+( AS build)?", image)
-    assert len({image.partition(" ")[0] for image in arguments("FROM")}) == 1
+    """The base image has a patch release, a Debian release and a digest. Both stages use it, or the
+    one that a build argument names. Every copied file exists and is not ignored. No variable of the
+    image has a secret."""
+    pinned, *stages = arguments("FROM")
+    assert re.fullmatch(rf"python:3\.\d+\.\d+-slim-[a-z]+{DIGEST} AS base", pinned)
+    assert stages == ["${BASE} AS build", "${BASE}"]
+    assert "BASE=base" in arguments("ARG")
+    # An argument of FROM has to be declared before the first one.
+    assert DOCKERFILE.index("\nARG BASE=base\n") < DOCKERFILE.index("\nFROM ")
     ignore = (ROOT / ".dockerignore").read_text("utf-8").splitlines()
     assert "*" in ignore
     for copied in arguments("COPY"):
@@ -128,11 +136,32 @@ def test_image_has_the_version_of_the_distributions() -> None:
 def test_compose_persists_its_data(text: str) -> None:
     """Postgres 18's volume is where that image expects it; the pepper has a volume too."""
     postgres = yaml.safe_load(text)["services"]["postgres"]
-    assert re.fullmatch(r"postgres:18\.\d+-[a-z]+", postgres["image"])
+    assert re.fullmatch(rf"postgres:18\.\d+-[a-z]+{DIGEST}", postgres["image"])
     assert postgres["volumes"] == ["postgres-data:/var/lib/postgresql"]
     assert "latchkey-data:/var/lib/latchkey" in compose(text)["volumes"]
     assert any("LATCHKEY_DATA_DIR=/var/lib/latchkey" in env for env in arguments("ENV"))
     assert compose(text)["depends_on"]["postgres"]["condition"] == "service_healthy"
+
+
+@pytest.mark.parametrize("text", [COMPOSE, FOR_OTHERS])
+def test_compose_pins_images_by_digest(text: str) -> None:
+    """Each image that is not built here has a version and a digest, so that it cannot change under
+    an operator. Dependabot proposes newer ones."""
+    for service in yaml.safe_load(text)["services"].values():
+        if "build" not in service:
+            assert re.fullmatch(rf"[a-z/]+:v?\d+\.[\w.-]+{DIGEST}", service["image"])
+    dependabot = yaml.safe_load((ROOT / ".github/dependabot.yml").read_text("utf-8"))
+    kinds = {update["package-ecosystem"] for update in dependabot["updates"]}
+    assert kinds >= {"docker", "docker-compose"}
+
+
+def test_images_of_workflows_have_a_digest_or_a_reason() -> None:
+    """A container of CI is pinned by digest, or a comment says why not."""
+    for workflow in (ROOT / ".github/workflows").glob("*.yml"):
+        lines = workflow.read_text("utf-8").splitlines()
+        for before, line in itertools.pairwise(lines):
+            if re.match(r"\s*image: ", line):
+                assert re.search(DIGEST, line) or "# Without a digest: " in before, line
 
 
 def test_monitoring_is_optional_and_stays_on_this_machine() -> None:
@@ -169,3 +198,7 @@ def test_make_image_says_what_is_missing(tmp_path: Path) -> None:
     assert code == 0, said
     assert f"--tag latchkey:{version(ROOT)} ." in said
     assert "\nbuildah build " in said
+    assert "BASE" not in said
+    base = "BASE=registry.example.com/python:3.13"
+    code, said = run(("make", "-C", str(ROOT), "image", base), 30, environment)
+    assert f"--build-arg {base} " in said

@@ -1,6 +1,7 @@
 """What refused calls leave behind in a worker of the service, started as users start it."""
 
 import shutil
+import ssl
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -10,11 +11,24 @@ from typing import Any
 import grpc
 import psutil
 import pytest
+from latchkey_proto.v1 import token_service_pb2 as pb
+from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
+from latchkey_service.access.methods import METHODS
+from latchkey_service.settings.settings import Settings
 
-from tests.helpers.callers import ca_pem, policy_text, write_server_files
+from tests.helpers import raw_http2 as http2
+from tests.helpers.callers import (
+    ca_pem,
+    channel_credentials,
+    policy_text,
+    spiffe_identity,
+    uri,
+    write_server_files,
+)
 from tests.helpers.calls import CHANNEL_OPTIONS, is_serving
 from tests.helpers.free_ports import free_port
 from tests.helpers.rich_status import refusal
+from tests.helpers.servers import serving_as
 from tests.helpers.service_process import PYTHON, service
 from tests.helpers.waiting import eventually
 
@@ -69,3 +83,49 @@ async def test_refused_calls_leave_no_memory_behind(folder: Path, database_url: 
         assert running.worker_pids == [pid]
         growth = max(resident) - resident[SETTLING]
         assert growth < GROWTH_BYTES_MAX, [size // MIB for size in resident]
+
+
+async def test_messages_of_unknown_certificates_are_not_received(
+    settings: Settings, folder: Path
+) -> None:
+    """Where certificates identify the callers, a call with a certificate of nobody is refused
+    although most of its message is still to come, for each unary method that needs an identity.
+    A known caller's large message is received."""
+    policy = folder / "policy.toml"
+    policy.write_text(policy_text())
+    more = {"policy": policy, "tls_listen": f"localhost:{free_port()}"}
+    files = write_server_files(folder)
+    stranger = spiffe_identity(uri("stranger"))
+    pem = folder / "stranger.pem"
+    pem.write_bytes(stranger.certificate + stranger.key)
+    context = ssl.create_default_context(cadata=ca_pem().decode())
+    context.load_cert_chain(pem)
+    context.set_alpn_protocols(["h2"])
+    async with serving_as(settings.model_copy(update=more | files)) as server:
+        assert server.tls_address is not None
+        async with http2.connected(server.tls_address, tls=context) as raw:
+            await raw.open()
+            for path, rule in METHODS.items():
+                if rule.role is None or rule.audited or path.endswith("/Watch"):
+                    continue
+                stream = raw.begin(http2.headers(path))
+                raw.send(http2.DATA, 0, stream, http2.message(bytes(4 * MIB))[:1_000])
+                # The initial metadata may come first.
+                while not (await raw.until(http2.HEADERS, stream)).flags & http2.END_STREAM:
+                    pass
+        known = channel_credentials(spiffe_identity(uri("verifier")))
+        address = server.tls_address
+        async with grpc.aio.secure_channel(address, known, options=CHANNEL_OPTIONS) as channel:
+            stub: Any = pb_grpc.TokenServiceStub(channel)
+            answer = await stub.Verify(pb.VerifyRequest(secret="x" * MIB), timeout=10)
+            assert answer.verdict == pb.VERDICT_MALFORMED
+            asked = pb.BatchVerifyRequest(requests=[pb.VerifyRequest(secret="x")] * 1_000)
+            assert len((await stub.BatchVerify(asked, timeout=10)).responses) == 1_000
+            # Above the transport's own limit.
+            with pytest.raises(grpc.aio.AioRpcError) as large:
+                await stub.Get(pb.GetRequest(id="x" * 6 * MIB), timeout=10)
+            assert large.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            call: Any = channel.stream_unary("/latchkey.v1.TokenService/Verify")
+            with pytest.raises(grpc.aio.AioRpcError) as empty:
+                await call(iter(()), timeout=10)
+            assert empty.value.code() is grpc.StatusCode.UNIMPLEMENTED

@@ -50,8 +50,8 @@ async def callers(table: UsageTable, token_id: str, today: date) -> list[CallerU
     return found or []
 
 
-async def insert(store: TokenStore, token_id: str) -> None:
-    record = TokenRecord(token_id, "acme", token_id, Scope.READ, CREATED, None, HINT)
+async def insert(store: TokenStore, token_id: str, hint: str = HINT) -> None:
+    record = TokenRecord(token_id, "acme", token_id, Scope.READ, CREATED, None, hint)
     digest = Digest(token_id.encode().ljust(32, b"0"), "pepper")
     await store.insert_token(record, token_id, digest, audit_context())
 
@@ -99,6 +99,34 @@ async def test_a_repeated_batch_counts_once(table: UsageTable) -> None:
     await table.record("b", 1, [used(15.0)])
     (shop,) = await callers(table, "t1", TODAY)
     assert shop.days == [(CREATED.date(), 3)]
+
+
+@pytest.mark.parametrize(
+    ("stored", "used_with", "known"),
+    [
+        ("acme_live_…abcd", "acme_…abcd", True),
+        ("…abcd", "sk_…abcd", True),
+        ("the key that ends with abcd"[-16:], "…abcd", True),
+        ("acme_live_…abcd", "acme_…abce", False),
+        ("acme_live_abc…", "acme_…abcd", False),
+    ],
+)
+async def test_a_hint_of_another_form_is_recognised_by_its_end(
+    table: UsageTable,
+    store: TokenStore,
+    database_url: str,
+    stored: str,
+    used_with: str,
+    known: bool,
+) -> None:
+    """The hint of an imported secret may have any form. Its uses are those of the secret whose last
+    four characters it ends with."""
+    await store.register_pepper("pepper")
+    await insert(store, "t1", stored)
+    await table.record("a", 1, [used(10.0)._replace(hint=used_with)])
+    async with session(database_url) as connection:
+        hints = [row[0] for row in await connection.fetch("SELECT hint FROM token_usage")]
+    assert hints == [stored if known else ""]
 
 
 async def test_only_uses_that_can_be_true_are_stored(

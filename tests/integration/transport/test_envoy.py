@@ -112,7 +112,7 @@ async def envoy_before_latchkey(
         with (folder / "log").open("wb") as log:
             process = await asyncio.create_subprocess_exec(
                 str(program),
-                *("-c", "envoy.yaml", "--use-dynamic-base-id", "--concurrency", "1"),
+                *("-c", "envoy.yaml", "--disable-hot-restart", "--concurrency", "1"),
                 cwd=folder,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,

@@ -67,10 +67,20 @@ def test_unknown_step_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_workflow_runs_make() -> None:
-    """GitHub runs `make check` and `make test`, the tests even if a check failed."""
+    """GitHub runs `make check` and all tests, the tests even if a check failed."""
     steps = {step["run"]: step for step in job()["steps"] if "run" in step}
     assert "if" not in steps["make check"]
-    assert steps["make test"]["if"] == "${{ !cancelled() }}"
+    for command in ("make test", "make test-slow"):
+        assert steps[command]["if"] == "${{ !cancelled() }}"
+
+
+def test_each_test_runs_in_ci() -> None:
+    """A test is either slow or not, and `.ci/run` runs both kinds, whatever the others say."""
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    chosen = re.findall(r"^\t@?exec \$\(PYTEST\) (.+)$", makefile, re.MULTILINE)
+    assert chosen == ['$(or $(ARGS),-m "not slow")', "-m slow $(ARGS)"]
+    commands = re.findall(r"^run (\S+)$", (ROOT / ".ci" / "run").read_text("utf-8"), re.MULTILINE)
+    assert commands == ["check", "test", "test-slow"]
 
 
 def test_workflow_uses_supported_versions() -> None:

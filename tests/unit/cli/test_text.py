@@ -1,6 +1,8 @@
+import shlex
+
 import pytest
 from latchkey_cli.secrets import find_secret, redact
-from latchkey_cli.text import visible
+from latchkey_cli.text import pasted, visible
 
 SECRET = "lk" + "_0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abcdefghijklmno" + "0jDM4R"
 
@@ -44,3 +46,20 @@ def test_other_text_is_unchanged() -> None:
     arguments = ["get", "tok_01m85p4026a9mpn8gsxx9fknb8", "lk_short", "ci_deploy_bot", "a" * 64]
     assert find_secret(arguments) is None
     assert [redact(argument) for argument in arguments] == arguments
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ("acme", "acme"),
+        ("jane@example.com", "jane@example.com"),
+        ("auth0|5f7c8e", '"auth0|5f7c8e"'),
+        ("~root", '"~root"'),
+        ("a b;$(id)", "'a b;$(id)'"),
+        ("", "''"),
+    ],
+)
+def test_words_can_be_pasted(word: str, shown: str) -> None:
+    """A shell takes the shown text as this one word, with quotes only where they are needed."""
+    assert pasted(word) == shown
+    assert shlex.split(shown) == [word]

@@ -3,10 +3,12 @@
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 from latchkey import FieldViolation, RateLimit, Scope, Token, TokenSecret
 from latchkey_console.editing import ENDS, EditForm, ReplaceForm, Replacement
+from latchkey_console.forms import TOKEN_BYTES_MAX, parse_body
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 TOKEN = Token(
@@ -18,8 +20,11 @@ TOKEN = Token(
     expire_time=NOW + timedelta(days=90),
     description="two\nlines",
     allowed_networks=("192.0.2.0/24", "2001:db8::/32"),
+    permissions=("orders:read", "stock:*"),
+    labels={"team": "payments", "a=b\\": " c=d"},
     rate_limit=RateLimit(100, timedelta(minutes=1), 20),
 )
+LABELS = "a\\=b\\\\= c=d\nteam=payments"
 
 
 def edit(**fields: Any) -> "dict[str, Any] | EditForm":
@@ -42,6 +47,21 @@ def edit(**fields: Any) -> "dict[str, Any] | EditForm":
             {"networks": "198.51.100.7, 10.0.0.0/8"},
             {"allowed_networks": ["198.51.100.7", "10.0.0.0/8"]},
         ),
+        ({"permissions": "orders:read\r\nstock:*\r\n"}, {}),
+        ({"permissions": "orders:read"}, {"permissions": ["orders:read"]}),
+        (
+            {"permissions": "stock:*, orders:read orders:cancel"},
+            {"permissions": ["stock:*", "orders:read", "orders:cancel"]},
+        ),
+        ({"permissions": " "}, {"permissions": []}),
+        ({"labels": f"\r\n{LABELS}\r\n".replace("\n", "\r\n")}, {}),
+        ({"labels": ""}, {"labels": {}}),
+        # A line that was not changed keeps its white space. Typed labels have none around them.
+        (
+            {"labels": LABELS.replace("team=payments", " team = sales=eu ")},
+            {"labels": {"a=b\\": " c=d", "team": "sales=eu"}},
+        ),
+        ({"labels": "empty="}, {"labels": {"empty": ""}}),
         ({"rate": " 100/minute, burst 20 "}, {}),
         ({"rate": ""}, {"rate_limit": None}),
         ({"rate": "5/second"}, {"rate_limit": RateLimit(5, timedelta(seconds=1))}),
@@ -74,6 +94,21 @@ def test_a_save_contains_only_what_was_changed(
         ({"rate": "100"}, "rate", "100/minute"),
         ({"rate": "100/day"}, "rate", "100/minute"),
         ({"rate": "-1/hour"}, "rate", "100/minute"),
+        ({"permissions": "orders"}, "permissions", "“orders” is not a permission"),
+        ({"permissions": "*:read"}, "permissions", "“*:read” is not a permission"),
+        ({"permissions": "Orders:Read"}, "permissions", "Did you mean orders:read?"),
+        (
+            {"permissions": "\n".join(f"orders:{n}" for n in range(65))},
+            "permissions",
+            "65 permissions",
+        ),
+        ({"labels": "team"}, "labels", "“team” is not a label"),
+        ({"labels": "=payments"}, "labels", "“=payments” is not a label"),
+        ({"labels": "team=a\nteam=b"}, "labels", "“team” occurs twice"),
+        ({"labels": f"{'x' * 64}=a"}, "labels", "64 characters"),
+        ({"labels": f"team={'x' * 256}"}, "labels", "256 characters"),
+        ({"labels": "team=a\x00b"}, "labels", "control character"),
+        ({"labels": "\n".join(f"n{n}=a" for n in range(17))}, "labels", "17 labels"),
         ({"networks": "10.1.2.3/8"}, "networks", "Did you mean 10.0.0.0/8?"),
         ({"networks": "\n".join(f"10.0.0.{n}" for n in range(33))}, "networks", "33 networks"),
     ],
@@ -90,11 +125,35 @@ def test_errors_appear_at_their_field(typed: dict[str, str], place: str, words: 
 def test_the_form_survives_the_browser() -> None:
     """What the page sends back is the form that it showed."""
     form = EditForm.of(TOKEN)
-    names = ("name", "scope", "description", "networks", "rate", "expiry")
+    assert form.labels == LABELS
+    names = (*form.before, "expiry")
     sent = {name: getattr(form, name) for name in names}
     sent |= {f"was_{name}": value for name, value in form.before.items()}
     assert EditForm.read(sent) == form
     assert isinstance(EditForm.read({}).checked(NOW), EditForm)
+
+
+def test_the_largest_form_fits() -> None:
+    """The page accepts a form with the longest texts that a token may have, before and after."""
+    key = "\U0001f511"
+    labels = {f"{number:02}{key * 61}": key * 255 for number in range(16)}
+    token = replace(
+        TOKEN,
+        name=key * 64,
+        description=key * 256,
+        allowed_networks=tuple(f"2001:db8:aaaa:bbbb:cccc:dddd:eeee:{n:04x}/128" for n in range(32)),
+        permissions=tuple(f"{'x' * 29}{n:02}:{'y' * 31}" for n in range(64)),
+        labels=labels,
+    )
+    form = EditForm.of(token)
+    sent = {name: value.replace("\n", "\r\n") for name, value in form.before.items()}
+    sent |= {f"was_{name}": value for name, value in sent.items()}
+    # The names of the filter's fields, and of those that are always short.
+    others = [*("account", "q", "access", "state", "review", "sort", "show", "page", "at")]
+    others += ["id", "csrf", "expiry", "date", "date_end"]
+    body = urlencode(sent | dict.fromkeys(others, key * 64)).encode()
+    assert len(body) <= TOKEN_BYTES_MAX
+    assert replace(EditForm.read(parse_body(body)), expiry="keep").checked(NOW) == {}
 
 
 def test_service_errors_appear_at_their_field() -> None:
@@ -104,14 +163,18 @@ def test_service_errors_appear_at_their_field() -> None:
             FieldViolation("token.allowed_networks[0]", "is odd."),
             FieldViolation("token.rate_limit.burst", "must be 0 to 1,000,000"),
             FieldViolation("description", "must not contain a secret"),
-            FieldViolation("labels", "are odd"),
+            FieldViolation('token.labels["team"]', "must have at most 255 characters"),
+            FieldViolation("token.permissions[3]", "is odd"),
+            FieldViolation("update_mask", "is odd"),
         ]
     )
     assert form.errors == {
         "networks": "An allowed network is odd.",
         "rate": "The burst of the rate limit must be 0 to 1,000,000.",
         "description": "The description must not contain a secret.",
-        "": "labels are odd.",
+        "labels": "A label must have at most 255 characters.",
+        "permissions": "A permission is odd.",
+        "": "update_mask is odd.",
     }
     assert list(form.refused([]).errors) == [""]
 

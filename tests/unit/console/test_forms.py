@@ -63,6 +63,30 @@ def test_rate_limit(typed: str, limit: RateLimit | None) -> None:
     assert made(TokenForm(name="x", rate=typed)).rate_limit == limit
 
 
+def test_further_fields() -> None:
+    """Description, networks, permissions and labels are optional, and mean what was typed."""
+    form = TokenForm(
+        name="x",
+        description=" two\r\nlines ",
+        networks="192.0.2.0/24\r\n2001:db8::/32",
+        permissions="orders:read, stock:*",
+        labels="team = payments\r\ntier=",
+    )
+    new = made(form)
+    assert new == NewToken(
+        "x",
+        Scope.READ,
+        None,
+        timedelta(days=90),
+        description="two\nlines",
+        allowed_networks=("192.0.2.0/24", "2001:db8::/32"),
+        permissions=("orders:read", "stock:*"),
+        labels=(("team", "payments"), ("tier", "")),
+    )
+    assert form.has_more
+    assert not TokenForm(name="x", rate="5/second").has_more
+
+
 @pytest.mark.parametrize(
     ("limits", "offered", "chosen", "last"),
     [
@@ -136,6 +160,10 @@ def test_date_may_be_today() -> None:
         (TokenForm(name="x", rate="0/minute"), "rate", "from 1 to 1,000,000"),
         (TokenForm(name="x", rate="1000001/hour"), "rate", "from 1 to 1,000,000"),
         (TokenForm(name="x", rate="1/hour, burst 1000001"), "rate", "from 1 to 1,000,000"),
+        (TokenForm(name="x", description="x" * 257), "description", "257 characters"),
+        (TokenForm(name="x", networks="office"), "networks", "“office” is not a network"),
+        (TokenForm(name="x", permissions="orders"), "permissions", "is not a permission"),
+        (TokenForm(name="x", labels="team"), "labels", "“team” is not a label"),
     ],
 )
 def test_errors_appear_at_their_field(form: TokenForm, field: str, words: str) -> None:

@@ -80,7 +80,7 @@ def test_data_directories(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_scanner_pattern() -> None:
     """The scanners' pattern finds a secret in a text: all of it, and nothing longer or shorter."""
-    match = re.search(r"<!-- test: regex -->\n```\n(.+)\n```", SETTINGS)
+    match = re.search(r"<!-- test: regex -->\n```text\n(.+)\n```", SETTINGS)
     assert match is not None
     pattern = re.compile(match[1])
     for number in range(100):

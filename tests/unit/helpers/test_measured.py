@@ -1,75 +1,98 @@
-"""Which tests count for coverage. `make test` measures a small suite here."""
+"""What `make test` counts as covered, and when it fails. Each test measures a small suite."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-from tests.helpers import measured
+import pytest
 
-# A few small tests, of which two start an interpreter.
+from tests.helpers.repository import ROOT
+
+# A few small tests in some interpreters, on a busy machine.
 SECONDS = 60.0
-# By path, because that suite's folder is called `tests` too.
-CONFTEST = f"""
-import runpy
-pytest_runtest_protocol = runpy.run_path({measured.__file__!r})["pytest_runtest_protocol"]
+SETTINGS = """
+[tool.slipcover]
+branch = true
+source = ["library"]
+exclude-also = ["^if __name__ == .__main__.:"]
+fail-under = {floor}
 """
-# Each function is called by one test, in its process or in one that it starts.
-NAMES = (
-    *("counted", "not_counted", "counted_child", "not_counted_child", "counted_again"),
-    *("on_native", "on_grpcio"),
+LIBRARY = """
+def first(number):
+    if number:
+        number += 1
+    return number
+
+def second():
+    return 2
+
+def missed():
+    return 3
+
+if __name__ == "__main__":
+    missed()
+"""
+# As tests/conftest.py imports the service.
+CONFTEST = "import library.used\n"
+TESTS = {
+    "tests/test_first.py": "import library.used\ndef test(): assert library.used.first(1) == 2\n",
+    "tests/test_second.py": "import library.used\ndef test(): assert library.used.second() == 2\n",
+}
+# SlipCover's columns: lines, missed lines, branches, missed branches, two percentages, what is
+# missing.
+ROW = re.compile(
+    r"^library/(\w+)\.py +(\d+) +(\d+) +(\d+) +(\d+) +\d+ +\d+ +(.+?) *$", re.MULTILINE
 )
-LIBRARY = "".join(f"def {name}():\n    return '{name}'\n" for name in NAMES)
-TEST = """
-import subprocess, sys
-import library
-def test():
-    library.{name}()
-    code = "import library; library.{name}_child()"
-    subprocess.run([sys.executable, "-c", code], check=True)
-"""
 
 
-ON_EACH_TRANSPORT = """
-import library, pytest
-@pytest.mark.parametrize("transport", ["native", "grpcio"])
-def test(transport):
-    getattr(library, f"on_{transport}")()
-"""
-
-
-def test_only_some_tests_are_measured(tmp_path: Path) -> None:
-    """A test in `unit` counts, with the processes that it starts. A test in `faults` does not,
-    and the measurement continues after it. A contract test counts on one transport.
-    """
+def measure(folder: Path, *options: str, floor: float) -> subprocess.CompletedProcess[str]:
+    """Measure the small suite, of which each worker runs one test."""
     files = {
-        "library.py": LIBRARY,
-        "pytest.ini": "[pytest]\n",
+        "pyproject.toml": SETTINGS.format(floor=floor),
+        "library/__init__.py": "",
+        "library/used.py": LIBRARY,
+        "library/unused.py": "def unused():\n    return 1\n",
         "tests/conftest.py": CONFTEST,
-        "tests/unit/test_a.py": TEST.format(name="counted"),
-        "tests/faults/test_b.py": TEST.format(name="not_counted"),
-        "tests/unit/test_c.py": "import library\ndef test(): library.counted_again()\n",
-        "tests/contract/test_d.py": ON_EACH_TRANSPORT,
-        "setup.cfg": "[coverage:run]\nsource = .\npatch = subprocess\n",
+        **TESTS,
     }
     for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    order = [name for name in files if "/test_" in name]
-    done = subprocess.run(
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return subprocess.run(
         [
-            *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q"),
-            *("--import-mode=importlib", "--cov", "--cov-report=term-missing", *order),
+            *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *options),
+            *("--import-mode=importlib", "--rootdir", ".", "tests"),
         ],
-        cwd=tmp_path,
-        env={"PATH": "", "PYTHONPATH": str(tmp_path)},
+        cwd=folder,
+        env={
+            "PATH": "",
+            # The suite's own folder is called `tests` too.
+            "PYTHONPATH": f"{folder}:{ROOT}",
+            "PYTEST_PLUGINS": "tests.helpers.measured",
+        },
         capture_output=True,
         text=True,
         check=False,
         timeout=SECONDS,
     )
-    assert "5 passed" in done.stdout, done.stdout + done.stderr
-    (missing,) = re.findall(r"^library\.py .*%(.*)$", done.stdout, re.MULTILINE)
-    left = [LIBRARY.splitlines()[int(number) - 1] for number in missing.split(",")]
-    names = ("not_counted", "not_counted_child", "on_grpcio")
-    assert left == [f"    return '{name}'" for name in names]
+
+
+@pytest.mark.parametrize("options", [("-n", "0"), ("-n", "2")])
+def test_lines_and_branches_of_all_workers_count(tmp_path: Path, options: tuple[str, ...]) -> None:
+    """The report unites the workers, from the first import on. It lists each missed line and
+    branch, and modules that nothing imports."""
+    done = measure(tmp_path, *options, floor=1)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {name: tuple(rest) for name, *rest in ROW.findall(done.stdout)}
+    assert rows["used"] == ("8", "1", "2", "1", "3->5, 11")
+    assert rows["unused"] == ("2", "2", "0", "0", "1-2")
+    assert re.search(r"^Coverage: 66\.7 %$", done.stdout, re.MULTILINE)
+
+
+def test_too_little_coverage_fails_the_run(tmp_path: Path) -> None:
+    """A run below the floor fails although its tests pass, and says why."""
+    done = measure(tmp_path, floor=90)
+    assert "2 passed" in done.stdout
+    assert "FAILED: coverage is below the floor of 90 %" in done.stdout
+    assert done.returncode == 1

@@ -1,6 +1,7 @@
 """How callers share the slots of a role, and what goes before everything else."""
 
 import asyncio
+import random
 from typing import Any
 
 import pytest
@@ -210,6 +211,11 @@ class Waiting:
             self._slots.setdefault(caller, []).append(slot)
         return tries
 
+    async def end_one(self, caller: str) -> None:
+        """End one of the caller's calls, if it has any."""
+        if self._slots.get(caller):
+            await self._slots[caller].pop().__aexit__(None, None, None)
+
     async def end(self, caller: str) -> None:
         for slot in self._slots.pop(caller):
             await slot.__aexit__(None, None, None)
@@ -220,16 +226,46 @@ async def test_one_caller_cannot_fill_the_total() -> None:
     for a further one. When a caller has left, its room is free again."""
     scene = Waiting(100)
     assert await scene.fill("flood", 200) == 50
-    assert await scene.fill("a", 200) == 33
-    assert await scene.fill("b", 200) == 17
+    assert await scene.fill("a", 200) == 25
+    assert await scene.fill("b", 200) == 13
+    assert await scene.fill("c", 200) == 6
     assert await scene.fill("flood", 1) == 0
     await scene.end("flood")
-    assert await scene.fill("c", 200) == 25
-    assert await scene.fill("b", 200) == 8
-    for caller in "abc":
+    assert await scene.fill("d", 200) == 28
+    for caller in "abcd":
         await scene.end(caller)
     assert scene.limiter._total == 0
     assert scene.limiter._present == {}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 9])
+async def test_shares_become_equal(count: int) -> None:
+    """However unequally callers begin, each of n callers that all want more soon has 1/(n+1) of the
+    total, as calls end and others take their places."""
+    total = 1_000
+    scene = Waiting(total)
+    callers = [f"caller {number}" for number in range(count)]
+    for caller in callers:
+        await scene.fill(caller, total)
+    order = random.Random(1)  # noqa: S311 - repeatable
+    for _ in range(4 * total):
+        await scene.end_one(order.choice(callers))
+        for caller in order.sample(callers, count):
+            await scene.fill(caller, 1)
+    held = [scene.limiter._present[caller] for caller in callers]
+    assert min(held) >= 0.8 * total / (count + 1)
+    assert max(held) <= 1.1 * total / (count + 1)
+    assert await scene.fill("newcomer", 1) == 1
+    for caller in [*callers, "newcomer"]:
+        await scene.end(caller)
+
+
+async def test_many_newcomers_find_room() -> None:
+    """Callers that arrive one after the other, each with as many calls as are accepted, all find
+    room, if they are no more than nine."""
+    scene = Waiting(1_000)
+    for number in range(9):
+        assert await scene.fill(f"caller {number}", 1_000) > 0, number
 
 
 async def test_calls_without_a_name_share_the_total() -> None:

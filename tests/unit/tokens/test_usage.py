@@ -139,8 +139,8 @@ def test_a_full_buffer_drops_new_entries_only() -> None:
 
 
 def test_callers_share_the_room_for_reports() -> None:
-    """Alone, the reports of one caller take half of the room. With more callers each has less, so
-    that there is room for the next one. A quarter is left for verifies of this process."""
+    """A caller takes half of the room for reports that the callers before it have left, so each
+    further one finds some. A quarter is left for verifies of this process."""
     uses = pending(24)
 
     def report(caller: str) -> int:
@@ -149,15 +149,16 @@ def test_callers_share_the_room_for_reports() -> None:
         uses.report(caller, made_up, 10.0)
         return len(uses) - before
 
-    assert [report(caller) for caller in ("first", "second", "third", "first")] == [12, 6, 0, 0]
+    taken = [report(caller) for caller in ("first", "second", "third", "fourth", "first")]
+    assert taken == [9, 5, 2, 1, 0]
     for number in range(6):
         uses.count(cached(f"t{number}"), SECRET, "shop", 10.0)
-    assert (len(uses), uses.dropped) == (24, 38 + 44 + 50 + 38)
+    assert (len(uses), uses.dropped) == (9 + 5 + 2 + 1 + 6, 41 + 45 + 48 + 49 + 41)
 
 
 def test_taken_reports_give_back_their_room() -> None:
     """A caller's share is that of its entries that wait, also while the buffer never empties."""
-    uses = pending(8)
+    uses = pending(11)
     uses.count(cached("t1"), SECRET, "shop", 10.0)
     for _ in range(10):
         uses.report("web", [reported(token_id=f"x{number}") for number in range(9)], 10.0)

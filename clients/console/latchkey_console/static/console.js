@@ -8,6 +8,8 @@
   const WAIT_MS = 30_000;
   const TYPING_MS = 200;
   const COPIED_MS = 2_500;
+  // The fields of a new token, whose input outlives the form.
+  const DRAFTED = ["name", "scope", "expiry", "date", "rate", "description", "networks", "permissions", "labels"];
   // Where the list is: "/", or a path that ends with a slash.
   const HOME = `${document.documentElement.dataset.base}/`;
   const byId = (id) => document.getElementById(id);
@@ -260,6 +262,8 @@
   function prepare(form, again) {
     if (!draft || again) return;
     for (const [name, value] of Object.entries(draft)) form.elements[name].value = value;
+    const more = one(".more", form);
+    more.open = all("textarea", more).some((field) => field.value);
   }
 
   async function refresh() {
@@ -279,12 +283,7 @@
   // Keeps the form's input for the next time it opens, unless the user pressed Cancel.
   function close(dialog, { keep = true } = {}) {
     const form = one("form[action$='/tokens']:has(#name)", dialog);
-    const { name, scope, expiry, date, rate } = form?.elements ?? {};
-    if (form) {
-      draft = keep
-        ? { name: name.value, scope: scope.value, expiry: expiry.value, date: date.value, rate: rate.value }
-        : null;
-    }
+    if (form) draft = keep ? Object.fromEntries(DRAFTED.map((name) => [name, form.elements[name].value])) : null;
     if (location.pathname !== HOME) {
       const url = closeUrl();
       history.replaceState(null, "", url);
