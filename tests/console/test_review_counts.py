@@ -47,7 +47,8 @@ async def test_counts_are_the_findings_of_all_rows(address: str, shared_servers:
                 await client.report_secrets([created.secret])
             renewed = NOW - (age if number % 7 else DAY / 2)
             await connection.execute(
-                "UPDATE secret SET create_time = $2 WHERE token_id = $1", token_id, renewed
+                "UPDATE secret SET create_time = $2, ordinal = 1 WHERE token_id = $1",
+                *(token_id, renewed),
             )
             if used is not None:
                 await connection.execute(

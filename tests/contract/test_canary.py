@@ -29,7 +29,7 @@ def logs(request):
 def exported(monkeypatch):
     """The spans that the server exports."""
     memory = InMemorySpanExporter()
-    monkeypatch.setattr(trace_export, "OTLPSpanExporter", lambda: memory)
+    monkeypatch.setattr(trace_export, "OTLPSpanExporter", lambda **_: memory)
     return memory
 
 

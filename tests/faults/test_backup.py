@@ -35,6 +35,8 @@ from tests.helpers.postgres_node import (
 )
 from tests.helpers.waiting import WAIT_SECONDS, eventually
 
+pytestmark = pytest.mark.slow("restores backups under a running service")
+
 LEASE_SECONDS = 3.0
 # Between verifies of one loop: often enough to hit each moment, and bearable for a busy machine.
 VERIFY_SECONDS = 0.02

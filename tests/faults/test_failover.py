@@ -32,6 +32,8 @@ from tests.helpers.postgres_node import Node, Template
 from tests.helpers.replicated_pair import Pair, pair
 from tests.helpers.waiting import POLL_SECONDS, eventually
 
+pytestmark = pytest.mark.slow("runs pairs of Postgres servers")
+
 LEASE_SECONDS = 3.0
 DELETION = "INTO deletion"
 RENEWAL = "verifier"

@@ -21,6 +21,8 @@ from tests.helpers.postgres_node import Node, Template
 from tests.helpers.replicated_pair import Pair, pair
 from tests.helpers.waiting import eventually
 
+pytestmark = pytest.mark.slow("runs pairs of Postgres servers")
+
 LEASE_SECONDS = 3.0
 CLI_SECONDS_MAX = 20.0
 # The service queries the other hosts at this interval, with a spread; a busy machine adds to it.

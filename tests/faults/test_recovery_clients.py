@@ -21,6 +21,7 @@ from tests.helpers.service_process import Service, service
 from tests.helpers.waiting import RESUME_SECONDS, eventually
 
 pytestmark = [
+    pytest.mark.slow("loads a service through an outage"),
     # The tests take turns to break one Postgres.
     pytest.mark.xdist_group("recovery"),
     pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),

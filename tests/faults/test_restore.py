@@ -22,6 +22,8 @@ from tests.faults.host import (
 from tests.helpers.postgres_node import Node, Template, lone_node
 from tests.helpers.waiting import eventually
 
+pytestmark = pytest.mark.slow("restores backups under a running service")
+
 # Short enough to wait for.
 CACHE_SECONDS = 3.0
 # Archive recovery begins a new timeline. A plain copy of the files continues the old one.

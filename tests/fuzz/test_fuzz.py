@@ -20,10 +20,13 @@ from tests.fuzz.surroundings import surroundings
 from tests.fuzz.target import TARGETS
 from tests.helpers.repository import ROOT
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("atheris") is None,
-    reason="atheris is available only for CPython 3.11-3.13 on Linux, x86-64",
-)
+pytestmark = [
+    pytest.mark.slow("fuzzes each target"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("atheris") is None,
+        reason="atheris is available only for CPython 3.11-3.13 on Linux, x86-64",
+    ),
+]
 SECONDS = 1
 SEED = 20_261_124
 # Minimum number of inputs for each target, the corpus included: a fiftieth of the number on an idle

@@ -195,7 +195,7 @@ def measure(folder: str) -> Any:
     """Begin to measure what this process imports, and the processes that it forks."""
     from tests.helpers.measured import Measurement
 
-    measurement = Measurement(ROOT, Path(folder), short=True)
+    measurement = Measurement(ROOT, Path(folder))
     measurement.start()
     return measurement
 

@@ -1,9 +1,9 @@
 """Measures which lines and branches of the service and the clients the tests execute.
 
 A plugin of pytest, which `make test` loads before anything that it measures is imported
-(`PYTEST_PLUGINS`). SlipCover removes its probes from code that has run, so that hot loops and
-measurements of time in the tests are as without it. Measured are the processes of pytest and the
-command line tool (`fork_server.py`), not the services that tests start as processes.
+(`PYTEST_PLUGINS`). SlipCover adds a probe to each line that is measured and leaves all other code
+as it is, which costs much less than a tracer. Measured are the processes of pytest and the command
+line tool (`fork_server.py`), not the services that tests start as processes.
 
 Each process saves the lines that it has seen. The process that reports unites them. The settings
 are in pyproject.toml (`[tool.slipcover]`).
@@ -30,10 +30,10 @@ __all__ = ["FOLDER", "Measurement", "folder"]
 FOLDER: Final = "COVERAGE_FOLDER"
 # The variable by which pytest loads this plugin. Another pytest that a test starts must not.
 _PLUGINS: Final = "PYTEST_PLUGINS"
-# After this many passes through one probe, the probes that have been passed are removed. That takes
-# a second, which a process that ends soon does not spend.
-_PASSES_MAX: Final = 50
-_NEVER: Final = 2**31 - 1
+# SlipCover could remove the probes that have been passed so many times. With Python 3.11, it edits
+# the code of all modules for that, so that an event loop stops for a quarter of a second; the whole
+# suite would also use more processor time.
+_PASSES_MAX: Final = 2**31 - 1
 
 Coverage = dict[str, Any]
 
@@ -47,9 +47,8 @@ def folder() -> str | None:
 class Measurement:
     """Measures the modules that this process imports from now on."""
 
-    def __init__(self, root: Path, folder: Path, *, short: bool = False) -> None:
-        """Measure as the pyproject.toml in `root` says, and save in `folder`. A `short` process
-        keeps its probes."""
+    def __init__(self, root: Path, folder: Path) -> None:
+        """Measure as the pyproject.toml in `root` says, and save in `folder`."""
         self._folder = folder
         settings = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["tool"]["slipcover"]
         sources = [str(root / source) for source in settings["source"]]
@@ -58,7 +57,7 @@ class Measurement:
             branch=settings["branch"],
             source=sources,
             exclude_also=settings["exclude-also"],
-            d_miss_threshold=_NEVER if short else _PASSES_MAX,
+            d_miss_threshold=_PASSES_MAX,
         )
         self._imports = ImportManager(self._slipcover, FileMatcher(sources=sources))
 

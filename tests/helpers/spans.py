@@ -73,7 +73,7 @@ async def recording(settings: Settings, **changed: Any) -> AsyncIterator[Recorde
     """Run a server with traces, which go to memory."""
     memory = InMemorySpanExporter()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trace_export, "OTLPSpanExporter", lambda: memory)
+        patch.setattr(trace_export, "OTLPSpanExporter", lambda **_: memory)
         settings = settings.model_copy(update={"traces": "on", **changed})
         async with serving_as(settings) as server:
             yield Recorded(server, memory)

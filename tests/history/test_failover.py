@@ -23,7 +23,7 @@ from tests.history.failover_scenarios import (
 from tests.history.report import violations
 
 # All builds, with their Postgres and processes, share two cores.
-pytestmark = pytest.mark.xdist_group("failover")
+pytestmark = [pytest.mark.slow("runs many hosts with faults"), pytest.mark.xdist_group("failover")]
 
 SHORTEST = (number_is_used_again, look_up_stays)
 # Only a scenario that was cut short takes this long.

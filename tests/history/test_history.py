@@ -25,6 +25,7 @@ from tests.history.run import SHORT, run
 from tests.history.scenarios import SCENARIOS, play, staged
 
 pytestmark = [
+    pytest.mark.slow("runs many hosts with faults"),
     pytest.mark.xdist_group("history"),
     pytest.mark.skipif(sys.platform != "linux", reason="its processes end with their parent"),
 ]

@@ -22,6 +22,7 @@ from tests.soak.slope import Slope, Trend
 from tests.soak.worker import LEAK_VARIABLE, LEAKS
 
 pytestmark = [
+    pytest.mark.slow("loads a service for seconds"),
     pytest.mark.xdist_group("soak"),
     pytest.mark.skipif(sys.platform != "linux", reason="its processes end with their parent"),
 ]

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1flatchkey/v1/audit_service.proto\x12\x0blatchkey.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8b\x02\n\x17\x41uditServiceListRequest\x12\x12\n\naccount_id\x18\x01 \x01(\t\x12\x10\n\x08token_id\x18\x02 \x01(\t\x12\x0e\n\x06\x63\x61ller\x18\x03 \x01(\t\x12\x0e\n\x06method\x18\x04 \x01(\t\x12%\n\x07outcome\x18\x05 \x01(\x0e\x32\x14.latchkey.v1.Outcome\x12.\n\nstart_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tpage_size\x18\x08 \x01(\x05\x12\x12\n\npage_token\x18\t \x01(\t\"]\n\x18\x41uditServiceListResponse\x12(\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x17.latchkey.v1.AuditEntry\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xc9\x02\n\nAuditEntry\x12\n\n\x02id\x18\x01 \x01(\t\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06\x63\x61ller\x18\x03 \x01(\t\x12\x0e\n\x06method\x18\x04 \x01(\t\x12\x12\n\naccount_id\x18\x05 \x01(\t\x12\x10\n\x08token_id\x18\x06 \x01(\t\x12\x0c\n\x04peer\x18\x07 \x01(\t\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12%\n\x07outcome\x18\t \x01(\x0e\x32\x14.latchkey.v1.Outcome\x12\x0c\n\x04\x63ode\x18\n \x01(\x05\x12\x0e\n\x06reason\x18\x0b \x01(\t\x12\r\n\x05\x63\x61lls\x18\x0c \x01(\x03\x12\x0e\n\x06person\x18\r \x01(\t\x12\x16\n\x0e\x63lient_address\x18\x0e \x01(\t\x12\x0f\n\x07\x63\x61ll_id\x18\x0f \x01(\t\x12\x10\n\x08trace_id\x18\x10 \x01(\t*Z\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x0e\n\nOUTCOME_OK\x10\x01\x12\x12\n\x0eOUTCOME_DENIED\x10\x02\x12\x12\n\x0eOUTCOME_FAILED\x10\x03\x32\x63\n\x0c\x41uditService\x12S\n\x04List\x12$.latchkey.v1.AuditServiceListRequest\x1a%.latchkey.v1.AuditServiceListResponseB>\n\x0f\x64\x65v.latchkey.v1P\x01Z)latchkey.dev/proto/latchkey/v1;latchkeyv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1flatchkey/v1/audit_service.proto\x12\x0blatchkey.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8b\x02\n\x17\x41uditServiceListRequest\x12\x12\n\naccount_id\x18\x01 \x01(\t\x12\x10\n\x08token_id\x18\x02 \x01(\t\x12\x0e\n\x06\x63\x61ller\x18\x03 \x01(\t\x12\x0e\n\x06method\x18\x04 \x01(\t\x12%\n\x07outcome\x18\x05 \x01(\x0e\x32\x14.latchkey.v1.Outcome\x12.\n\nstart_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tpage_size\x18\x08 \x01(\x05\x12\x12\n\npage_token\x18\t \x01(\t\"]\n\x18\x41uditServiceListResponse\x12(\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x17.latchkey.v1.AuditEntry\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xc9\x02\n\nAuditEntry\x12\n\n\x02id\x18\x01 \x01(\t\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06\x63\x61ller\x18\x03 \x01(\t\x12\x0e\n\x06method\x18\x04 \x01(\t\x12\x12\n\naccount_id\x18\x05 \x01(\t\x12\x10\n\x08token_id\x18\x06 \x01(\t\x12\x0c\n\x04peer\x18\x07 \x01(\t\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12%\n\x07outcome\x18\t \x01(\x0e\x32\x14.latchkey.v1.Outcome\x12\x0c\n\x04\x63ode\x18\n \x01(\x05\x12\x0e\n\x06reason\x18\x0b \x01(\t\x12\r\n\x05\x63\x61lls\x18\x0c \x01(\x03\x12\x0e\n\x06person\x18\r \x01(\t\x12\x16\n\x0e\x63lient_address\x18\x0e \x01(\t\x12\x0f\n\x07\x63\x61ll_id\x18\x0f \x01(\t\x12\x10\n\x08trace_id\x18\x10 \x01(\t*Z\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x0e\n\nOUTCOME_OK\x10\x01\x12\x12\n\x0eOUTCOME_DENIED\x10\x02\x12\x12\n\x0eOUTCOME_FAILED\x10\x03\x32h\n\x0c\x41uditService\x12X\n\x04List\x12$.latchkey.v1.AuditServiceListRequest\x1a%.latchkey.v1.AuditServiceListResponse\"\x03\x90\x02\x01\x42>\n\x0f\x64\x65v.latchkey.v1P\x01Z)latchkey.dev/proto/latchkey/v1;latchkeyv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,6 +33,8 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'latchkey_proto.v1.audit_ser
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\017dev.latchkey.v1P\001Z)latchkey.dev/proto/latchkey/v1;latchkeyv1'
+  _globals['_AUDITSERVICE'].methods_by_name['List']._loaded_options = None
+  _globals['_AUDITSERVICE'].methods_by_name['List']._serialized_options = b'\220\002\001'
   _globals['_OUTCOME']._serialized_start=778
   _globals['_OUTCOME']._serialized_end=868
   _globals['_AUDITSERVICELISTREQUEST']._serialized_start=82
@@ -42,5 +44,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_AUDITENTRY']._serialized_start=447
   _globals['_AUDITENTRY']._serialized_end=776
   _globals['_AUDITSERVICE']._serialized_start=870
-  _globals['_AUDITSERVICE']._serialized_end=969
+  _globals['_AUDITSERVICE']._serialized_end=974
 # @@protoc_insertion_point(module_scope)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from latchkey_proto.v1 import token_service_pb2 as latchkey_dot_v1_dot_token__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%latchkey/v1/maintenance_service.proto\x12\x0blatchkey.v1\x1a\x1flatchkey/v1/token_service.proto\"\x16\n\x14InvalidateAllRequest\">\n\x15InvalidateAllResponse\x12%\n\x07receipt\x18\x01 \x01(\x0b\x32\x14.latchkey.v1.Receipt2l\n\x12MaintenanceService\x12V\n\rInvalidateAll\x12!.latchkey.v1.InvalidateAllRequest\x1a\".latchkey.v1.InvalidateAllResponseB>\n\x0f\x64\x65v.latchkey.v1P\x01Z)latchkey.dev/proto/latchkey/v1;latchkeyv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%latchkey/v1/maintenance_service.proto\x12\x0blatchkey.v1\x1a\x1flatchkey/v1/token_service.proto\"\x16\n\x14InvalidateAllRequest\">\n\x15InvalidateAllResponse\x12%\n\x07receipt\x18\x01 \x01(\x0b\x32\x14.latchkey.v1.Receipt2q\n\x12MaintenanceService\x12[\n\rInvalidateAll\x12!.latchkey.v1.InvalidateAllRequest\x1a\".latchkey.v1.InvalidateAllResponse\"\x03\x90\x02\x02\x42>\n\x0f\x64\x65v.latchkey.v1P\x01Z)latchkey.dev/proto/latchkey/v1;latchkeyv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,10 +33,12 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'latchkey_proto.v1.maintenan
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\017dev.latchkey.v1P\001Z)latchkey.dev/proto/latchkey/v1;latchkeyv1'
+  _globals['_MAINTENANCESERVICE'].methods_by_name['InvalidateAll']._loaded_options = None
+  _globals['_MAINTENANCESERVICE'].methods_by_name['InvalidateAll']._serialized_options = b'\220\002\002'
   _globals['_INVALIDATEALLREQUEST']._serialized_start=87
   _globals['_INVALIDATEALLREQUEST']._serialized_end=109
   _globals['_INVALIDATEALLRESPONSE']._serialized_start=111
   _globals['_INVALIDATEALLRESPONSE']._serialized_end=173
   _globals['_MAINTENANCESERVICE']._serialized_start=175
-  _globals['_MAINTENANCESERVICE']._serialized_end=283
+  _globals['_MAINTENANCESERVICE']._serialized_end=288
 # @@protoc_insertion_point(module_scope)

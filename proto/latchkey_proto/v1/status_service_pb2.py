@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n latchkey/v1/status_service.proto\x12\x0blatchkey.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x12\n\x10GetStatusRequest\"\x97\x01\n\x11GetStatusResponse\x12\x15\n\rhead_revision\x18\x01 \x01(\x03\x12.\n\tverifiers\x18\x02 \x03(\x0b\x32\x1b.latchkey.v1.VerifierStatus\x12\x11\n\thead_mark\x18\x03 \x01(\x06\x12\x10\n\x08warnings\x18\n \x03(\t\x12\x16\n\x0eschema_version\x18\x0b \x01(\x05\"\xd6\x03\n\x0eVerifierStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\x12\n\nprocess_id\x18\x03 \x01(\x05\x12\x0f\n\x07version\x18\x04 \x01(\t\x12.\n\nstart_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1d\n\x15\x61\x63knowledged_revision\x18\x06 \x01(\x03\x12\x0b\n\x03lag\x18\x07 \x01(\x03\x12\x31\n\x0elease_duration\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x32\n\x0flease_remaining\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0f\n\x07\x63lients\x18\n \x01(\x05\x12\x31\n\rnotifications\x18\x0b \x01(\x0e\x32\x1a.latchkey.v1.Notifications\x12\x11\n\tanswering\x18\x0c \x01(\x08\x12\x13\n\x0bwaiting_for\x18\r \x03(\t\x12\x12\n\npepper_ids\x18\x14 \x03(\t\x12\x15\n\rdatabase_host\x18\x15 \x01(\t\x12\x19\n\x11system_identifier\x18\x16 \x01(\t\x12\x10\n\x08timeline\x18\x17 \x01(\t*y\n\rNotifications\x12\x1d\n\x19NOTIFICATIONS_UNSPECIFIED\x10\x00\x12\x18\n\x14NOTIFICATIONS_ARRIVE\x10\x01\x12\x18\n\x14NOTIFICATIONS_SILENT\x10\x02\x12\x15\n\x11NOTIFICATIONS_OFF\x10\x03\x32[\n\rStatusService\x12J\n\tGetStatus\x12\x1d.latchkey.v1.GetStatusRequest\x1a\x1e.latchkey.v1.GetStatusResponseB>\n\x0f\x64\x65v.latchkey.v1P\x01Z)latchkey.dev/proto/latchkey/v1;latchkeyv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n latchkey/v1/status_service.proto\x12\x0blatchkey.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x12\n\x10GetStatusRequest\"\x97\x01\n\x11GetStatusResponse\x12\x15\n\rhead_revision\x18\x01 \x01(\x03\x12.\n\tverifiers\x18\x02 \x03(\x0b\x32\x1b.latchkey.v1.VerifierStatus\x12\x11\n\thead_mark\x18\x03 \x01(\x06\x12\x10\n\x08warnings\x18\n \x03(\t\x12\x16\n\x0eschema_version\x18\x0b \x01(\x05\"\xd6\x03\n\x0eVerifierStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\x12\n\nprocess_id\x18\x03 \x01(\x05\x12\x0f\n\x07version\x18\x04 \x01(\t\x12.\n\nstart_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1d\n\x15\x61\x63knowledged_revision\x18\x06 \x01(\x03\x12\x0b\n\x03lag\x18\x07 \x01(\x03\x12\x31\n\x0elease_duration\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x32\n\x0flease_remaining\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0f\n\x07\x63lients\x18\n \x01(\x05\x12\x31\n\rnotifications\x18\x0b \x01(\x0e\x32\x1a.latchkey.v1.Notifications\x12\x11\n\tanswering\x18\x0c \x01(\x08\x12\x13\n\x0bwaiting_for\x18\r \x03(\t\x12\x12\n\npepper_ids\x18\x14 \x03(\t\x12\x15\n\rdatabase_host\x18\x15 \x01(\t\x12\x19\n\x11system_identifier\x18\x16 \x01(\t\x12\x10\n\x08timeline\x18\x17 \x01(\t*y\n\rNotifications\x12\x1d\n\x19NOTIFICATIONS_UNSPECIFIED\x10\x00\x12\x18\n\x14NOTIFICATIONS_ARRIVE\x10\x01\x12\x18\n\x14NOTIFICATIONS_SILENT\x10\x02\x12\x15\n\x11NOTIFICATIONS_OFF\x10\x03\x32`\n\rStatusService\x12O\n\tGetStatus\x12\x1d.latchkey.v1.GetStatusRequest\x1a\x1e.latchkey.v1.GetStatusResponse\"\x03\x90\x02\x01\x42>\n\x0f\x64\x65v.latchkey.v1P\x01Z)latchkey.dev/proto/latchkey/v1;latchkeyv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,6 +34,8 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'latchkey_proto.v1.status_se
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\017dev.latchkey.v1P\001Z)latchkey.dev/proto/latchkey/v1;latchkeyv1'
+  _globals['_STATUSSERVICE'].methods_by_name['GetStatus']._loaded_options = None
+  _globals['_STATUSSERVICE'].methods_by_name['GetStatus']._serialized_options = b'\220\002\001'
   _globals['_NOTIFICATIONS']._serialized_start=761
   _globals['_NOTIFICATIONS']._serialized_end=882
   _globals['_GETSTATUSREQUEST']._serialized_start=114
@@ -43,5 +45,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_VERIFIERSTATUS']._serialized_start=289
   _globals['_VERIFIERSTATUS']._serialized_end=759
   _globals['_STATUSSERVICE']._serialized_start=884
-  _globals['_STATUSSERVICE']._serialized_end=975
+  _globals['_STATUSSERVICE']._serialized_end=980
 # @@protoc_insertion_point(module_scope)

@@ -27,7 +27,7 @@ EMPTY = "Empty "
 # A worker counts tokens that expire within seconds of its start, on a busy machine later.
 DATA_SECONDS = 60.0
 
-pytestmark = INSTALLS
+pytestmark = [pytest.mark.slow("runs Prometheus"), INSTALLS]
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from tests.checks.distributions import distributions, version
 from tests.helpers.environments import BUILD, Environment, build_wheels, declared_by
 from tests.helpers.repository import ROOT
 
+pytestmark = pytest.mark.slow("builds and installs all wheels")
+
 PACKAGES = {
     "latchkey-proto": ("proto/latchkey_proto", "proto/latchkey_coherence"),
     "latchkey-client": ("clients/python/latchkey",),
@@ -33,9 +35,10 @@ for name in names:
     try:
         importlib.import_module(name)
     except ImportError as error:
-        # A guard of a framework that is an extra, or the part of the extra `tracing`, which the
+        # A guard of a framework that is an extra, or a part of the extra `tracing`, which the
         # service imports only if traces are on.
-        extra = name == "latchkey_service.process.trace_export" and "opentelemetry" in str(error)
+        tracing = name.startswith("latchkey_service.process.trace_")
+        extra = tracing and error.name.partition(".")[0] in ("opentelemetry", "requests")
         if not extra and "which is not installed: pip install" not in str(error):
             raise
 print(json.dumps(names))

@@ -213,8 +213,3 @@ def test_columns_of_the_page() -> None:
     assert listed == list(COLUMNS)
     written = set(re.findall(r"^ +'(\w+)',", block("unkey"), re.MULTILINE))
     assert written - {"labels"} <= set(COLUMNS)
-
-
-def test_every_command_is_run() -> None:
-    """Each block of commands is marked."""
-    assert PAGE.count("```bash\n") == len(COMMANDS) > 2

@@ -40,6 +40,8 @@ from tests.unit.client.guarded import from_asgi
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+pytestmark = pytest.mark.slow("runs real frameworks and other languages")
+
 FOLDER = ROOT / "docs/quickstart"
 PAGES = sorted(path.stem for path in FOLDER.glob("*.md"))
 BLOCK = re.compile(r"^<!-- test: ([^\n]+) -->\n```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

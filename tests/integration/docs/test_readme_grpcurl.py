@@ -26,7 +26,7 @@ from tests.helpers.free_ports import free_port
 from tests.helpers.programs import GRPCURL, installed_by_go
 from tests.helpers.repository import ROOT
 
-pytestmark = pytest.mark.xdist_group("readme")
+pytestmark = [pytest.mark.slow("installs and runs grpcurl"), pytest.mark.xdist_group("readme")]
 
 README = (ROOT / "README.md").read_text("utf-8")
 SETTINGS = (ROOT / "docs/settings.md").read_text("utf-8")

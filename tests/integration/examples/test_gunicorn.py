@@ -22,6 +22,8 @@ from tests.helpers.waiting import WAIT_SECONDS, eventually
 if TYPE_CHECKING:
     from tests.helpers.servers import Create
 
+pytestmark = pytest.mark.slow("runs gunicorn")
+
 # Enough workers for requests to reach processes that were forked from one that has not verified.
 WORKERS = 2
 # gunicorn waits up to 30 s for requests in progress, and here there are none.

@@ -22,6 +22,8 @@ from tests.helpers.databases import session
 from tests.helpers.service_process import Service
 from tests.helpers.waiting import eventually
 
+pytestmark = pytest.mark.slow("runs two releases")
+
 OWN = newest(bundled())
 EXPAND = f"""\
 -- Releases from schema {OWN:04} work with this.

@@ -1,6 +1,7 @@
 """The container files, as far as they can be checked without a container engine."""
 
 import itertools
+import os
 import re
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from latchkey_service.process.healthcheck import target
 from latchkey_service.settings.settings import ConfigError, load
 
 from tests.checks.distributions import version
+from tests.helpers.documented import blocks, marked
 from tests.helpers.programs import run
 from tests.helpers.repository import ROOT
 
@@ -202,3 +204,25 @@ def test_make_image_says_what_is_missing(tmp_path: Path) -> None:
     base = "BASE=registry.example.com/python:3.13"
     code, said = run(("make", "-C", str(ROOT), "image", base), 30, environment)
     assert f"--build-arg {base} " in said
+
+
+def test_documented_commands(tmp_path: Path) -> None:
+    """docs/deploy.md names the base image of the Dockerfile, and its command for a mirror passes
+    the base and the index to the builder, which knows both arguments."""
+    page = "docs/deploy.md"
+    (inspect,) = [block.text for block in blocks(page) if "imagetools inspect" in block.text]
+    (command,) = marked(page, "image behind a mirror")
+    name = inspect.split()[4]
+    assert re.search(rf"^FROM {re.escape(name)}@sha256:", DOCKERFILE, re.MULTILINE)
+    builder = tmp_path / "docker"
+    builder.write_text('#!/bin/bash\necho "docker $*"\n')
+    builder.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    code, said = run(("bash", "-euc", f"cd {ROOT}\n{command}"), 30, environment)
+    assert code == 0, said
+    for argument, value in (
+        ("BASE", f"registry.example.com/{name}"),
+        ("PIP_INDEX_URL", "https://pypi.example.com/simple"),
+    ):
+        assert f"--build-arg {argument}={value} " in said
+        assert re.search(rf"^ARG {argument}=", DOCKERFILE, re.MULTILINE)

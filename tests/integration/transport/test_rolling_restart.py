@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 import latchkey
+import pytest
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
@@ -24,7 +25,7 @@ from tests.helpers.repository import ROOT
 from tests.helpers.service_process import Service
 from tests.helpers.waiting import WAIT_SECONDS, eventually
 
-pytestmark = INSTALLS
+pytestmark = [pytest.mark.slow("runs three hosts behind HAProxy"), INSTALLS]
 
 SBIN = "/usr/sbin"
 CONFIGURATION = (ROOT / "docs" / "haproxy.cfg").read_text()

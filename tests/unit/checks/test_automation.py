@@ -79,6 +79,9 @@ def test_each_test_runs_in_ci() -> None:
     makefile = (ROOT / "Makefile").read_text("utf-8")
     chosen = re.findall(r"^\t@?exec \$\(PYTEST\) (.+)$", makefile, re.MULTILINE)
     assert chosen == ['$(or $(ARGS),-m "not slow")', "-m slow $(ARGS)"]
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        # A mark without a reason would hide why the test is not in `make test`.
+        assert not re.search(r"mark\.slow(?!\(\"\w)", path.read_text("utf-8")), path
     commands = re.findall(r"^run (\S+)$", (ROOT / ".ci" / "run").read_text("utf-8"), re.MULTILINE)
     assert commands == ["check", "test", "test-slow"]
 

@@ -43,6 +43,9 @@ RUN: dict[str, list[tuple[str, set[str]]]] = {
             {"console state key", "console several", "console embedded", "console framed"},
         )
     ],
+    "docs/deploy.md": [
+        ("tests/integration/process/test_docker_files.py", {"image behind a mirror"})
+    ],
     "docs/import.md": [("tests/integration/docs/test_import_page.py", {"import"})],
     "docs/leaks.md": [("tests/integration/docs/test_leaks_page.py", {"leaks", "receiver"})],
     "docs/migrations.md": [("tests/integration/postgres/test_documented_commands.py", {"migrate"})],
@@ -75,7 +78,7 @@ NOT_RUN = {
     (
         "docs/tracing.md",
         "docker run",
-    ): "needs containers and a registry; test_tracing_page.py has a collector on that port's API",
+    ): "needs containers and a registry; test_tracing_page.py has its own collector",
 }
 
 
