@@ -222,6 +222,10 @@ def walk(
         bounds.append(f"({key}, {key_id}) {'<' if way == 'DESC' else '>'} ({time}, {token_id})")
     where = "".join(f" AND {bound}" for bound in bounds)
     account = arguments.sql(1, "text")
+    # As a subquery, so that the planner does not see how many tokens it may read. It then expects
+    # to stop early, and walks along the index. Otherwise it would read and sort a whole account
+    # that it believes to be smaller than the limit, whatever its size.
+    bounded = f"{ordered} LIMIT (SELECT {limit})"
     numbered = f"{key} AS key, {key_id} AS key_id, row_number() OVER ({ordered}) AS n"
     if order is Order.LAST_USE:
         return f"""
@@ -229,7 +233,7 @@ def walk(
               FROM (SELECT {numbered}
                       FROM {_source("token_last_use u", "u.token_id", selected, arguments)}
                      WHERE u.account_id = {account}{where}
-                     {ordered} LIMIT {limit}) w
+                     {bounded}) w
               LEFT JOIN LATERAL (
                    -- By id alone: without statistics, the planner prefers an index of the account.
                    SELECT * FROM token t WHERE t.id = w.key_id OFFSET 0) t ON true"""  # noqa: S608 - constants, and conditions without values
@@ -237,7 +241,7 @@ def walk(
             SELECT {columns or f"{numbered}, t.*"}
               FROM {_source("token t", "t.id", selected, arguments)}
              WHERE t.account_id = {account} AND t.delete_time IS NULL{where}
-             {ordered} LIMIT {limit}"""  # noqa: S608 - constants, and conditions without values
+             {bounded}"""  # noqa: S608 - constants, and conditions without values
 
 
 def _source(table: str, column: str, selected: Filter, arguments: Arguments) -> str:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import asyncpg
 import pytest
 from latchkey_service.postgres.connections import Connector, Pool
 from latchkey_service.tokens.bulk_store import BulkStore
-from latchkey_service.tokens.filters import Filter, Order
+from latchkey_service.tokens.filter_table import Start
+from latchkey_service.tokens.filters import Filter, Order, State
 from latchkey_service.tokens.find_store import FindStore
 from latchkey_service.tokens.lifecycle_store import LifecycleStore
 from latchkey_service.tokens.list_store import ListStore
@@ -81,17 +83,19 @@ async def known_tokens(connection: asyncpg.Connection[asyncpg.Record]) -> dict[s
     return found
 
 
-async def listed(store: ListStore, selected: Filter, counted: int = 0) -> Sequence[TokenRecord]:
-    """List the account's tokens."""
+async def listed(
+    store: ListStore, selected: Filter, counted: int = 0, start: Start | None = None
+) -> Sequence[TokenRecord]:
+    """List the account's tokens, or up to a hundred of those after `start`."""
     found, _ = await store.list_tokens(
         "acme",
         selected,
         Order.NEWEST,
         reverse=False,
         now=NOW,
-        start=None,
+        start=start,
         size=100,
-        examined=1_000,
+        examined=1_000 if start is None else 9_000,
         counted=counted,
     )
     return found.records
@@ -141,10 +145,12 @@ async def explainer(database_url: str) -> AsyncIterator[ListStore]:
         yield ListStore(cast("Pool", Explainer(connection)))
 
 
-async def plan_of(store: ListStore, selected: Filter, counted: int = 0) -> str:
+async def plan_of(
+    store: ListStore, selected: Filter, counted: int = 0, start: Start | None = None
+) -> str:
     """Return the plan of a list."""
     with pytest.raises(Explained) as explained:
-        await listed(store, selected, counted)
+        await listed(store, selected, counted, start)
     return str(explained.value)
 
 
@@ -165,3 +171,68 @@ async def test_old_secrets_are_found_in_a_small_index(explainer: ListStore) -> N
     searches = re.findall(r"(Scan.*) on secret .*?Heap Fetches: (\d+)", plan, re.DOTALL)
     assert plan.count("Index Only Scan Backward using secret_rotated on secret") == 2, plan
     assert {fetches for _, fetches in searches} == {"0"}, plan
+
+
+# Half of the table is one account's. The others have a token each.
+MIXED = """
+INSERT INTO token (id, account_id, name, name_key, scope, create_time, disable_time, hint)
+SELECT 'tok_' || lpad(n::text, 26, '0'), CASE WHEN n % 2 = 0 THEN 'acme' ELSE 'other-' || n END,
+       'token ' || n, 'token ' || n, 1, $1::timestamptz - n * interval '1 second',
+       CASE WHEN n % 50 = 0 THEN $1::timestamptz END, ''
+  FROM generate_series(1, 6000) n
+"""
+
+
+class Single:
+    """Takes the place of a pool, and lends one connection."""
+
+    def __init__(self, connection: asyncpg.Connection[asyncpg.Record]) -> None:
+        self._connection = connection
+
+    @contextlib.asynccontextmanager
+    async def session(self) -> AsyncIterator[Any]:
+        yield self._connection
+
+
+@pytest.fixture
+async def mixed(database_url: str) -> AsyncIterator[asyncpg.Connection[asyncpg.Record]]:
+    """A connection to a database with accounts of very different sizes."""
+    async with session(database_url) as connection:
+        await connection.execute(MIXED, NOW)
+        await connection.execute("VACUUM (ANALYZE) token")
+        yield connection
+
+
+async def test_lists_share_a_plan(mixed: asyncpg.Connection[asyncpg.Record]) -> None:
+    """After the five plans that Postgres makes for the values of a statement, it keeps one for all
+    accounts, also if most calls ask for an account that is far larger than the others."""
+    store = ListStore(cast("Pool", Single(mixed)))
+    for _ in range(8):
+        await listed(store, Filter(state=State.DISABLED))
+    plans = await mixed.fetchrow(
+        """
+        SELECT generic_plans, custom_plans FROM pg_prepared_statements
+         WHERE position($1 IN statement) > 0
+        """,
+        # As an argument, so that this statement does not find itself.
+        "array_position",
+    )
+    assert plans is not None
+    assert tuple(plans) == (3, 5)
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["with others", "alone"])
+async def test_a_list_does_not_sort_an_account(
+    mixed: asyncpg.Connection[asyncpg.Record], *, alone: bool
+) -> None:
+    """A list walks along an index, whatever Postgres believes about the size of the account: it
+    never reads all tokens of the account and sorts them."""
+    if alone:
+        await mixed.execute("DELETE FROM token WHERE account_id <> 'acme'")
+        await mixed.execute("VACUUM (FULL, ANALYZE) token")
+    start = Start(NOW, "~")
+    plan = await plan_of(
+        ListStore(cast("Pool", Explainer(mixed))), Filter(state=State.DISABLED), start=start
+    )
+    assert "Index Scan using token_newest" in plan, plan
+    assert "Scan on token t" not in plan, plan
