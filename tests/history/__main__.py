@@ -182,7 +182,7 @@ async def _direct(folder: Path, url: str, rule: str | None) -> tuple[Findings, i
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make history", description=__doc__.splitlines()[0])
-    parser.add_argument("--short", action="store_true", help="what `make test` runs")
+    parser.add_argument("--short", action="store_true", help="what `make test-slow` runs")
     parser.add_argument("--seconds", type=float, help="default 60, with --patroni 600")
     parser.add_argument("--seed", type=int, help="seed of the faults, default 1")
     parser.add_argument(
