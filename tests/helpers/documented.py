@@ -11,7 +11,7 @@ from typing import Final
 
 from tests.helpers.repository import ROOT
 
-__all__ = ["DOCUMENTS", "Block", "blocks", "marked", "paste"]
+__all__ = ["DOCUMENTS", "Block", "blocks", "marked", "paste", "paste_both"]
 
 # What readers get, by its path in the repository.
 DOCUMENTS: Final = tuple(
@@ -61,7 +61,13 @@ def marked(page: str, mark: str) -> list[str]:
 
 
 async def paste(script: str, folder: Path, **environment: str) -> str:
-    """Run lines in bash; each must succeed. Return what they print."""
+    """Run lines in bash; each must succeed. Return what they print on standard output."""
+    out, _ = await paste_both(script, folder, **environment)
+    return out
+
+
+async def paste_both(script: str, folder: Path, **environment: str) -> tuple[str, str]:
+    """Run lines in bash; each must succeed. Return standard output and standard error."""
     programs = f"{sys.prefix}/bin"
     process = await asyncio.create_subprocess_exec(
         *("bash", "-euo", "pipefail", "-c", script.replace(".venv/bin", programs)),
@@ -84,4 +90,4 @@ async def paste(script: str, folder: Path, **environment: str) -> str:
             process.kill()
             await process.wait()
     assert process.returncode == 0, (out + err).decode()
-    return out.decode()
+    return out.decode(), err.decode()

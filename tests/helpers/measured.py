@@ -2,7 +2,7 @@
 
 A plugin of pytest, which `make test` loads before anything that it measures is imported
 (`PYTEST_PLUGINS`). SlipCover adds a probe to each line that is measured and leaves all other code
-as it is, which costs much less than a tracer. Measured are the processes of pytest and the command
+as it is, which costs much less than a tracer. This covers the processes of pytest and the command
 line tool (`fork_server.py`), not the services that tests start as processes.
 
 Each process saves the lines that it has seen. The process that reports unites them. The settings

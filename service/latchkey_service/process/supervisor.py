@@ -341,7 +341,7 @@ class _Supervisor:
         return process
 
     async def _starts(self, process: asyncio.subprocess.Process) -> str:
-        """Wait until the worker reports ready. Return "", or for people why it is not ready."""
+        """Wait until the worker reports ready. Return why it is not, in words, or "" if it is."""
         assert process.stdout is not None, "it is a pipe"  # noqa: S101 - for the type checker
         read = asyncio.create_task(process.stdout.readline())
         try:

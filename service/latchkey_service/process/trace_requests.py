@@ -14,15 +14,12 @@ from typing import Any, Final
 
 import requests
 
+from latchkey_service.settings.traces import PROVIDERS
+
 __all__ = ["Requests"]
 
 # Errors of libraries wrap each other a few times. Bounded, because they may form a circle.
 _WRAPPED_MAX: Final = 20
-# With one of these, the exporter makes the session that the provider's credentials need.
-_PROVIDERS: Final = (
-    "OTEL_PYTHON_EXPORTER_OTLP_HTTP_CREDENTIAL_PROVIDER",
-    "OTEL_PYTHON_EXPORTER_OTLP_HTTP_TRACES_CREDENTIAL_PROVIDER",
-)
 # The first kind that is among the wrapped errors counts: the special before the general.
 _CAUSES: Final[tuple[tuple[tuple[type[BaseException], ...], str], ...]] = (
     ((requests.exceptions.ProxyError,), "the proxy does not forward"),
@@ -39,7 +36,8 @@ class Requests:
     def __init__(self) -> None:
         self.cause = ""
         self.session: requests.Session | None = None
-        if not any(os.environ.get(name) for name in _PROVIDERS):
+        # A provider has a session of its own kind, which the exporter makes.
+        if not any(os.environ.get(name) for name in PROVIDERS):
             self.session = _Session(self)
 
 

@@ -5,9 +5,10 @@ before its caller is authorized. A real interceptor would run after parsing, and
 Verify (call details, metadata, a chain of coroutines) than the Verify itself.
 """
 
+import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import grpc
 
@@ -22,6 +23,10 @@ from latchkey_service.rpc.traced_calls import CallTracing, Handler
 from latchkey_service.rpc.verify_calls import VerifyCalls
 
 __all__ = ["Paths", "Registrar"]
+
+# For the message of a known caller, where one of the largest may come over a slow link. Without a
+# bound, a caller without a deadline could keep calls that wait for nothing.
+MESSAGE_SECONDS: Final = 20.0
 
 
 class Paths:
@@ -170,7 +175,7 @@ def _identified_first(handler: Any, refuser: Any, authenticator: Authenticator) 
 
     grpcio shows the certificate only to a handler, and receives the message of a unary method
     before that. So the method gets the handler of a stream with one answer, which costs a twentieth
-    more.
+    more. The pipeline identifies the caller again, as on the other listeners.
     """
     serve: Callable[[bytes, CallContext], Awaitable[bytes]] = handler.unary_unary
     refuse: Callable[[Any, CallContext], Awaitable[None]] = refuser.stream_stream
@@ -181,7 +186,13 @@ def _identified_first(handler: Any, refuser: Any, authenticator: Authenticator) 
         except LatchkeyError:
             await refuse(messages, context)
             return b""
-        data = await context.read()
+        try:
+            async with asyncio.timeout(MESSAGE_SECONDS):
+                data = await context.read()
+        except TimeoutError:
+            context.set_code(grpc.StatusCode.DEADLINE_EXCEEDED)
+            context.set_details(f"The message did not arrive within {MESSAGE_SECONDS:g} s.")
+            return b""
         if data is grpc.aio.EOF:
             context.set_code(grpc.StatusCode.UNIMPLEMENTED)
             context.set_details("The call has no message.")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
 from typing import Final
 
-__all__ = ["problems"]
+__all__ = ["PROVIDERS", "problems"]
 
 # Of the extra `tracing`.
 _LIBRARY: Final = "opentelemetry.exporter.otlp.proto.http.trace_exporter"
@@ -34,8 +34,8 @@ _COMPRESSIONS: Final = ("OTEL_EXPORTER_OTLP_TRACES_COMPRESSION", "OTEL_EXPORTER_
 _COMPRESSION: Final = ("none", "gzip", "deflate")
 _HEADERS: Final = ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "OTEL_EXPORTER_OTLP_HEADERS")
 _RESOURCE: Final = "OTEL_RESOURCE_ATTRIBUTES"
-# Plug-ins that other distributions register. The exporter raises if one is missing.
-_PROVIDERS: Final = (
+# Each names a plug-in that another distribution registers. The exporter raises if it is missing.
+PROVIDERS: Final = (
     "OTEL_PYTHON_EXPORTER_OTLP_HTTP_CREDENTIAL_PROVIDER",
     "OTEL_PYTHON_EXPORTER_OTLP_HTTP_TRACES_CREDENTIAL_PROVIDER",
 )
@@ -88,7 +88,7 @@ def _wrong_values(environment: Mapping[str, str]) -> list[str]:
         found.append(f"{name}: must be name=value pairs, separated by commas")
     if not _are_pairs(environment.get(_RESOURCE, "")):
         found.append(f"{_RESOURCE}: must be name=value pairs, separated by commas")
-    name, provider = _first(_PROVIDERS, environment)
+    name, provider = _first(PROVIDERS, environment)
     if provider and not entry_points(group=_PROVIDER_GROUP, name=provider):
         found.append(f"{name}: no installed package has a credential provider of this name")
     return found

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import hashlib
 import io
-import os
 import re
 import secrets
-import sys
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,17 +16,14 @@ import asyncpg
 import pytest
 from latchkey_cli.import_file import COLUMNS
 
+from tests.helpers.documented import marked, paste
 from tests.helpers.fork_server import Forked
 from tests.helpers.repository import ROOT
 from tests.helpers.servers import make_settings, serving
 from tests.helpers.tool import make_run
 
 PAGE = (ROOT / "docs/import.md").read_text("utf-8")
-COMMANDS = re.findall(
-    r"^<!-- test: import -->\n```bash\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL
-)
-# Four commands of half a second each, on a busy machine.
-SECONDS = 60.0
+COMMANDS = marked("docs/import.md", "import")
 BETTER_AUTH = """
 CREATE TABLE apikey (
     id text PRIMARY KEY, "configId" text, name text, start text, "referenceId" text NOT NULL,
@@ -105,29 +99,7 @@ async def exported(database_url: str, table: str, rows: list[tuple[Any, ...]], q
 
 async def test_the_commands_work_as_printed(accepting: str, tmp_path: Path) -> None:
     """A reader who pastes the commands imports a key, which is then valid."""
-    script = "\n".join(COMMANDS).replace(".venv/bin/", f"{Path(sys.executable).parent}/")
-    process = await asyncio.create_subprocess_exec(
-        *("bash", "-euo", "pipefail", "-c", script),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        cwd=tmp_path,
-        env={
-            "PATH": os.environ["PATH"],
-            "HOME": str(tmp_path),
-            "LANG": "C.UTF-8",
-            "LATCHKEY_TARGET": accepting,
-        },
-    )
-    try:
-        async with asyncio.timeout(SECONDS):
-            out, err = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    output = out.decode()
-    assert process.returncode == 0, output + err.decode()
+    output = await paste("\n".join(COMMANDS), tmp_path, LATCHKEY_TARGET=accepting)
     assert "would be imported: 1\n" in output
     assert "\nimported: 1\n" in output
     assert "\nVALID:" in output

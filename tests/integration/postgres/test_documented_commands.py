@@ -85,7 +85,7 @@ async def test_log_and_audit_log(
             created = await stub.Create(request, timeout=10)
             delete = pb.DeleteRequest(account_id=ACCOUNT, id=created.token.id)
             await stub.Delete(delete, timeout=10)
-        # A thread of its own writes the log.
+        # A separate thread writes the log.
         await eventually(
             lambda: any("TokenService/Delete" in line for line in running.err.splitlines()),
             "the deletion is in the log",

@@ -14,6 +14,7 @@ import pytest
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.access.methods import METHODS
+from latchkey_service.rpc import handlers
 from latchkey_service.settings.settings import Settings
 
 from tests.helpers import raw_http2 as http2
@@ -85,23 +86,34 @@ async def test_refused_calls_leave_no_memory_behind(folder: Path, database_url: 
         assert growth < GROWTH_BYTES_MAX, [size // MIB for size in resident]
 
 
+@pytest.fixture
+def identified_by_certificate(settings: Settings, folder: Path) -> Settings:
+    """Settings of a TLS listener whose callers' certificates identify them."""
+    policy = folder / "policy.toml"
+    policy.write_text(policy_text())
+    more = {"policy": policy, "tls_listen": f"localhost:{free_port()}"}
+    return settings.model_copy(update=more | write_server_files(folder))
+
+
+def context_of(name: str, folder: Path) -> ssl.SSLContext:
+    """Return the TLS context of a client with the certificate of `name`."""
+    identity = spiffe_identity(uri(name))
+    pem = folder / f"{name}.pem"
+    pem.write_bytes(identity.certificate + identity.key)
+    context = ssl.create_default_context(cadata=ca_pem().decode())
+    context.load_cert_chain(pem)
+    context.set_alpn_protocols(["h2"])
+    return context
+
+
 async def test_messages_of_unknown_certificates_are_not_received(
-    settings: Settings, folder: Path
+    identified_by_certificate: Settings, folder: Path
 ) -> None:
     """Where certificates identify the callers, a call with a certificate of nobody is refused
     although most of its message is still to come, for each unary method that needs an identity.
     A known caller's large message is received."""
-    policy = folder / "policy.toml"
-    policy.write_text(policy_text())
-    more = {"policy": policy, "tls_listen": f"localhost:{free_port()}"}
-    files = write_server_files(folder)
-    stranger = spiffe_identity(uri("stranger"))
-    pem = folder / "stranger.pem"
-    pem.write_bytes(stranger.certificate + stranger.key)
-    context = ssl.create_default_context(cadata=ca_pem().decode())
-    context.load_cert_chain(pem)
-    context.set_alpn_protocols(["h2"])
-    async with serving_as(settings.model_copy(update=more | files)) as server:
+    context = context_of("stranger", folder)
+    async with serving_as(identified_by_certificate) as server:
         assert server.tls_address is not None
         async with http2.connected(server.tls_address, tls=context) as raw:
             await raw.open()
@@ -129,3 +141,27 @@ async def test_messages_of_unknown_certificates_are_not_received(
             with pytest.raises(grpc.aio.AioRpcError) as empty:
                 await call(iter(()), timeout=10)
             assert empty.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_a_message_that_does_not_arrive_ends_the_call(
+    identified_by_certificate: Settings, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A known caller that never sends the message of its call, and has set no deadline, gets an
+    answer. Its next call is served."""
+    monkeypatch.setattr(handlers, "MESSAGE_SECONDS", 0.2)
+    async with serving_as(identified_by_certificate) as server:
+        assert server.tls_address is not None
+        context = context_of("verifier", folder)
+        async with http2.connected(server.tls_address, tls=context) as raw:
+            await raw.open()
+            for sent in (b"", http2.message(bytes(1_000))[:10]):
+                stream = raw.begin(http2.headers("/latchkey.v1.TokenService/Verify"))
+                raw.send(http2.DATA, 0, stream, sent)
+                while not (await raw.until(http2.HEADERS, stream)).flags & http2.END_STREAM:
+                    pass
+        known = channel_credentials(spiffe_identity(uri("verifier")))
+        address = server.tls_address
+        async with grpc.aio.secure_channel(address, known, options=CHANNEL_OPTIONS) as channel:
+            stub: Any = pb_grpc.TokenServiceStub(channel)
+            answer = await stub.Verify(pb.VerifyRequest(secret="x"), timeout=10)
+            assert answer.verdict == pb.VERDICT_MALFORMED

@@ -32,7 +32,7 @@ def test_a_wide_secret_is_found() -> None:
 
 
 def test_words_around_a_secret_do_not_hide_it() -> None:
-    """A secret between words is found, and words alone are none."""
+    """A secret between words is found, and words alone are not taken for one."""
     text = SECRETS["token"].reveal()
     assert secret_violations([("name", f"ab {text} cd")])
     assert secret_violations([("name", f"ab {text[:30]} {text[30:]} cd")])
