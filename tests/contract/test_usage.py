@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from datetime import UTC, date, datetime, timedelta
@@ -16,6 +17,7 @@ from latchkey import Scope, Verdict, _uses
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.tokens import usage_writer
+from latchkey_service.tokens.usage_writer import UsageWriter
 
 from tests.contract.client.fake_watch import watching as has_lease
 from tests.helpers.callers import credential, policy_text
@@ -368,7 +370,12 @@ async def test_a_server_that_stops_writes_the_uses(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A clean stop of a server loses no use, also of those that clients report in the meantime."""
-    monkeypatch.setattr(usage_writer, "WRITE_SECONDS", 3_600.0)
+
+    async def write_nothing(_writer: UsageWriter) -> None:
+        await asyncio.Event().wait()
+
+    # Only of servers that start now. A long interval would also stop those that other tests share.
+    monkeypatch.setattr(UsageWriter, "run", write_nothing)
     began = time.time()
     async with serving(settings) as address, stub_on(address) as stub:
         created = await stub.Create(
