@@ -37,6 +37,7 @@ from latchkey_service.postgres.embedded_host import (
     EmbeddedError,
     OsAccount,
     choose_account,
+    hold_signals,
     is_postmaster,
     make_data_dir,
     make_socket_dir,
@@ -259,7 +260,8 @@ class EmbeddedPostgres:
             stale_status = self._read_status()
             with self._open_log() as log:
                 log_offset = log.tell()
-                self._process = spawn(argv, account, log, signal.SIGINT, extra)
+                with hold_signals():
+                    self._process = spawn(argv, account, log, signal.SIGINT, extra)
             while self._process.poll() is None:
                 status = self._read_status()
                 # Compare with the stale file: in a container, the new postmaster may get the same
@@ -312,16 +314,15 @@ class EmbeddedPostgres:
     def _run(
         self, argv: Sequence[str], account: "OsAccount", deadline: float, stdin: bytes = b""
     ) -> None:
-        with self._open_log() as log:
-            log_offset = log.tell()
-            process = spawn(argv, account, log, signal.SIGKILL, {}, subprocess.PIPE)
-        with process:
-            try:
+        with contextlib.ExitStack() as stack:
+            with self._open_log() as log, hold_signals():
+                log_offset = log.tell()
+                process = spawn(argv, account, log, signal.SIGKILL, {}, subprocess.PIPE)
+                # First killed, which does nothing to one that has ended, and then waited for.
+                stack.enter_context(process)
+                stack.callback(process.kill)
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.communicate(stdin, max(0.0, deadline - time.monotonic()))
-            except BaseException as error:
-                process.kill()
-                if not isinstance(error, subprocess.TimeoutExpired):
-                    raise
         if process.returncode != 0:  # -9: the time ran out.
             raise EmbeddedError(
                 f"{argv[0]} could not create the database (exit code {process.returncode}); "

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -27,6 +27,7 @@ __all__ = [
     "OsAccount",
     "choose_account",
     "default_account",
+    "hold_signals",
     "is_postmaster",
     "make_data_dir",
     "make_socket_dir",
@@ -37,6 +38,7 @@ __all__ = [
     "why_unreadable",
 ]
 
+_HELD: Final = frozenset({signal.SIGINT, signal.SIGTERM})
 PORT: Final = "5432"  # Part of the socket's name; nothing listens on TCP.
 _PROBE_SECONDS: Final = 10.0  # `postgres --version` takes milliseconds, or longer on a cold disk.
 # sun_path holds 107 bytes and a NUL on Linux, 103 on macOS; use the smaller for both.
@@ -239,6 +241,20 @@ def is_postmaster(pid: int, cluster: Path) -> bool:
     return argv[0].endswith(b"/postgres") and argv[1:3] == [b"-D", os.fsencode(cluster)]
 
 
+@contextlib.contextmanager
+def hold_signals() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM take effect only afterwards. For `spawn`.
+
+    Python ignores what is raised in the functions that it calls around a fork, such as those of
+    `logging`. A signal's KeyboardInterrupt would be lost there, and the service would go on.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def spawn(
     argv: Sequence[str],
     account: OsAccount,
@@ -250,7 +266,8 @@ def spawn(
     """Start a program as `account`, in a new session, tied to the life of this process.
 
     A terminal sends Ctrl-C to a whole process group, but the supervisor must stop the service
-    before the database. A separate session keeps Ctrl-C away from the program.
+    before the database. A separate session keeps Ctrl-C away from the program. Call it within
+    `hold_signals`, and note the process before that ends.
     """
     return subprocess.Popen(  # noqa: S603 - fixed programs, our own paths
         argv,
@@ -259,7 +276,7 @@ def spawn(
         stderr=log,
         umask=0o077,
         start_new_session=True,
-        preexec_fn=_tie_to_parent(death_signal),  # noqa: PLW1509 - only makes a system call
+        preexec_fn=_before_exec(death_signal),  # noqa: PLW1509 - only makes system calls
         **_as(account, extra),
     )
 
@@ -295,20 +312,26 @@ def _as(account: OsAccount, extra: dict[str, str]) -> dict[str, Any]:
     return arguments
 
 
-def _tie_to_parent(death_signal: signal.Signals) -> Callable[[], None] | None:
-    """Return a function for the child to run before exec, so that it gets `death_signal` if we die.
+def _before_exec(death_signal: signal.Signals) -> Callable[[], None]:
+    """Return a function for the child to run before exec, so that it gets `death_signal` if we die,
+    and so that signals reach it.
 
     prctl(2): a change of uid resets the setting, but subprocess changes it before this runs.
     Systems other than Linux lack this; there, the next start ends the leftover postmaster.
     """
+
+    def release() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)
+
     if sys.platform != "linux":
-        return None
+        return release
     prctl = ctypes.CDLL(None).prctl  # Before the fork: the child only calls it.
     parent_pid = os.getpid()
     pr_set_pdeathsig = 1
 
     def tie() -> None:
         prctl(pr_set_pdeathsig, int(death_signal), 0, 0, 0)
+        release()
         if os.getppid() != parent_pid:  # The parent died before the call, so no signal will come.
             os._exit(1)
 

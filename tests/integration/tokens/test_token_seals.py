@@ -237,12 +237,13 @@ async def test_the_previous_release_in_the_fleet(settings: Settings, database_ur
         deleted = await create(stub, "deleted")
         # As the previous release writes them. Its changes seal the secrets, or end them.
         await execute(database_url, "UPDATE token SET seal = NULL WHERE id = $1", made.token.id)
-        await execute(
-            database_url,
-            "UPDATE token SET scope = 2, version = version + 1 WHERE id = $1",
-            changed.token.id,
-        )
-        await execute(database_url, RETIRE, changed.token.id)
+        # In one transaction, as that release does: between the two, the secret's seal is wrong, and
+        # the server would take the token for a forged one.
+        async with session(database_url) as connection, connection.transaction():
+            await connection.execute(
+                "UPDATE token SET scope = 2, version = version + 1 WHERE id = $1", changed.token.id
+            )
+            await connection.execute(RETIRE, changed.token.id)
         gone = "UPDATE token SET delete_time = now() WHERE id = $1"
         await execute(database_url, gone, deleted.token.id)
 
