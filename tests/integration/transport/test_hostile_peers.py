@@ -182,7 +182,8 @@ async def test_too_many_refused_calls_end_connections(
             await eventually(lambda: refused.open <= 300, "its calls have ended")
             assert refused.excess > 0
             async with grpc.aio.insecure_channel(server.address, options=CHANNEL_OPTIONS) as one:
-                assert await is_serving(one)
+                # Health is up once the server has its first lease.
+                await eventually(lambda: is_serving(one), "health is up")
 
 
 @pytest.mark.parametrize("count", [0, 5])
