@@ -77,7 +77,7 @@ def test_workflow_runs_make() -> None:
 def test_each_test_runs_in_ci() -> None:
     """A test is either slow or not, and `.ci/run` runs both kinds, whatever the others say."""
     makefile = (ROOT / "Makefile").read_text("utf-8")
-    chosen = re.findall(r"^\t@?exec \$\(PYTEST\) (.+)$", makefile, re.MULTILINE)
+    chosen = re.findall(r"^\t@?exec \$\(PYTEST\) -n \d (.+)$", makefile, re.MULTILINE)
     assert chosen == ['$(or $(ARGS),-m "not slow")', "-m slow $(ARGS)"]
     for path in (ROOT / "tests").rglob("test_*.py"):
         # A mark without a reason would hide why the test is not in `make test`.
