@@ -10,6 +10,7 @@ Not logging.handlers.QueueListener: its end waits for the stream without a bound
 
 import os
 import select
+import signal
 import threading
 import time
 from collections import deque
@@ -75,6 +76,9 @@ class StreamWriter:
                 self._changed.wait(left)
 
     def _run(self) -> None:
+        # The main thread handles signals. This thread outlives its event loop, and Python's handler
+        # would then write to the loop's closed pipe and print a traceback.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         while True:
             with self._changed:
                 while not self._lines:

@@ -1,6 +1,7 @@
 """A stream whose reader hangs, fails or comes back."""
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -111,3 +112,21 @@ def test_a_stream_that_does_not_block(pipe: tuple[int, int]) -> None:
     assert found == LINE * 2_000
     writer.stop()
     assert writer.dropped == 0
+
+
+def test_its_thread_handles_no_signals(pipe: tuple[int, int]) -> None:
+    """The kernel gives no signal of the process to the thread: its handler could write to the pipe
+    of an event loop that has been closed."""
+    read, write = pipe
+    writer = StreamWriter(write)
+    writer.put(LINE)
+    before = set(threading.enumerate())
+    writer.start()
+    (thread,) = set(threading.enumerate()) - before
+    # The thread has begun.
+    assert os.read(read, len(LINE)) == LINE
+    status = Path(f"/proc/self/task/{thread.native_id}/status").read_text()
+    blocked = next(line for line in status.splitlines() if line.startswith("SigBlk:"))
+    mask = int(blocked.split()[1], 16)
+    writer.stop()
+    assert all(mask & 1 << (number - 1) for number in (signal.SIGINT, signal.SIGTERM))
