@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import kubernetes_validate
 import pytest
 import yaml
 from latchkey_service.settings.settings import load
@@ -19,6 +18,8 @@ MANIFESTS = ROOT / "deploy" / "kubernetes" / "latchkey.yaml"
 # The oldest release that the chart supports, and the newest that the package knows.
 KUBERNETES = ("1.30", "1.37")
 HELM_SECONDS = 60.0
+# One worker of pytest-xdist imports the package.
+SCHEMAS = pytest.mark.xdist_group("kubernetes")
 EVERYTHING = ("migrations.enabled=true", "metrics.serviceMonitor=true", "securityContext=null")
 
 
@@ -44,6 +45,9 @@ def resources(text: str) -> list[dict[str, Any]]:
 
 def valid(text: str) -> list[str]:
     """Check all resources against the schemas of Kubernetes; return their kinds."""
+    # Its import takes more than a second, which all workers of pytest-xdist would spend.
+    import kubernetes_validate
+
     kinds = []
     for resource in resources(text):
         kinds.append(resource["kind"])
@@ -61,14 +65,18 @@ def deployment(text: str) -> dict[str, Any]:
     return pod
 
 
+@SCHEMAS
 def test_the_manifests_match_the_schemas_of_kubernetes() -> None:
     """The plain manifests have no unknown field and no wrong type, in any supported release."""
     kinds = ["Deployment", "NetworkPolicy", "PodDisruptionBudget", "Service"]
     assert valid(MANIFESTS.read_text()) == kinds
 
 
+@SCHEMAS
 def test_the_schemas_find_an_unknown_field() -> None:
     """The check above is strict."""
+    import kubernetes_validate
+
     text = MANIFESTS.read_text().replace("enableServiceLinks", "enableServiceLink")
     with pytest.raises(kubernetes_validate.ValidationError):
         valid(text)
@@ -85,6 +93,7 @@ def test_the_chart_has_no_faults() -> None:
     assert code == 0, said
 
 
+@SCHEMAS
 @pytest.mark.parametrize("tls", ["true", "false"])
 def test_all_options_match_the_schemas_of_kubernetes(tls: str) -> None:
     """With every option on, the chart renders valid resources, for plaintext and TLS."""
