@@ -18,9 +18,9 @@ from typing import BinaryIO
 
 from latchkey_service.transport import tls
 
-from tests.helpers.fork_server import LEADER, SOCKET, fork_server
+from tests.helpers.fork_server import LEADER, SOCKET, commands, waiting_server
 
-__all__ = ["ForkedProcess", "fork_service", "forks_services"]
+__all__ = ["ForkedProcess", "fork_service", "forks_services", "waiting_services"]
 
 # A fork takes milliseconds, on a busy machine.
 FORK_SECONDS_MAX = 30.0
@@ -67,28 +67,26 @@ class ForkedProcess:
         return line
 
 
+def waiting_services(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Run a server that starts services."""
+    # gRPC reads these when it is imported. A worker has them, and a supervisor does not use gRPC.
+    return waiting_server(folder, PRELOADED, variables=tls.ENVIRONMENT)
+
+
 class _Server:
-    """The fork server, which starts when the first service does."""
+    """A server that is used when the first service starts."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._stack = contextlib.ExitStack()
-        self._runs = False
+        self._ready = False
 
     def connect(self) -> socket.socket:
-        if not self._runs:
-            self._folder.mkdir()
-            # gRPC reads these when it is imported. A worker has them, and a supervisor does not
-            # use gRPC.
-            running = fork_server(self._folder, PRELOADED, variables=tls.ENVIRONMENT)
-            self._stack.enter_context(running)
-            self._runs = True
+        if not self._ready:
+            commands(self._folder)
+            self._ready = True
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(str(self._folder / SOCKET))
         return connection
-
-    def close(self) -> None:
-        self._stack.close()
 
 
 _servers: list[_Server] = []
@@ -96,12 +94,13 @@ _servers: list[_Server] = []
 
 @contextlib.contextmanager
 def forks_services(folder: Path) -> Iterator[None]:
-    """Fork services, instead of starting Python for each, until the end of the block."""
+    """Fork services, instead of starting Python for each, until the end of the block. A server
+    runs in this folder."""
     _servers.append(_Server(folder))
     try:
         yield
     finally:
-        _servers.pop().close()
+        _servers.pop()
 
 
 def fork_service(
