@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import kubernetes_validate
 import pytest
 import yaml
 from latchkey_service.settings.settings import load
@@ -20,15 +19,16 @@ MANIFESTS = ROOT / "deploy" / "kubernetes" / "latchkey.yaml"
 # The oldest release that the chart supports, and the newest that the package knows.
 KUBERNETES = ("1.30", "1.37")
 HELM_SECONDS = 60.0
+# One worker of pytest-xdist imports the package with the schemas.
+SCHEMAS = pytest.mark.xdist_group("kubernetes")
 EVERYTHING = ("migrations.enabled=true", "metrics.serviceMonitor=true", "securityContext=null")
 
 
 def needs_helm(test: Callable[..., None]) -> Callable[..., None]:
     """Mark a test that builds and runs Helm."""
     slow = pytest.mark.slow("builds and runs Helm")
-    # In one group, because the others would only wait for the first one's build.
-    group = pytest.mark.xdist_group("helm")
-    return slow(group(INSTALLS(test)))
+    # In one group too, because the others would only wait for the first one's build.
+    return slow(SCHEMAS(INSTALLS(test)))
 
 
 def helm(*words: str) -> tuple[int, str]:
@@ -51,6 +51,9 @@ def resources(text: str) -> list[dict[str, Any]]:
 
 def valid(text: str) -> list[str]:
     """Check all resources against the schemas of Kubernetes; return their kinds."""
+    # Its import takes more than a second, which all workers of pytest-xdist would spend.
+    import kubernetes_validate
+
     kinds = []
     for resource in resources(text):
         kinds.append(resource["kind"])
@@ -68,14 +71,18 @@ def deployment(text: str) -> dict[str, Any]:
     return pod
 
 
+@SCHEMAS
 def test_the_manifests_match_the_schemas_of_kubernetes() -> None:
     """The plain manifests have no unknown field and no wrong type, in any supported release."""
     kinds = ["Deployment", "NetworkPolicy", "PodDisruptionBudget", "Service"]
     assert valid(MANIFESTS.read_text()) == kinds
 
 
+@SCHEMAS
 def test_the_schemas_find_an_unknown_field() -> None:
     """The check above is strict."""
+    import kubernetes_validate
+
     text = MANIFESTS.read_text().replace("enableServiceLinks", "enableServiceLink")
     with pytest.raises(kubernetes_validate.ValidationError):
         valid(text)
