@@ -368,7 +368,10 @@ def _options() -> argparse.Namespace:
         help="where Postgres runs: a third core if there is one, else the load's (auto)",
     )
     options = parser.parse_args()
-    options.rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
+    rounds = QUICK_ROUNDS if options.quick else ROUNDS
+    if options.hosts:
+        rounds = hosts.rounds_of(quick=options.quick)
+    options.rounds = options.rounds or rounds
     options.seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
     return options
 
