@@ -173,8 +173,8 @@ def forked(scratch: Path) -> Iterator[Forked]:
 
 @pytest.fixture(scope="session", autouse=True)
 def forked_services(scratch: Path) -> Iterator[None]:
-    """Services start as forks of a process that has imported them."""
-    with forks_services(scratch / "services"):
+    """Services and consoles start as forks of a process that has imported them."""
+    with forks_services(scratch):
         yield
 
 
