@@ -219,7 +219,7 @@ def run_module(module: str) -> None:
     Python would write to every page that this process shares with the server, which takes longer
     than most commands.
     """
-    code: object = None
+    code: str | int | None = None
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as end:
@@ -251,7 +251,6 @@ def save_at_the_end(measurement: Any) -> None:
 
     A process that it forks does so too: it inherits these functions. Killed processes save nothing.
     """
-
     saved = False
 
     def save() -> None:
