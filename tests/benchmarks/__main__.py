@@ -176,7 +176,10 @@ def _compare_peers(options: argparse.Namespace) -> int:
 def _measure_hosts(options: argparse.Namespace) -> int:
     with _scratch(options.scratch) as scratch:
         found = hosts.measure(
-            *(scratch, options.postgres_core, asyncio.run), quick=options.quick, only=options.only
+            *(scratch, options.postgres_core, asyncio.run),
+            quick=options.quick,
+            rounds=options.rounds,
+            only=options.only,
         )
     _say("", *hosts.lines(found))
     OUTPUT.parent.mkdir(exist_ok=True)
