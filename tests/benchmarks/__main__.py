@@ -58,7 +58,7 @@ OUTPUT = Path("build/bench.json")
 def main() -> int:
     """Measure, print, write. Returns 1 if an answer was wrong or a server broke down: a slow result
     does not fail the run, a wrong one does."""
-    options = _options()
+    options = parsed()
     began, load_before = time.monotonic(), os.getloadavg()[0]
     # In both cases, all processes are shut down.
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
@@ -176,7 +176,10 @@ def _compare_peers(options: argparse.Namespace) -> int:
 def _measure_hosts(options: argparse.Namespace) -> int:
     with _scratch(options.scratch) as scratch:
         found = hosts.measure(
-            *(scratch, options.postgres_core, asyncio.run), quick=options.quick, only=options.only
+            *(scratch, options.postgres_core, asyncio.run),
+            quick=options.quick,
+            rounds=options.rounds,
+            only=options.only,
         )
     _say("", *hosts.lines(found))
     OUTPUT.parent.mkdir(exist_ok=True)
@@ -333,7 +336,8 @@ def _scratch(folder: Path | None = None) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _options() -> argparse.Namespace:
+def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the options of the command line, or of these arguments."""
     parser = argparse.ArgumentParser(prog="make bench ARGS=...", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a minute or so, with fewer tokens")
     parser.add_argument("--rounds", type=int, help=f"how many; {ROUNDS}")
@@ -367,7 +371,7 @@ def _options() -> argparse.Namespace:
         default="auto",
         help="where Postgres runs: a third core if there is one, else the load's (auto)",
     )
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     rounds = QUICK_ROUNDS if options.quick else ROUNDS
     if options.hosts:
         rounds = hosts.rounds_of(quick=options.quick)

@@ -120,6 +120,8 @@ class Child:
             self.thaw()
         self.dismiss()
         ended(self._process)
+        assert self._process.stdout is not None, "it is a pipe"
+        self._process.stdout.close()
 
 
 def cores(placing: str) -> Cores:
