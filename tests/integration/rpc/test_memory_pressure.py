@@ -24,9 +24,9 @@ from tests.helpers.waiting import eventually
 
 pytestmark = pytest.mark.slow("fills the memory of a worker")
 
-# An idle worker uses 80 MiB. Each open call takes 17 kB: the flood would need 500 MiB more.
-MEMORY_MIB = 450
-CONNECTIONS, CALLS = 300, 100
+# An idle worker uses 80 MiB. Each open call takes 17 kB: the flood would need 250 MiB more.
+MEMORY_MIB = 320
+CONNECTIONS, CALLS = 150, 100
 # Far longer than the guard needs, on a machine that is busy with the flood.
 ENDED_SECONDS_MAX = 60.0
 
@@ -59,6 +59,7 @@ async def test_anonymous_calls_end_their_connections_and_not_the_worker(
         policy=policy,
         tls_listen=target,
         memory_mib=MEMORY_MIB,
+        grace_seconds=0.5,
         **files,
     ) as running:
         await running.welcome()
