@@ -147,13 +147,16 @@ class ConnectionGuard:
         try:
             self._take_spare_files()
             while True:
-                await asyncio.sleep(max(COUNT_SECONDS, rest))
+                await asyncio.sleep(COUNT_SECONDS)
                 now = time.monotonic()
+                # Memory fills fast, and is due rarely, so it does not wait for the rest.
+                pressed = self._pressure is not None and self._pressure.is_due(now)
+                if now - inspected_at < rest and not pressed:
+                    continue
                 # Counts each file opened since then as a connection.
                 files = _open_files()
                 many = files - files_then > self._room
                 due = now - inspected_at >= self._inspect_seconds
-                pressed = self._pressure is not None and self._pressure.is_high
                 if not (many or due or pressed or self._unwanted):
                     continue
                 try:
@@ -193,7 +196,7 @@ class ConnectionGuard:
         now = time.monotonic()
         unwanted, self._unwanted = self._unwanted, set()
         pressure = self._pressure
-        short = pressure is not None and pressure.is_high and pressure.judge(now)
+        short = pressure is not None and pressure.is_due(now) and pressure.judge(now)
         files = dict(_sockets())
         # Keyed by inode: the number of a closed file is reused at once.
         self._sockets = {inode: seen for inode, seen in self._sockets.items() if inode in files}

@@ -62,19 +62,19 @@ class MemoryPressure:
         self._trim = trim
         self._trim_at = -math.inf
 
-    @property
-    def is_high(self) -> bool:
-        """Whether `judge` has something to do. Takes some microseconds."""
-        return self._resident() >= self._least
+    def is_due(self, now: float) -> bool:
+        """Return whether `judge` has something to do. Takes some microseconds.
+
+        `now` is in seconds on any clock.
+        """
+        resident = self._resident()
+        return resident >= self._level or (resident >= self._least and now >= self._trim_at)
 
     def judge(self, now: float) -> bool:
         """Return free memory to the system, and return whether connections must end.
 
-        `now` is in seconds on any clock. May take some tenths of a second.
+        May take some tenths of a second.
         """
-        resident = self._resident()
-        if resident < self._level and now < self._trim_at:
-            return False
         # The allocator may keep most of it for the next burst.
         self._trim()
         self._trim_at = now + TRIM_SECONDS

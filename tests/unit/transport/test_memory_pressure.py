@@ -36,10 +36,10 @@ def pressure(memory: Memory, limit: int = LIMIT) -> MemoryPressure:
 
 def test_connections_end_only_above_the_threshold() -> None:
     """Well below the limit, nothing is to be done. Above, connections end."""
-    assert not pressure(Memory(LEAST - 1)).is_high
-    assert not pressure(Memory(10**12), limit=0).is_high
+    assert not pressure(Memory(LEAST - 1)).is_due(0.0)
+    assert not pressure(Memory(10**12), limit=0).is_due(0.0)
     high = pressure(Memory(LEAST))
-    assert high.is_high
+    assert high.is_due(0.0)
     assert high.judge(0.0)
 
 
@@ -47,10 +47,10 @@ def test_free_memory_ends_no_connection() -> None:
     """Memory that the allocator kept of an earlier burst goes back to the system instead."""
     memory = Memory(LEAST // 2, free=LEAST)
     judge = pressure(memory)
-    assert judge.is_high
+    assert judge.is_due(0.0)
     assert not judge.judge(0.0)
     assert memory.trims == 1
-    assert not judge.is_high
+    assert not judge.is_due(TRIM_SECONDS)
 
 
 def test_connections_end_again_only_after_further_growth() -> None:
@@ -59,16 +59,18 @@ def test_connections_end_again_only_after_further_growth() -> None:
     memory = Memory(LEAST)
     judge = pressure(memory)
     assert judge.judge(0.0)
-    assert not judge.judge(0.1)
+    assert not judge.is_due(0.1)
     memory.used += STEP - 1
-    assert not judge.judge(0.2)
-    assert memory.trims == 1
+    assert not judge.is_due(0.2)
+    assert judge.is_due(TRIM_SECONDS)
+    assert not judge.judge(TRIM_SECONDS)
     memory.used += 1
-    assert judge.judge(0.3)
-    memory.used = LEAST - 1
-    assert not judge.judge(0.3 + TRIM_SECONDS)
+    assert judge.is_due(TRIM_SECONDS)
+    assert judge.judge(TRIM_SECONDS)
+    memory.used, memory.free = LEAST - 1, STEP
+    assert not judge.judge(2 * TRIM_SECONDS)
     memory.used = LEAST
-    assert judge.judge(0.4 + TRIM_SECONDS)
+    assert judge.judge(2 * TRIM_SECONDS)
 
 
 def test_what_ended_connections_used_goes_back() -> None:
@@ -77,8 +79,8 @@ def test_what_ended_connections_used_goes_back() -> None:
     judge = pressure(memory)
     assert judge.judge(0.0)
     memory.used, memory.free = LEAST // 2, LEAST // 2
-    assert judge.is_high
-    assert not judge.judge(TRIM_SECONDS - 0.1)
+    assert not judge.is_due(TRIM_SECONDS - 0.1)
+    assert judge.is_due(TRIM_SECONDS)
     assert not judge.judge(TRIM_SECONDS)
     assert memory.resident() == LEAST // 2
 
