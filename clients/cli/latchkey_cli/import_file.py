@@ -182,7 +182,8 @@ def _hash(value: Any) -> bytes:
     if isinstance(value, str) and _BASE64.fullmatch(value):
         text = value.rstrip("=").translate(_URL_SAFE) + "="
         decoded = base64.b64decode(text)
-        # The last character of 32 bytes has two spare bits, which b64decode ignores. They must be 0.
+        # The last character of 32 bytes has two spare bits, which must be 0. b64decode ignores
+        # them.
         if base64.b64encode(decoded).decode() == text:
             return decoded
     raise _WrongValue(
