@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from pathlib import Path
@@ -54,8 +55,10 @@ if TYPE_CHECKING:
 for name in [name for name in os.environ if name.startswith("LATCHKEY_")]:
     del os.environ[name]
 
-# The tests start hundreds of Python processes. Each would compile all modules of the service again.
+# The tests start hundreds of Python processes. Each would compile all modules of the service again,
+# and each worker of pytest-xdist all tests.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # A shell that starts the tests in the background makes them ignore SIGINT, and every program that a
 # test starts would inherit that.

@@ -45,7 +45,7 @@ from latchkey_service.errors import (
     reason_of,
 )
 from latchkey_service.loop_delay import WATCH
-from latchkey_service.rpc.admission import ConcurrencyLimiter, Slot
+from latchkey_service.rpc.admission import Answers, ConcurrencyLimiter, Slot
 from latchkey_service.rpc.call_context import CallContext
 from latchkey_service.rpc.call_report import (
     NEW_IDS,
@@ -150,8 +150,9 @@ class ManagedCalls:
         self._reporter = reporter
         self._monotonic = monotonic
         self._clock = clock
+        answers = Answers()
         self.limiters = {
-            role: ConcurrencyLimiter(*size, monotonic, WATCH.clock)
+            role: ConcurrencyLimiter(*size, monotonic, WATCH.clock, answers)
             for role, size in CONCURRENCY_LIMITS.items()
         }
 
