@@ -34,7 +34,6 @@ __all__ = [
     "CREDENTIAL_SHAPE",
     "IMPORTED_LENGTH_MAX",
     "IMPORTED_PREFIX",
-    "SECRET_LENGTH_MAX",
     "Digest",
     "Keyring",
     "Malformed",
@@ -53,8 +52,6 @@ RANDOM_BYTES = 32
 BODY_DIGITS, TAG_DIGITS, CHECKSUM_DIGITS = 43, 8, 6
 TAG_MODULUS: int = 62**TAG_DIGITS
 HINT_CHARACTERS = 4
-# With the longest prefix and its underscore.
-SECRET_LENGTH_MAX = 11 + BODY_DIGITS + TAG_DIGITS + CHECKSUM_DIGITS
 
 # Accepts every prefix, whatever the setting: the tag covers the prefix, and a changed setting must
 # not invalidate live tokens. [0-9A-Za-z], not \w, which also matches letters of other scripts.
