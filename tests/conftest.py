@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from pathlib import Path
@@ -54,8 +55,10 @@ if TYPE_CHECKING:
 for name in [name for name in os.environ if name.startswith("LATCHKEY_")]:
     del os.environ[name]
 
-# The tests start hundreds of Python processes. Each would compile all modules of the service again.
+# The tests start hundreds of Python processes. Each would compile all modules of the service again,
+# and each worker of pytest-xdist all tests.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # A shell that starts the tests in the background makes them ignore SIGINT, and every program that a
 # test starts would inherit that.
@@ -170,8 +173,8 @@ def forked(scratch: Path) -> Iterator[Forked]:
 
 @pytest.fixture(scope="session", autouse=True)
 def forked_services(scratch: Path) -> Iterator[None]:
-    """Services start as forks of a process that has imported them."""
-    with forks_services(scratch / "services"):
+    """Services and consoles start as forks of a process that has imported them."""
+    with forks_services(scratch):
         yield
 
 

@@ -186,26 +186,21 @@ class Operations:
         must_be(again[0].outcome, pb.IMPORT_OUTCOME_EXISTS, "an import of a deleted token")
 
     async def _import(self, row: pb.ImportedToken) -> Any:
-        answer = await self._connections.stub().Import(
-            pb.ImportRequest(tokens=[row]), timeout=CALL_SECONDS, metadata=bearer("importer")
-        )
+        request = pb.ImportRequest(tokens=[row])
+        answer = await self._connections.manage("Import", request, "importer")
         return answer.results
 
     async def _until_deleted(self, number: int, account: str, token_id: str, secret: str) -> None:
         """Verify a new token everywhere, delete it, and verify it again."""
         self._board.created(number, secret)
-        stub = self._connections.stub()
-        got = await stub.Get(
-            pb.GetRequest(account_id=account, id=token_id),
-            timeout=CALL_SECONDS,
-            metadata=bearer("manager"),
-        )
+        get = pb.GetRequest(account_id=account, id=token_id)
+        got = await self._connections.manage("Get", get)
         must_be(got.token.id, token_id, "what was created")
         for each in self._connections.stubs:
             must_be(await self._connections.verify(each, secret), pb.VERDICT_VALID, "a new token")
         await asyncio.sleep(LIFE_SECONDS)
         request = pb.DeleteRequest(account_id=account, id=token_id)
-        answer = await stub.Delete(request, timeout=CALL_SECONDS, metadata=bearer("manager"))
+        answer = await self._connections.manage("Delete", request)
         self._board.deleted(number)
         if not answer.receipt.HasField("effective_time"):
             raise WrongAnswer("a Delete that waits has no effective time")
@@ -219,9 +214,7 @@ class Operations:
         request = pb.ListRequest(account_id=LIVE_ACCOUNT, page_size=LIVE // 2)
         seen: set[str] = set()
         while True:
-            answer = await self._connections.stub().List(
-                request, timeout=CALL_SECONDS, metadata=bearer("manager")
-            )
+            answer = await self._connections.manage("List", request)
             seen |= {token.id for token in answer.tokens}
             if not answer.next_page_token:
                 break

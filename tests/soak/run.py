@@ -147,6 +147,7 @@ async def _soak(
         load.tally.left_out,
         load.tally.wrong,
         load.tally.unexpected,
+        load.tally.refused,
         _stayed(before, after),
         samples.cpu_seconds / took,
         load_cores,
