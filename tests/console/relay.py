@@ -5,14 +5,13 @@ It forwards raw bytes, so every answer is real unless a test asks the relay to a
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from latchkey_proto.v1 import token_service_pb2 as pb
 
 SERVICE = "/latchkey.v1.TokenService/"
 CALL_SECONDS = 30.0
