@@ -20,8 +20,9 @@ PRESSURE_SHARE: Final = 0.5
 # Further growth, as a share of the limit, before more connections end. Otherwise a worker whose
 # memory is in use for good would end each new connection.
 STEP_SHARE: Final = 0.05
-# Between two returns of free memory. One takes some tenths of a second for a gigabyte, and delays
-# allocations meanwhile.
+# From the end of connections to the second return of free memory, which their calls have left by
+# then. A return takes some tenths of a second for a gigabyte, and delays allocations meanwhile, so
+# memory that stays in use causes no further one.
 TRIM_SECONDS: Final = 10.0
 PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 
@@ -60,7 +61,7 @@ class MemoryPressure:
         self._step = STEP_SHARE * bytes_max
         self._resident = resident
         self._trim = trim
-        self._trim_at = -math.inf
+        self._trim_at = math.inf
 
     def is_due(self, now: float) -> bool:
         """Return whether `judge` has something to do. Takes some microseconds.
@@ -68,24 +69,24 @@ class MemoryPressure:
         `now` is in seconds on any clock.
         """
         resident = self._resident()
-        return resident >= self._level or (resident >= self._least and now >= self._trim_at)
+        if resident < self._least:
+            self._level = self._least
+        return resident >= self._level or now >= self._trim_at
 
     def judge(self, now: float) -> bool:
         """Return free memory to the system, and return whether connections must end.
 
         May take some tenths of a second.
         """
+        grown = self._resident() >= self._level
         # The allocator may keep most of it for the next burst.
         self._trim()
-        self._trim_at = now + TRIM_SECONDS
         resident = self._resident()
-        if resident < self._least:
-            self._level = self._least
-            return False
-        if resident < self._level:
-            return False
-        self._level = resident + self._step
-        return True
+        ends = resident >= self._level
+        self._trim_at = now + TRIM_SECONDS if ends else math.inf
+        if grown:
+            self._level = max(self._least, resident + self._step)
+        return ends
 
 
 def resident_bytes() -> int:

@@ -59,18 +59,33 @@ def test_connections_end_again_only_after_further_growth() -> None:
     memory = Memory(LEAST)
     judge = pressure(memory)
     assert judge.judge(0.0)
-    assert not judge.is_due(0.1)
     memory.used += STEP - 1
-    assert not judge.is_due(0.2)
+    assert not judge.is_due(0.1)
+    memory.used += 1
+    assert judge.is_due(0.2)
+    assert judge.judge(0.2)
+    memory.used = LEAST - 1
+    assert not judge.is_due(0.3)
+    memory.used = LEAST
+    assert judge.is_due(0.4)
+    assert judge.judge(0.4)
+
+
+def test_memory_in_use_is_not_returned_again_and_again() -> None:
+    """A return delays allocations, so a worker that needs its memory makes one attempt after its
+    connections have ended, and the next one only after further growth."""
+    memory = Memory(LEAST)
+    judge = pressure(memory)
+    assert judge.judge(0.0)
     assert judge.is_due(TRIM_SECONDS)
     assert not judge.judge(TRIM_SECONDS)
-    memory.used += 1
-    assert judge.is_due(TRIM_SECONDS)
-    assert judge.judge(TRIM_SECONDS)
-    memory.used, memory.free = LEAST - 1, STEP
-    assert not judge.judge(2 * TRIM_SECONDS)
-    memory.used = LEAST
-    assert judge.judge(2 * TRIM_SECONDS)
+    assert not judge.is_due(10 * TRIM_SECONDS)
+    assert memory.trims == 2
+    memory.used, memory.free = LEAST + STEP // 2, STEP // 2
+    assert judge.is_due(10 * TRIM_SECONDS)
+    assert not judge.judge(10 * TRIM_SECONDS)
+    memory.free = STEP // 2
+    assert not judge.is_due(11 * TRIM_SECONDS)
 
 
 def test_what_ended_connections_used_goes_back() -> None:
