@@ -184,8 +184,8 @@ def forked() -> Forked:
 
 @pytest.fixture(scope="session", autouse=True)
 def forked_services() -> Iterator[None]:
-    """Services start as forks of a process that has imported them."""
-    with forks_services(shared_folder() / "services"):
+    """Services and consoles start as forks of a process that has imported them."""
+    with forks_services(shared_folder()):
         yield
 
 

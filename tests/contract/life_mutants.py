@@ -22,7 +22,7 @@ from latchkey_service.tokens.lifecycle_store import LifecycleStore
 from latchkey_service.tokens.token_changer import TokenChanger
 from latchkey_service.tokens.usage_table import UsageTable
 
-__all__ = ["MUTANTS"]
+__all__ = ["MUTANTS", "TRACE_MUTANTS"]
 
 Patch = pytest.MonkeyPatch
 
@@ -271,6 +271,9 @@ MUTANTS = (
     imports_forget_to_disable,
     expired_tokens_hold_their_names,
     an_earlier_expiry_does_not_narrow,
+)
+# Every answer is right: only uses or audit entries show the fault.
+TRACE_MUTANTS = (
     uses_of_imported_secrets_are_lost,
     uses_count_for_no_secret,
     enable_is_recorded_as_disable,

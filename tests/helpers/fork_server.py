@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from tests.helpers.repository import ROOT
 
@@ -244,6 +244,8 @@ def become(run: Run) -> list[str]:
     os.environ.update(run.variables)
     time.tzset()
     sys.path[0] = run.folder
+    # As from a terminal, also if the tests run under nohup.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # As Python opens them in a locale of UTF-8.
     sys.stdin = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
@@ -287,6 +289,33 @@ def measure(folder: str) -> Any:
     return measurement
 
 
+def save_at_the_end(measurement: Any) -> None:
+    """Save what was measured when this process ends, or becomes another program.
+
+    A process that it forks does so too: it inherits these functions. Killed processes save nothing.
+    """
+    saved = False
+
+    def save() -> None:
+        nonlocal saved
+        if not saved:
+            saved = True
+            # What a program does must not depend on whether it is measured.
+            with contextlib.suppress(OSError):
+                measurement.save()
+
+    def saving(ends: Callable[..., NoReturn]) -> Callable[..., NoReturn]:
+        def end(*arguments: Any) -> NoReturn:
+            save()
+            ends(*arguments)
+
+        return end
+
+    atexit.register(save)
+    os._exit = saving(os._exit)
+    os.execve = saving(os.execve)
+
+
 if __name__ == "__main__":
     listener = listen(sys.argv[1])
     # Before the imports, which it measures too.
@@ -302,5 +331,5 @@ if __name__ == "__main__":
     module, *rest = become(serve(listener))
     sys.argv = [module, *rest]
     if measurement is not None:
-        atexit.register(measurement.save)
+        save_at_the_end(measurement)
     run_module(module)

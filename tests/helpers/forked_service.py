@@ -1,4 +1,4 @@
-"""Starts the service in processes that are forked from one that has imported it.
+"""Starts the service and the console in processes that are forked from one that has imported them.
 
 Supervisor and worker each need almost half a second of processor time to import what they use, and
 tests start a service some hundred times. Tests of the start itself, of what Python does before the
@@ -12,19 +12,28 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from latchkey_service.transport import tls
 
 from tests.helpers.fork_server import LEADER, SOCKET, commands, waiting_server
+from tests.helpers.measured import folder as coverage_folder
 
-__all__ = ["ForkedProcess", "fork_service", "forks_services", "waiting_services"]
+__all__ = ["ForkedProcess", "fork_console", "fork_service", "forks_services", "waiting_services"]
 
 # A fork takes milliseconds, on a busy machine.
 FORK_SECONDS_MAX = 30.0
-PRELOADED = "tests.helpers.preloaded_service"
+SERVICE = ("tests.helpers.preloaded_service",)
+CONSOLE = (
+    "h11",
+    "latchkey_cli.main",
+    "latchkey_console.running",
+    "uvicorn.lifespan.on",
+    "uvicorn.loops.auto",
+    "uvicorn.protocols.http.h11_impl",
+)
 
 
 class ForkedProcess:
@@ -59,7 +68,7 @@ class ForkedProcess:
         while not line.endswith(b"\n"):
             ready, _, _ = select.select([self._connection], [], [], timeout)
             if not ready:
-                raise subprocess.TimeoutExpired(PRELOADED, timeout)
+                raise subprocess.TimeoutExpired("a forked process", timeout)
             more = self._connection.recv(1)
             if not more:
                 break
@@ -67,36 +76,65 @@ class ForkedProcess:
         return line
 
 
-def waiting_services(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """Run a server that starts services."""
-    # gRPC reads these when it is imported. A worker has them, and a supervisor does not use gRPC.
-    return waiting_server(folder, PRELOADED, variables=tls.ENVIRONMENT)
-
-
 class _Server:
-    """A server that is used when the first service starts."""
+    """A fork server, which is used when the first process starts."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._ready = False
 
-    def connect(self) -> socket.socket:
+    def fork(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        folder: Path,
+        out: BinaryIO,
+        err: BinaryIO,
+    ) -> ForkedProcess:
+        """Run `python -m module` in a forked process."""
         if not self._ready:
             commands(self._folder)
             self._ready = True
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(str(self._folder / SOCKET))
-        return connection
+        message = repr(([LEADER, module, *arguments], str(folder), dict(environment))).encode()
+        message = len(message).to_bytes(4, "big") + message
+        with Path(os.devnull).open("rb") as nothing:
+            files = [nothing.fileno(), out.fileno(), err.fileno()]
+            sent = socket.send_fds(connection, [message], files)
+        connection.sendall(message[sent:])
+        return ForkedProcess(connection)
 
 
-_servers: list[_Server] = []
+class _Servers(NamedTuple):
+    service: _Server
+    console: _Server
+
+
+_servers: list[_Servers] = []
+
+
+@contextlib.contextmanager
+def waiting_services(folder: Path) -> Iterator[None]:
+    """Run a server of services and one of consoles, in subfolders. They import what they need when
+    they are used."""
+    # gRPC reads these when it is imported. A worker has them, and a supervisor does not use gRPC.
+    kinds = {"services": (SERVICE, tls.ENVIRONMENT), "consoles": (CONSOLE, {})}
+    with contextlib.ExitStack() as stack:
+        for name, (modules, variables) in kinds.items():
+            (folder / name).mkdir()
+            server = waiting_server(
+                folder / name, *modules, coverage=coverage_folder(), variables=variables
+            )
+            stack.enter_context(server)
+        yield
 
 
 @contextlib.contextmanager
 def forks_services(folder: Path) -> Iterator[None]:
-    """Fork services, instead of starting Python for each, until the end of the block. A server
-    runs in this folder."""
-    _servers.append(_Server(folder))
+    """Until the end of the block, the servers in the subfolders start services and consoles."""
+    _servers.append(_Servers(_Server(folder / "services"), _Server(folder / "consoles")))
     try:
         yield
     finally:
@@ -111,11 +149,20 @@ def fork_service(
     # A test changes what Python does at its start.
     if not _servers or sys.platform != "linux" or "PYTHONPATH" in environment:
         return None
-    connection = _servers[-1].connect()
-    message = repr(([LEADER, "latchkey_service"], str(folder), dict(environment))).encode()
-    message = len(message).to_bytes(4, "big") + message
-    with Path(os.devnull).open("rb") as nothing:
-        files = [nothing.fileno(), out.fileno(), err.fileno()]
-        sent = socket.send_fds(connection, [message], files)
-    connection.sendall(message[sent:])
-    return ForkedProcess(connection)
+    return _servers[-1].service.fork("latchkey_service", (), environment, folder, out, err)
+
+
+def fork_console(
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    folder: Path,
+    out: BinaryIO,
+    err: BinaryIO,
+) -> ForkedProcess | None:
+    """Run `python -m latchkey_cli console` in a forked process, or return None where that is
+    impossible."""
+    if not _servers or sys.platform != "linux":
+        return None
+    return _servers[-1].console.fork(
+        "latchkey_cli", ("console", *arguments), environment, folder, out, err
+    )

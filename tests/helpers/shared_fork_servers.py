@@ -20,17 +20,16 @@ _FOLDER = "FORK_SERVERS_FOLDER"
 
 
 def run_fork_servers() -> Callable[[], None]:
-    """Run the servers of the tools and of the services. Return a function that ends them."""
+    """Run the servers of tools, services and consoles. Return a function that ends them."""
     with contextlib.ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="latchkey-test-", dir=SCRATCH))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         os.environ[_FOLDER] = str(folder)
-        for name in ("tools", "services"):
-            (folder / name).mkdir()
+        (folder / "tools").mkdir()
         stack.enter_context(
             waiting_server(folder / "tools", *PRELOADED, coverage=coverage_folder())
         )
-        stack.enter_context(waiting_services(folder / "services"))
+        stack.enter_context(waiting_services(folder))
         return stack.pop_all().close
 
 

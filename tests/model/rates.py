@@ -15,6 +15,10 @@ Simplifications. Each allows more than the service does:
 
 - A database issues any number of calls that it has, whatever the verifier needs.
 - A verifier spends its calls in any order, and keeps them when it moves to another database.
+
+The two verifiers have the same rules, so two states that differ only in which of them is which have
+the same future. A state therefore lists its verifiers in order, and in a trace they may change
+places.
 """
 
 from __future__ import annotations
@@ -29,7 +33,10 @@ from tests.model.explore import Action, Model, Violation
 __all__ = ["BROKEN", "KEPT"]
 
 OLD, NEW = 0, 1
+# Numbers, so that verifiers can be put in order.
 NO_LEASE = -1
+NOBODY = -1
+UNREAD = -1
 PROMISE = "more verifies answer VALID in some window than b + r * (w + S)"
 
 
@@ -37,15 +44,18 @@ class Question(NamedTuple):
     """A question for calls under way."""
 
     age: int = 0  # in ticks, since before it was sent
-    issued_by: int | None = None  # None: no database has received it yet
+    issued_by: int = NOBODY  # until a database has received it
     calls: int = 0
-    seen: int | None = None  # only where a draw does not lock the bucket: what it has read
+    seen: int = UNREAD  # only where a draw does not lock the bucket: what it has read
+
+
+NO_QUESTION = Question(age=-1)
 
 
 class Verifier(NamedTuple):
     """A server, or a client whose questions a server passes on."""
 
-    question: Question | None = None
+    question: Question = NO_QUESTION
     # Numbers of calls, by the ticks for which they can still be spent.
     share: tuple[int, ...] = ()
     lease: int = NO_LEASE  # the ticks that are left
@@ -88,26 +98,26 @@ def model(*broken: str, burst: int = 2, share_ticks: int = 2, lease_ticks: int =
 def asks(s: State, w: World) -> Iterator[State]:
     """A verifier asks for calls."""
     for n, one in enumerate(s.verifiers):
-        if one.question is None and (
+        if one.question == NO_QUESTION and (
             one.lease != NO_LEASE or "13 draws without a lease" in w.broken
         ):
             unlocked = "13 a draw does not lock the bucket" in w.broken
-            seen = s.buckets[one.database] if unlocked else None
+            seen = s.buckets[one.database] if unlocked else UNREAD
             yield _changed(s, n, one._replace(question=Question(seen=seen)))
 
 
 def issues(s: State, w: World) -> Iterator[State]:
     """A database receives the question, and issues calls."""
     for n, one in enumerate(s.verifiers):
-        if one.question is None or one.question.issued_by is not None:
+        if one.question == NO_QUESTION or one.question.issued_by != NOBODY:
             continue
         for database in (OLD, NEW) if s.promoted else (OLD,):
             seen = one.question.seen
-            has = s.buckets[database] if seen is None else seen
+            has = s.buckets[database] if seen == UNREAD else seen
             for calls in range(1, has + 1):
                 buckets = list(s.buckets)
                 buckets[database] = has - calls
-                question = one.question._replace(issued_by=database, calls=calls, seen=None)
+                question = one.question._replace(issued_by=database, calls=calls, seen=UNREAD)
                 after = s._replace(buckets=(buckets[OLD], buckets[NEW]))
                 yield _changed(after, n, one._replace(question=question))
 
@@ -115,7 +125,7 @@ def issues(s: State, w: World) -> Iterator[State]:
 def receives(s: State, w: World) -> Iterator[State]:
     """A verifier receives the answer. The calls count only in time, and under the same history."""
     for n, one in enumerate(s.verifiers):
-        if (question := one.question) is None or question.issued_by is None:
+        if (question := one.question).issued_by == NOBODY:
             continue
         left = w.share_ticks - question.age
         if "13 calls are counted from the answer" in w.broken:
@@ -128,15 +138,16 @@ def receives(s: State, w: World) -> Iterator[State]:
         share = list(one.share)
         if left >= 0 and trusted:
             share[left] += question.calls
-        kept = question if "13 an answer counts twice" in w.broken and not sum(one.share) else None
+        again = "13 an answer counts twice" in w.broken and not sum(one.share)
+        kept = question if again else NO_QUESTION
         yield _changed(s, n, one._replace(question=kept, share=tuple(share)))
 
 
 def message_is_lost(s: State, _: World) -> Iterator[State]:
     """The question or its answer is lost."""
     for n, one in enumerate(s.verifiers):
-        if one.question is not None:
-            yield _changed(s, n, one._replace(question=None))
+        if one.question != NO_QUESTION:
+            yield _changed(s, n, one._replace(question=NO_QUESTION))
 
 
 def spends(s: State, w: World) -> Iterator[State]:
@@ -174,7 +185,7 @@ def restarts(s: State, w: World) -> Iterator[State]:
             share = (*share[1:], w.burst)
         if "13 a restarted verifier counts its calls again from zero" in w.broken:
             share = (*share[1:], sum(one.share))
-        yield _changed(s, n, Verifier(None, share, _first_lease(w), one.database))
+        yield _changed(s, n, Verifier(NO_QUESTION, share, _first_lease(w), one.database))
 
 
 def fails_over(s: State, w: World) -> Iterator[State]:
@@ -192,7 +203,7 @@ def time_passes(s: State, w: World) -> Iterator[State]:
     yield s._replace(
         room=min(s.room + 1, w.room),
         buckets=(min(s.buckets[OLD] + 1, w.burst), min(s.buckets[NEW] + 1, w.burst)),
-        verifiers=(_older(s.verifiers[0], w), _older(s.verifiers[1], w)),
+        verifiers=_in_order(_older(s.verifiers[0], w), _older(s.verifiers[1], w)),
     )
 
 
@@ -211,12 +222,12 @@ ACTIONS: tuple[Action, ...] = (
 
 def _older(one: Verifier, w: World) -> Verifier:
     question = one.question
-    if question is not None:
+    if question != NO_QUESTION:
         question = question._replace(age=question.age + 1)
         if question.age > w.share_ticks:
             # Too late. If the rule is kept, that is the same as a lost message.
             late = "13 calls are counted from the answer" in w.broken
-            question = question._replace(age=w.share_ticks) if late else None
+            question = question._replace(age=w.share_ticks) if late else NO_QUESTION
     share = (*one.share[1:], 0)
     if "13 calls never end" in w.broken:
         share = one.share
@@ -233,8 +244,11 @@ def _first_lease(w: World) -> int:
 
 
 def _changed(s: State, number: int, verifier: Verifier) -> State:
-    first, second = s.verifiers
-    return s._replace(verifiers=(verifier, second) if number == 0 else (first, verifier))
+    return s._replace(verifiers=_in_order(verifier, s.verifiers[1 - number]))
+
+
+def _in_order(one: Verifier, other: Verifier) -> tuple[Verifier, Verifier]:
+    return (one, other) if one <= other else (other, one)
 
 
 LEASES = {"burst": 1, "share_ticks": 1, "lease_ticks": 1}
@@ -243,7 +257,7 @@ KEPT = (
     Kept(
         "rates",
         model(),
-        6_000,
+        3_000,
         {
             "both verifiers have calls, and the bucket is full again": (
                 lambda s: s.buckets[OLD] == 2 and all(sum(one.share) for one in s.verifiers)
@@ -255,7 +269,7 @@ KEPT = (
     Kept(
         "rates, two databases",
         model(**LEASES),
-        55_000,
+        28_000,
         {
             "the verifiers have calls of both databases": (
                 lambda s: (

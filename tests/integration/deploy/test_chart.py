@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import yaml
 from latchkey_service.settings.settings import load
 
-from tests.helpers.programs import found, run
+from tests.helpers.programs import HELM, INSTALLS, installed_by_go, run
 from tests.helpers.repository import ROOT
 
 CHART = ROOT / "deploy" / "helm" / "latchkey"
@@ -18,16 +19,21 @@ MANIFESTS = ROOT / "deploy" / "kubernetes" / "latchkey.yaml"
 # The oldest release that the chart supports, and the newest that the package knows.
 KUBERNETES = ("1.30", "1.37")
 HELM_SECONDS = 60.0
-# One worker of pytest-xdist imports the package.
+# One worker of pytest-xdist imports the package with the schemas.
 SCHEMAS = pytest.mark.xdist_group("kubernetes")
 EVERYTHING = ("migrations.enabled=true", "metrics.serviceMonitor=true", "securityContext=null")
 
 
+def needs_helm(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test that builds and runs Helm."""
+    slow = pytest.mark.slow("builds and runs Helm")
+    # In one group too, because the others would only wait for the first one's build.
+    return slow(SCHEMAS(INSTALLS(test)))
+
+
 def helm(*words: str) -> tuple[int, str]:
-    """Run Helm, which the runners of GitHub have. No package manager of the tests has it."""
-    program = found("helm")
-    if program is None:
-        pytest.skip("Helm is not installed here")
+    """Run Helm, which the runners of GitHub have. Elsewhere it is built, which takes minutes."""
+    program = installed_by_go("helm", HELM)
     return run((str(program), *words), HELM_SECONDS, dict(os.environ))
 
 
@@ -82,18 +88,20 @@ def test_the_schemas_find_an_unknown_field() -> None:
         valid(text)
 
 
+@needs_helm
 def test_the_manifests_come_from_the_chart() -> None:
     """`make manifests` would change nothing."""
     assert MANIFESTS.read_text().partition("---\n")[2] == rendered().partition("---\n")[2]
 
 
+@needs_helm
 def test_the_chart_has_no_faults() -> None:
     """`helm lint --strict` accepts the chart."""
     code, said = helm("lint", "--strict", str(CHART))
     assert code == 0, said
 
 
-@SCHEMAS
+@needs_helm
 @pytest.mark.parametrize("tls", ["true", "false"])
 def test_all_options_match_the_schemas_of_kubernetes(tls: str) -> None:
     """With every option on, the chart renders valid resources, for plaintext and TLS."""
@@ -101,6 +109,7 @@ def test_all_options_match_the_schemas_of_kubernetes(tls: str) -> None:
     assert {"Job", "ServiceMonitor"} < set(kinds)
 
 
+@needs_helm
 @pytest.mark.parametrize(
     "value", ["replica=3", "settings.LATCHKEY_LISTEN=a", "image.digest=latest", "tls.secret=A_b"]
 )

@@ -1,17 +1,28 @@
 """Calls without an identity: how slowly they are refused, and how many may be open."""
 
 import asyncio
+import math
 
 import pytest
+from latchkey_service.rpc import refused_calls
 from latchkey_service.rpc.admission import REJECTIONS_AT_ONCE
-from latchkey_service.rpc.refused_calls import (
-    ENDING_MAX,
-    OPEN_MAX,
-    OPEN_PER_ADDRESS_MAX,
-    PER_SECOND,
-    SECONDS_MAX,
-    RefusedCalls,
-)
+from latchkey_service.rpc.refused_calls import PER_SECOND, SECONDS_MAX, RefusedCalls
+
+# The service's own limits, divided by this: each open call is a task.
+SMALLER = 20
+OPEN_MAX = refused_calls.OPEN_MAX // SMALLER
+OPEN_PER_ADDRESS_MAX = refused_calls.OPEN_PER_ADDRESS_MAX // SMALLER
+ENDING_MAX = refused_calls.ENDING_MAX // SMALLER
+# The calls of an address that come together.
+CALLS = 50
+
+
+@pytest.fixture(autouse=True)
+def limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits that few calls reach."""
+    monkeypatch.setattr(refused_calls, "OPEN_MAX", OPEN_MAX)
+    monkeypatch.setattr(refused_calls, "OPEN_PER_ADDRESS_MAX", OPEN_PER_ADDRESS_MAX)
+    monkeypatch.setattr(refused_calls, "ENDING_MAX", ENDING_MAX)
 
 
 class Scene:
@@ -79,11 +90,11 @@ async def test_open_calls_of_a_worker_are_bounded() -> None:
     such as those of `native`, have only this limit."""
     scene = Scene()
     for number in range(40):
-        await scene.come(f"ipv4:192.0.2.{number}:1", 1_000)
-    excess = 40_000 - OPEN_MAX - (REJECTIONS_AT_ONCE + 1)
+        await scene.come(f"ipv4:192.0.2.{number}:1", CALLS)
+    excess = 40 * CALLS - OPEN_MAX - (REJECTIONS_AT_ONCE + 1)
     assert scene.ended[-1] == "ipv4:192.0.2.39:1"
     assert len(scene.ended) == scene.calls.excess == excess
-    assert len(set(scene.ended)) == 10
+    assert len(set(scene.ended)) == math.ceil(excess / CALLS)
     # A connection that cannot be ended has its calls refused at once.
     assert await scene.come("unix:", 3) == 3
     await scene.leave()
@@ -94,8 +105,8 @@ async def test_connections_that_do_not_end_are_bounded() -> None:
     """If the connections above a limit do not end in time, their further calls are refused at
     once."""
     scene = Scene()
-    for number in range(ENDING_MAX // 1_000 + 1):
-        await scene.come(f"ipv4:192.0.2.{number}:1", 1_000)
+    for number in range((REJECTIONS_AT_ONCE + ENDING_MAX) // CALLS + 1):
+        await scene.come(f"ipv4:192.0.2.{number}:1", CALLS)
     assert scene.calls.open == ENDING_MAX
     assert await scene.come("ipv4:192.0.2.99:1", 3) == 3
     await scene.leave()
@@ -106,6 +117,6 @@ async def test_peers_without_an_address_have_no_share() -> None:
     """`native` passes calls of unknown methods on over a UNIX socket, so all look alike. They have
     only the limit of the worker."""
     scene = Scene()
-    assert await scene.come("unix:", OPEN_PER_ADDRESS_MAX + 1_000) == REJECTIONS_AT_ONCE + 1
+    assert await scene.come("unix:", OPEN_PER_ADDRESS_MAX + CALLS) == REJECTIONS_AT_ONCE + 1
     assert scene.ended == []
     await scene.leave()
