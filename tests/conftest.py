@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from pathlib import Path
@@ -43,6 +44,7 @@ from tests.helpers.servers import (
     serving,
     with_database,
 )
+from tests.helpers.shared_compilation import import_in_turn
 from tests.helpers.stacks import task_stacks
 from tests.helpers.tool import PRELOADED
 from tests.helpers.waiting import WAIT_SECONDS
@@ -54,8 +56,10 @@ if TYPE_CHECKING:
 for name in [name for name in os.environ if name.startswith("LATCHKEY_")]:
     del os.environ[name]
 
-# The tests start hundreds of Python processes. Each would compile all modules of the service again.
+# The tests start hundreds of Python processes. Each would compile all modules of the service again,
+# and each worker of pytest-xdist all tests.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # A shell that starts the tests in the background makes them ignore SIGINT, and every program that a
 # test starts would inherit that.
@@ -97,6 +101,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--screens", action="store_true", help="save screenshots of the console to build/screens"
     )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session: pytest.Session) -> None:
+    import_in_turn(session.config.args)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -170,8 +179,8 @@ def forked(scratch: Path) -> Iterator[Forked]:
 
 @pytest.fixture(scope="session", autouse=True)
 def forked_services(scratch: Path) -> Iterator[None]:
-    """Services start as forks of a process that has imported them."""
-    with forks_services(scratch / "services"):
+    """Services and consoles start as forks of a process that has imported them."""
+    with forks_services(scratch):
         yield
 
 

@@ -34,7 +34,6 @@ __all__ = [
     "CREDENTIAL_SHAPE",
     "IMPORTED_LENGTH_MAX",
     "IMPORTED_PREFIX",
-    "SECRET_LENGTH_MAX",
     "Digest",
     "Keyring",
     "Malformed",
@@ -53,8 +52,6 @@ RANDOM_BYTES = 32
 BODY_DIGITS, TAG_DIGITS, CHECKSUM_DIGITS = 43, 8, 6
 TAG_MODULUS: int = 62**TAG_DIGITS
 HINT_CHARACTERS = 4
-# With the longest prefix and its underscore.
-SECRET_LENGTH_MAX = 11 + BODY_DIGITS + TAG_DIGITS + CHECKSUM_DIGITS
 
 # Accepts every prefix, whatever the setting: the tag covers the prefix, and a changed setting must
 # not invalidate live tokens. [0-9A-Za-z], not \w, which also matches letters of other scripts.
@@ -77,6 +74,12 @@ CREDENTIAL_SHAPE = rf"{CREDENTIAL_PREFIX}_[0-9A-Za-z]{{{BODY_DIGITS + CHECKSUM_D
 CREDENTIAL_LENGTH = len(CREDENTIAL_PREFIX) + 1 + BODY_DIGITS + CHECKSUM_DIGITS
 # Finds overlapping matches too: "alk_…" contains "lk_…".
 _SHAPES_WITHIN = [re.compile(rf"(?=({shape}))") for shape in (_SHAPE.pattern, CREDENTIAL_SHAPE)]
+# A secret that something has converted to one letter case, which has no checksum any more. Almost
+# all of it has leaked: the lost letter cases take 2**36 attempts to guess, which the checksum sorts
+# out offline. The letter beyond "f" tells it from a hash in hexadecimal digits.
+_ONE_CASE = re.compile(
+    r"[a-z]{2,10}_(?=[0-9a-f]*[g-z])(?:[0-9a-z]{57}|(?<=lkc_)[0-9a-z]{49})(?![0-9a-z])"
+)
 # Matches a secret or the beginning of one, to redact it.
 _SECRET_PART = re.compile(rf"([a-z]{{2,10}}_)[0-9A-Za-z]{{{BODY_DIGITS},}}")
 _BODY_END = -(TAG_DIGITS + CHECKSUM_DIGITS)
@@ -215,13 +218,14 @@ def hint_of(secret: str) -> str:
 def contains_secret(text: str) -> bool:
     """Return whether `text` contains the secret of a token or a caller's credential.
 
-    Recognises them by shape and checksum, whatever characters surround them.
+    Recognises them by shape and checksum, whatever characters surround them. In lower or upper
+    case, it recognises them by their shape alone.
     """
     return any(
         checksum(match[1][:-CHECKSUM_DIGITS]) == match[1][-CHECKSUM_DIGITS:]
         for shape in _SHAPES_WITHIN
         for match in shape.finditer(text)
-    )
+    ) or any(_ONE_CASE.search(each) for each in (text, text.swapcase()))
 
 
 def redact_secrets(text: str) -> str:

@@ -31,6 +31,7 @@ from tests.benchmarks import (
     coherence,
     console,
     flood,
+    hosts,
     load,
     overload,
     overload_figures,
@@ -57,7 +58,7 @@ OUTPUT = Path("build/bench.json")
 def main() -> int:
     """Measure, print, write. Returns 1 if an answer was wrong or a server broke down: a slow result
     does not fail the run, a wrong one does."""
-    options = _options()
+    options = parsed()
     began, load_before = time.monotonic(), os.getloadavg()[0]
     # In both cases, all processes are shut down.
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
@@ -66,6 +67,8 @@ def main() -> int:
         return _compare_sizes(options)
     if options.peers:
         return _compare_peers(options)
+    if options.hosts:
+        return _measure_hosts(options)
     cores = processes.cores(options.postgres_core)
     counts = QUICK if options.quick else FULL
     with contextlib.ExitStack() as stack:
@@ -73,7 +76,9 @@ def main() -> int:
         pepper_file = scratch / "peppers"
         keyring = pepper_files.load_or_create(pepper_file, create=True)
         _say("Starting Postgres and filling databases")
-        url, postmaster = stack.enter_context(processes.postgres(scratch / "data", cores.postgres))
+        url, postmaster = stack.enter_context(
+            processes.postgres(scratch / "data", {cores.postgres})
+        )
         secrets_file = scratch / "secrets"
         seeded = asyncio.run(_seed(url, counts, keyring, secrets_file))
         servers = _servers(stack, scratch, seeded, pepper_file, cores.server)
@@ -165,6 +170,22 @@ def _compare_peers(options: argparse.Namespace) -> int:
         )
     _say("", *peers.lines(found, missing))
     peers.write(found, missing, OUTPUT.with_name("bench-peers.json"))
+    return 0
+
+
+def _measure_hosts(options: argparse.Namespace) -> int:
+    with _scratch(options.scratch) as scratch:
+        found = hosts.measure(
+            *(scratch, options.postgres_core, asyncio.run),
+            quick=options.quick,
+            rounds=options.rounds,
+            only=options.only,
+        )
+    _say("", *hosts.lines(found))
+    OUTPUT.parent.mkdir(exist_ok=True)
+    output = OUTPUT.with_name("bench-hosts.json")
+    document = {"figures": [figure.document() for figure in found], "machine": report.machine()}
+    output.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", "utf-8")
     return 0
 
 
@@ -315,7 +336,8 @@ def _scratch(folder: Path | None = None) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _options() -> argparse.Namespace:
+def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the options of the command line, or of these arguments."""
     parser = argparse.ArgumentParser(prog="make bench ARGS=...", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a minute or so, with fewer tokens")
     parser.add_argument("--rounds", type=int, help=f"how many; {ROUNDS}")
@@ -333,7 +355,15 @@ def _options() -> argparse.Namespace:
         help="only beside other products, which are built from their Go modules first",
     )
     parser.add_argument(
-        "--scratch", type=Path, metavar="FOLDER", help="for the databases of --sizes and --peers"
+        "--hosts",
+        action="store_true",
+        help="only what hosts cost Postgres, and deletions beside up to 1,000 workers",
+    )
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        metavar="FOLDER",
+        help="for the databases of --sizes, --peers and --hosts",
     )
     parser.add_argument(
         "--postgres-core",
@@ -341,8 +371,11 @@ def _options() -> argparse.Namespace:
         default="auto",
         help="where Postgres runs: a third core if there is one, else the load's (auto)",
     )
-    options = parser.parse_args()
-    options.rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
+    options = parser.parse_args(arguments)
+    rounds = QUICK_ROUNDS if options.quick else ROUNDS
+    if options.hosts:
+        rounds = hosts.rounds_of(quick=options.quick)
+    options.rounds = options.rounds or rounds
     options.seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
     return options
 

@@ -120,6 +120,8 @@ class Child:
             self.thaw()
         self.dismiss()
         ended(self._process)
+        assert self._process.stdout is not None, "it is a pipe"
+        self._process.stdout.close()
 
 
 def cores(placing: str) -> Cores:
@@ -150,12 +152,19 @@ def on(cores: Collection[int]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def postgres(data_dir: Path, core: int) -> Iterator[tuple[str, int]]:
-    """Run an embedded Postgres, and yield its URL and the postmaster's pid."""
+def postgres(
+    data_dir: Path, cores: Collection[int], **settings: object
+) -> Iterator[tuple[str, int]]:
+    """Run an embedded Postgres with these settings, and yield its URL and the postmaster's pid."""
     server = EmbeddedPostgres(data_dir)
     try:
-        with on({core}):
+        with on(cores):
             url = server.start()
+            if settings:
+                server.stop()
+                with (data_dir / "postgres/postgresql.conf").open("a", encoding="utf-8") as file:
+                    file.writelines(f"{name} = {value}\n" for name, value in settings.items())
+                url = server.start()
         assert server.pid is not None, "it has just started"
         yield url, server.pid
     finally:

@@ -12,7 +12,7 @@ from typing import Any
 from tests.benchmarks.answers import PAGE
 from tests.benchmarks.rows import BATCH, BATCHES_IN_FLIGHT, IN_FLIGHT, ONE, TRANSPORTS, Row, Sizes
 
-__all__ = ["Measured", "Target", "as_json", "as_table", "targets"]
+__all__ = ["Measured", "Target", "as_json", "as_table", "machine", "targets"]
 
 Key = tuple[str, str, int]
 Results = Mapping[Key, Sequence["Measured"]]
@@ -187,12 +187,12 @@ def as_json(
             if results.get(row.key)
         ],
         "targets": [{**_rounded(asdict(target), 3), "met": target.met} for target in reached],
-        "machine": _machine(),
+        "machine": machine(),
         **about,
     }
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     """Return the machine's properties that affect the figures, without anything that identifies its
     owner."""
     cpu = platform.machine()

@@ -254,7 +254,7 @@ def measure(tokens: int, scratch: Path, placing: str, run: Callable[[Any], Any])
     with ExitStack() as stack:
         pepper_file = scratch / "peppers"
         keyring = pepper_files.load_or_create(pepper_file, create=True)
-        url, _ = stack.enter_context(processes.postgres(scratch / "data", cores.postgres))
+        url, _ = stack.enter_context(processes.postgres(scratch / "data", {cores.postgres}))
         began = time.monotonic()
         seeded = run(seeds(url, tokens, keyring))
         _say(f"Filled in {time.monotonic() - began:.0f} s")

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import asyncpg
 
+from tests.helpers.forked_service import ForkedProcess, fork_console
 from tests.helpers.waiting import WAIT_SECONDS, eventually
 
 T = TypeVar("T")
@@ -35,17 +36,21 @@ class Console:
         self,
         folder: Path,
         *arguments: str,
-        start: Sequence[str] = TOOL,
+        start: Sequence[str] | None = None,
     ) -> None:
+        """`start` is the command of the tool, for example TOOL. By default, it is forked where a
+        test runs (`forked_service.py`)."""
         folder.mkdir(exist_ok=True)
         self._out, self._err = folder / "out", folder / "err"
         environment = {k: v for k, v in os.environ.items() if not k.startswith("LATCHKEY_")}
+        arguments = ("--listen", "127.0.0.1:0", *arguments)
+        forked: ForkedProcess | None = None
         with self._out.open("wb") as out, self._err.open("wb") as err:
-            self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-c", _AS_FROM_A_TERMINAL, *start, "console"),
-                    *("--listen", "127.0.0.1:0", *arguments),
-                ],
+            if start is None:
+                forked = fork_console(arguments, environment, folder, out, err)
+            command = (*(start or TOOL), "console", *arguments)
+            self._process = forked or subprocess.Popen(
+                (sys.executable, "-c", _AS_FROM_A_TERMINAL, *command),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -72,7 +77,7 @@ class Console:
     def send(self, number: signal.Signals) -> None:
         """Send it a signal if it still runs."""
         if self._process.poll() is None:
-            self._process.send_signal(number)
+            os.kill(self._process.pid, number)
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Stop it and return the exit code."""
@@ -84,14 +89,14 @@ class Console:
         try:
             return self._process.wait(WAIT_SECONDS)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self.send(signal.SIGKILL)
             self._process.wait(WAIT_SECONDS)
             raise
 
 
 @contextmanager
 def console(
-    folder: Path, *arguments: str, start: Sequence[str] = TOOL
+    folder: Path, *arguments: str, start: Sequence[str] | None = None
 ) -> Iterator[tuple[Console, str]]:
     """Run the console as a process. Yield the process and its URL."""
     running = Console(folder, *arguments, start=start)

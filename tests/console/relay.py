@@ -5,14 +5,13 @@ It forwards raw bytes, so every answer is real unless a test asks the relay to a
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from latchkey_proto.v1 import token_service_pb2 as pb
 
 SERVICE = "/latchkey.v1.TokenService/"
 CALL_SECONDS = 30.0
@@ -42,7 +41,6 @@ class Relay:
     def __init__(self, target: str) -> None:
         self._channel = grpc.insecure_channel(target)
         self._faults: dict[str, Fault] = {}
-        self._alter: dict[str, Callable[[bytes], bytes]] = {}
         self._server = grpc.server(ThreadPoolExecutor(16))
         self._server.add_generic_rpc_handlers((_Handler(self),))
         self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
@@ -60,22 +58,6 @@ class Relay:
         finally:
             for method in methods:
                 del self._faults[method]
-
-    @contextmanager
-    def altering_list(self, alter: Callable[[Any], None]) -> Iterator[None]:
-        """Alter each token that List returns, within the block."""
-
-        def altered(answer: bytes) -> bytes:
-            message = pb.ListResponse.FromString(answer)
-            for token in message.tokens:
-                alter(token)
-            return message.SerializeToString()
-
-        self._alter["List"] = altered
-        try:
-            yield
-        finally:
-            self._alter.clear()
 
     def well(self) -> None:
         """Forward all calls again."""
@@ -109,7 +91,7 @@ class Relay:
                 self._ended.wait(0.01)
             if fault.code is not None:
                 context.abort(fault.code, "a test made the relay fail")
-        return self._alter.get(method, bytes)(answer)
+        return answer
 
     def _ask(self, path: str, request: bytes, context: grpc.ServicerContext) -> bytes:
         call: Any = self._channel.unary_unary(path)

@@ -18,8 +18,6 @@ from tests.helpers.repository import ROOT
 
 PAGE = (ROOT / "docs/console.md").read_text("utf-8")
 OPERATORS = (ROOT / "docs/operators.md").read_text("utf-8")
-# On a busy machine.
-OPENSSL_SECONDS = 20.0
 _BLOCK = r"^ *<!-- test: {} -->\n *```\w+\n(.*?)^ *```$"
 
 

@@ -40,11 +40,13 @@ def readme(mark: str) -> str:
     return str(text).replace("\\\n", " ")
 
 
-def latchkey(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_tool(
+    latchkey: Path, *arguments: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run `latchkey` until it exits."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("LATCHKEY_")}
     return subprocess.run(
-        [sys.executable, "-m", "latchkey_cli", *arguments],
+        [latchkey, *arguments],
         env=clean | environment,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -65,9 +67,9 @@ def latchkey(*arguments: str, **environment: str) -> subprocess.CompletedProcess
         ),
     ],
 )
-def test_unsafe_settings_are_refused(arguments: str, words: str) -> None:
+def test_unsafe_settings_are_refused(latchkey: Path, arguments: str, words: str) -> None:
     """Unsafe or incomplete settings exit with code 2 and one helpful line."""
-    done = latchkey("console", *arguments.split())
+    done = run_tool(latchkey, "console", *arguments.split())
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("latchkey: ")
@@ -75,10 +77,10 @@ def test_unsafe_settings_are_refused(arguments: str, words: str) -> None:
     assert words in done.stderr
 
 
-def test_settings_from_the_environment() -> None:
+def test_settings_from_the_environment(latchkey: Path) -> None:
     """Every option is also an environment variable with the same rules."""
-    done = latchkey(
-        "console", LATCHKEY_CONSOLE_ACCOUNT="acme", LATCHKEY_CONSOLE_LISTEN="192.0.2.1:80"
+    done = run_tool(
+        latchkey, "console", LATCHKEY_CONSOLE_ACCOUNT="acme", LATCHKEY_CONSOLE_LISTEN="192.0.2.1:80"
     )
     assert done.returncode == 2
     assert "loopback only" in done.stderr
@@ -91,11 +93,11 @@ def test_needed_libraries_match_the_extra() -> None:
     assert names == set(extra.LIBRARIES)
 
 
-def test_taken_address_is_reported(tmp_path: Path) -> None:
+def test_taken_address_is_reported(latchkey: Path) -> None:
     """An address that is already in use is reported and not shared."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        done = latchkey("console", "--account", "acme", "--listen", address)
+        done = run_tool(latchkey, "console", "--account", "acme", "--listen", address)
     assert done.returncode == 2
     assert f"cannot listen on {address}" in done.stderr
 
@@ -266,13 +268,13 @@ def test_readme_commands(tmp_path: Path) -> None:
             assert running.end() == 0
 
 
-def test_documented_options() -> None:
+def test_documented_options(latchkey: Path) -> None:
     """docs/settings.md lists every option, in any order, with its variable and default."""
     from latchkey_console import settings
 
     cells = re.findall(r"^\| `--([a-z-]+)` \| `(LATCHKEY_\w+)` \| (.+?) \|", SETTINGS, re.MULTILINE)
     rows = {option: (variable, default) for option, variable, default in cells}
-    shown = latchkey("console", "--help", COLUMNS="200").stdout
+    shown = run_tool(latchkey, "console", "--help", COLUMNS="200").stdout
     assert {f"--{option}" for option in rows} == set(re.findall(r"(--[a-z-]+)", shown)) - {"--help"}
     variables = {
         name.replace("_", "-"): hint.__metadata__[0].envvar
@@ -286,9 +288,10 @@ def test_documented_options() -> None:
     )
 
 
-def test_variable_accepts_several_proxies() -> None:
+def test_variable_accepts_several_proxies(latchkey: Path) -> None:
     """The variable accepts several proxy addresses, separated by spaces."""
-    done = latchkey(
+    done = run_tool(
+        latchkey,
         "console",
         LATCHKEY_CONSOLE_ACCOUNT_HEADER="X-User",
         LATCHKEY_CONSOLE_TRUSTED_PROXY="127.0.0.1 10.1.0.0/16 third",

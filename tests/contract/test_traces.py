@@ -92,6 +92,43 @@ async def test_a_verify_continues_the_callers_trace(recorded: Recorded, stub: An
     assert recorded.children(warm) == []
 
 
+async def test_a_batch_has_its_verdicts(settings: Settings, tmp_path: Path) -> None:
+    """The span of a BatchVerify counts the verdicts as its caller gets them: for a caller that the
+    policy limits to one account, tokens of others are UNKNOWN. It has no attribute for a verdict
+    that no answer has, and a batch that is rejected has no verdicts."""
+    policy = tmp_path / "policy.toml"
+    policy.write_text(policy_text())
+
+    def of(caller: str) -> tuple[tuple[str, str], ...]:
+        return (*traceparent(), ("authorization", f"Bearer {credential(caller)}"))
+
+    async with (
+        recording(settings, policy=policy) as recorded,
+        grpc.aio.insecure_channel(recorded.address, options=CHANNEL_OPTIONS) as channel,
+    ):
+        stub: Any = pb_grpc.TokenServiceStub(channel)
+        secret = (await create(stub, metadata=of("manager"))).secret
+        other = pb.CreateRequest(account_id="globex", name="one", scope=pb.SCOPE_READ)
+        others = (await stub.Create(other, timeout=5, metadata=of("manager"))).secret
+        asked = [(secret, pb.SCOPE_READ)] * 2 + [(secret, pb.SCOPE_WRITE), (others, 0), ("x", 0)]
+        requests = [pb.VerifyRequest(secret=s, required_scope=scope) for s, scope in asked]
+        batch = pb.BatchVerifyRequest(requests=requests)
+        for caller in ("verifier", "acmes-verifier"):
+            await stub.BatchVerify(batch, timeout=5, metadata=of(caller))
+        with pytest.raises(grpc.aio.AioRpcError):
+            await stub.BatchVerify(pb.BatchVerifyRequest(), timeout=5, metadata=of("verifier"))
+        spans = await recorded.named(f"{SERVICE}/BatchVerify", 3)
+    prefix = "latchkey.verdicts."
+    assert [
+        {k.removeprefix(prefix): n for k, n in attributes(span).items() if k.startswith(prefix)}
+        for span in spans
+    ] == [
+        {"valid": 3, "insufficient_scope": 1, "malformed": 1},
+        {"valid": 2, "insufficient_scope": 1, "unknown": 1, "malformed": 1},
+        {},
+    ]
+
+
 async def test_a_delete_shows_its_statements_and_its_wait(settings: Settings) -> None:
     """The wait for verifiers is a span that counts acknowledgements and expired leases."""
     async with (

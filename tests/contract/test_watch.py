@@ -153,6 +153,34 @@ async def test_a_delete_waits_for_the_clients_confirmation(client, stub, create)
     assert receipt.effective_time.ToDatetime() >= receipt.commit_time.ToDatetime()
 
 
+async def test_a_client_that_lies_deceives_only_itself(address, client, stub, create):
+    """A client that renews its lease and confirms deletions that it does not apply makes no server
+    and no other client accept the token, and a Delete still waits for the others. It cannot
+    confirm revisions in advance either."""
+    async with watching(address) as liar:
+        await liar.granted()
+        await client.granted()
+        created = await create()
+        ahead = Position(liar.applied.revision + 1, liar.applied.mark)
+        deleting = asyncio.create_task(delete(stub, created.token))
+        # Before it receives the deletion, the liar confirms the next revision.
+        await liar.say(applied=ahead)
+        assert created.token.id in (await client.hear()).token_ids
+        # It confirms whatever it receives, and asks for more time. Its cache keeps the token.
+        for _ in range(ROUND_TRIPS):
+            await liar.say()
+        await liar.granted()
+        question = pb.VerifyRequest(secret=created.secret)
+        for _ in range(ROUND_TRIPS):
+            answer = await stub.Verify(question, timeout=WAIT_SECONDS)
+            assert answer.verdict == pb.VERDICT_DELETED
+        assert not deleting.done()
+        await client.say()
+        receipt = await deleting
+        assert (receipt.clients_acknowledged, receipt.clients_outwaited) == (2, 0)
+        assert (await stub.Verify(question, timeout=5)).verdict == pb.VERDICT_DELETED
+
+
 async def keep_hearing(client: WatchClient, events: list[Any]) -> None:
     """Collect the events that a client receives."""
     while (response := await client.call.read()) is not grpc.aio.EOF:

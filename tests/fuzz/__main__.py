@@ -39,18 +39,29 @@ def main() -> int:
     )
     failed, inputs = False, 0
     for name in names:
-        folder = options.folder / name
-        with surroundings((TARGETS | BROKEN)[name].needs) as variables:
-            result = campaign.run(name, seconds, folder, variables, seed=options.seed)
+        try:
+            result = _attack(name, seconds, options)
+        except Exception as error:  # noqa: BLE001 - the other targets still have their turn
+            # For example, a busy machine starts a server too slowly.
+            result = campaign.Result(name, broken=f"did not run: {type(error).__name__}: {error}")
             _print(result)
-            if options.keep and result.ok:
-                kept = campaign.CORPUS / (TARGETS | BROKEN)[name].module
-                before, after = campaign.keep(name, folder, variables, kept)
-                _say(f"    kept in {kept.relative_to(ROOT)}: {after} (were {before})")
         failed |= not result.ok
         inputs += result.inputs
-    _say(f"{inputs} inputs, {'findings: see above' if failed else 'nothing found'}")
+    _say(f"{inputs} inputs, {'not all is well: see above' if failed else 'nothing found'}")
     return int(failed)
+
+
+def _attack(name: str, seconds: float, options: argparse.Namespace) -> campaign.Result:
+    """Attack a target in its environment, and print the result."""
+    folder = options.folder / name
+    with surroundings((TARGETS | BROKEN)[name].needs) as variables:
+        result = campaign.run(name, seconds, folder, variables, seed=options.seed)
+        _print(result)
+        if options.keep and result.ok:
+            kept = campaign.CORPUS / (TARGETS | BROKEN)[name].module
+            before, after = campaign.keep(name, folder, variables, kept)
+            _say(f"    kept in {kept.relative_to(ROOT)}: {after} (were {before})")
+    return result
 
 
 def _print(result: campaign.Result) -> None:

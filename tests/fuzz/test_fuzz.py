@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fuzz import __main__ as command
 from tests.fuzz import campaign
 from tests.fuzz.surroundings import surroundings
 from tests.fuzz.target import TARGETS
@@ -101,6 +102,32 @@ def test_growing_memory_fails_a_run(tmp_path: Path, needs: str, more: int, fails
     assert result.rss_end - result.rss_start == more
     assert result.ok is not fails
     assert fails == ("memory grew by 520 MB" in result.broken)
+
+
+def test_a_target_that_does_not_start_stops_no_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """If a target's server does not start, the run fails and says so, after it has attacked the
+    other targets."""
+    ran: list[str] = []
+
+    @contextlib.contextmanager
+    def environment(needs: str) -> Iterator[dict[str, str]]:
+        if needs == "tls":
+            raise AssertionError("not within 20 s: the welcome line")
+        yield {}
+
+    def run(target: str, *_: object, **__: object) -> campaign.Result:
+        ran.append(target)
+        return campaign.Result(target)
+
+    monkeypatch.setattr(command, "surroundings", environment)
+    monkeypatch.setattr(campaign, "run", run)
+    given = ["fuzz", "--only", "http2-tls,secrets,seals", "--folder", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", given)
+    assert command.main() == 1
+    assert ran == ["secrets", "seals"]
+    assert "did not run: AssertionError: not within 20 s" in capsys.readouterr().out
 
 
 def test_a_seeded_bug_is_found(tmp_path: Path) -> None:

@@ -23,11 +23,12 @@ import socket
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from tests.helpers.repository import ROOT
 
@@ -105,60 +106,78 @@ class Run(NamedTuple):
 
 def serve(path: str) -> Run:
     """Fork a process for each run. Returns only in that process."""
+    runs: dict[socket.socket, int] = {}
+    woken, wakes = os.pipe()
+    os.set_blocking(wakes, False)
+    signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
         print("ready", flush=True)  # noqa: T201 - read by `fork_server`
         while True:
-            sources: list[Any] = [listener, 0]
+            sources: list[Any] = [listener, 0, woken, *runs]
             readable, _, _ = select.select(sources, [], [])
             if 0 in readable:
+                for pid in runs.values():
+                    os.kill(pid, signal.SIGKILL)
                 os._exit(0)
-            # Collect the children that have ended since.
-            with contextlib.suppress(ChildProcessError):
-                while os.waitpid(-1, os.WNOHANG) != (0, 0):
-                    pass
+            if woken in readable:
+                os.read(woken, 1 << 12)
+            for connection, pid in list(runs.items()):
+                # A client sends nothing after its request, so it has ended.
+                if has_ended(connection, pid, kill=connection in readable):
+                    del runs[connection]
+            if listener not in readable:
+                continue
             connection, _ = listener.accept()
-            with connection:
-                if os.fork() == 0:
-                    listener.close()
-                    return attend(connection)
+            if (run := receive(connection)) is None:
+                connection.close()
+            elif (pid := os.fork()) == 0:
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                for other in (connection, *runs):
+                    other.close()
+                os.close(woken)
+                os.close(wakes)
+                return run
+            else:
+                attend(connection, run, pid)
+                runs[connection] = pid
 
 
-def attend(connection: socket.socket) -> Run:
-    """Fork the process that runs the module, and return in it. This process waits for its end, and
-    kills it if the client ends first."""
-    run = receive(connection)
-    alive, held = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        connection.close()
-        os.close(alive)
-        return run
-    # The last process that holds the other end is the module's.
-    os.close(held)
-    if run.arguments[0] == LEADER:
-        # Here too: the caller may signal the group at once.
-        os.setpgid(pid, pid)
-        connection.sendall(b"%d\n" % pid)
+def attend(connection: socket.socket, run: Run, pid: int) -> None:
+    """Report the process of a run, if its client wants that, and leave the streams to it."""
+    with contextlib.suppress(BrokenPipeError):
+        if run.arguments[0] == LEADER:
+            # Here too: the caller may signal the group at once.
+            os.setpgid(pid, pid)
+            connection.sendall(b"%d\n" % pid)
     for stream in run.streams:
         os.close(stream)
-    sources: list[Any] = [connection, alive]
-    readable, _, _ = select.select(sources, [], [])
-    if connection in readable:
+
+
+def has_ended(connection: socket.socket, pid: int, *, kill: bool) -> bool:
+    """Return whether the process of a run has ended, and if so, report its exit code."""
+    ended, status = os.waitpid(pid, os.WNOHANG)
+    if not ended and kill:
         os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    with contextlib.suppress(BrokenPipeError):
-        connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
-    os._exit(0)
+        ended, status = os.waitpid(pid, 0)
+    if ended:
+        with connection, contextlib.suppress(BrokenPipeError):
+            connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
+    return bool(ended)
 
 
-def receive(connection: socket.socket) -> Run:
+def receive(connection: socket.socket) -> Run | None:
+    """Return what the client asks for, or None if it has ended."""
     data, streams, _, _ = socket.recv_fds(connection, 1 << 16, 3)
     while len(data) < 4 or len(data) < 4 + int.from_bytes(data[:4], "big"):
         more = connection.recv(1 << 16)
         if not more:
-            os._exit(1)
+            for stream in streams:
+                os.close(stream)
+            return None
         data += more
     arguments, folder, variables = ast.literal_eval(data[4:].decode())
     return Run(arguments, folder, variables, streams)
@@ -182,6 +201,8 @@ def become(run: Run) -> list[str]:
     os.environ.update(run.variables)
     time.tzset()
     sys.path[0] = run.folder
+    # As from a terminal, also if the tests run under nohup.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # As Python opens them in a locale of UTF-8.
     sys.stdin = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
@@ -191,6 +212,31 @@ def become(run: Run) -> list[str]:
     return arguments
 
 
+def run_module(module: str) -> None:
+    """Run a module and end this process with its exit code.
+
+    Ends as Python does, except that all objects are left to the operating system: to destroy them,
+    Python would write to every page that this process shares with the server, which takes longer
+    than most commands.
+    """
+    code: str | int | None = None
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        code = end.code
+        if not (code is None or isinstance(code, int)):
+            raise
+    threading._shutdown()  # type: ignore[attr-defined]  # Python's own first step
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        # Python reports it.
+        sys.exit(code)
+    os._exit(int(code or 0) & 0xFF)
+
+
 def measure(folder: str) -> Any:
     """Begin to measure what this process imports, and the processes that it forks."""
     from tests.helpers.measured import Measurement
@@ -198,6 +244,33 @@ def measure(folder: str) -> Any:
     measurement = Measurement(ROOT, Path(folder))
     measurement.start()
     return measurement
+
+
+def save_at_the_end(measurement: Any) -> None:
+    """Save what was measured when this process ends, or becomes another program.
+
+    A process that it forks does so too: it inherits these functions. Killed processes save nothing.
+    """
+    saved = False
+
+    def save() -> None:
+        nonlocal saved
+        if not saved:
+            saved = True
+            # What a program does must not depend on whether it is measured.
+            with contextlib.suppress(OSError):
+                measurement.save()
+
+    def saving(ends: Callable[..., NoReturn]) -> Callable[..., NoReturn]:
+        def end(*arguments: Any) -> NoReturn:
+            save()
+            ends(*arguments)
+
+        return end
+
+    atexit.register(save)
+    os._exit = saving(os._exit)
+    os.execve = saving(os.execve)
 
 
 if __name__ == "__main__":
@@ -214,5 +287,5 @@ if __name__ == "__main__":
     module, *rest = become(serve(sys.argv[1]))
     sys.argv = [module, *rest]
     if measurement is not None:
-        atexit.register(measurement.save)
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+        save_at_the_end(measurement)
+    run_module(module)

@@ -1,4 +1,4 @@
-"""Starts the service in processes that are forked from one that has imported it.
+"""Starts the service and the console in processes that are forked from one that has imported them.
 
 Supervisor and worker each need almost half a second of processor time to import what they use, and
 tests start a service some hundred times. Tests of the start itself, of what Python does before the
@@ -12,19 +12,29 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from types import MappingProxyType
+from typing import BinaryIO, NamedTuple
 
 from latchkey_service.transport import tls
 
 from tests.helpers.fork_server import LEADER, SOCKET, fork_server
+from tests.helpers.measured import folder as coverage_folder
 
-__all__ = ["ForkedProcess", "fork_service", "forks_services"]
+__all__ = ["ForkedProcess", "fork_console", "fork_service", "forks_services"]
 
 # A fork takes milliseconds, on a busy machine.
 FORK_SECONDS_MAX = 30.0
-PRELOADED = "tests.helpers.preloaded_service"
+SERVICE = ("tests.helpers.preloaded_service",)
+CONSOLE = (
+    "h11",
+    "latchkey_cli.main",
+    "latchkey_console.running",
+    "uvicorn.lifespan.on",
+    "uvicorn.loops.auto",
+    "uvicorn.protocols.http.h11_impl",
+)
 
 
 class ForkedProcess:
@@ -59,7 +69,7 @@ class ForkedProcess:
         while not line.endswith(b"\n"):
             ready, _, _ = select.select([self._connection], [], [], timeout)
             if not ready:
-                raise subprocess.TimeoutExpired(PRELOADED, timeout)
+                raise subprocess.TimeoutExpired("a forked process", timeout)
             more = self._connection.recv(1)
             if not more:
                 break
@@ -68,40 +78,76 @@ class ForkedProcess:
 
 
 class _Server:
-    """The fork server, which starts when the first service does."""
+    """A fork server, which starts when the first process does."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        modules: Sequence[str],
+        variables: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self._folder = folder
+        self._modules = modules
+        self._variables = variables
         self._stack = contextlib.ExitStack()
         self._runs = False
 
-    def connect(self) -> socket.socket:
+    def fork(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        folder: Path,
+        out: BinaryIO,
+        err: BinaryIO,
+    ) -> ForkedProcess:
+        """Run `python -m module` in a forked process."""
         if not self._runs:
             self._folder.mkdir()
-            # gRPC reads these when it is imported. A worker has them, and a supervisor does not
-            # use gRPC.
-            running = fork_server(self._folder, PRELOADED, variables=tls.ENVIRONMENT)
+            running = fork_server(
+                self._folder,
+                *self._modules,
+                coverage=coverage_folder(),
+                variables=self._variables,
+            )
             self._stack.enter_context(running)
             self._runs = True
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(str(self._folder / SOCKET))
-        return connection
+        message = repr(([LEADER, module, *arguments], str(folder), dict(environment))).encode()
+        message = len(message).to_bytes(4, "big") + message
+        with Path(os.devnull).open("rb") as nothing:
+            files = [nothing.fileno(), out.fileno(), err.fileno()]
+            sent = socket.send_fds(connection, [message], files)
+        connection.sendall(message[sent:])
+        return ForkedProcess(connection)
 
     def close(self) -> None:
         self._stack.close()
 
 
-_servers: list[_Server] = []
+class _Servers(NamedTuple):
+    service: _Server
+    console: _Server
+
+
+_servers: list[_Servers] = []
 
 
 @contextlib.contextmanager
 def forks_services(folder: Path) -> Iterator[None]:
-    """Fork services, instead of starting Python for each, until the end of the block."""
-    _servers.append(_Server(folder))
+    """Fork services and consoles, instead of starting Python for each, until the end of the
+    block."""
+    # gRPC reads these when it is imported. A worker has them, and a supervisor does not use gRPC.
+    service = _Server(folder / "services", SERVICE, tls.ENVIRONMENT)
+    console = _Server(folder / "consoles", CONSOLE)
+    _servers.append(_Servers(service, console))
     try:
         yield
     finally:
-        _servers.pop().close()
+        _servers.pop()
+        service.close()
+        console.close()
 
 
 def fork_service(
@@ -112,11 +158,20 @@ def fork_service(
     # A test changes what Python does at its start.
     if not _servers or sys.platform != "linux" or "PYTHONPATH" in environment:
         return None
-    connection = _servers[-1].connect()
-    message = repr(([LEADER, "latchkey_service"], str(folder), dict(environment))).encode()
-    message = len(message).to_bytes(4, "big") + message
-    with Path(os.devnull).open("rb") as nothing:
-        files = [nothing.fileno(), out.fileno(), err.fileno()]
-        sent = socket.send_fds(connection, [message], files)
-    connection.sendall(message[sent:])
-    return ForkedProcess(connection)
+    return _servers[-1].service.fork("latchkey_service", (), environment, folder, out, err)
+
+
+def fork_console(
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    folder: Path,
+    out: BinaryIO,
+    err: BinaryIO,
+) -> ForkedProcess | None:
+    """Run `python -m latchkey_cli console` in a forked process, or return None where that is
+    impossible."""
+    if not _servers or sys.platform != "linux":
+        return None
+    return _servers[-1].console.fork(
+        "latchkey_cli", ("console", *arguments), environment, folder, out, err
+    )

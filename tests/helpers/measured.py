@@ -2,15 +2,17 @@
 
 A plugin of pytest, which `make test` loads before anything that it measures is imported
 (`PYTEST_PLUGINS`). SlipCover adds a probe to each line that is measured and leaves all other code
-as it is, which costs much less than a tracer. This covers the processes of pytest and the command
-line tool (`fork_server.py`), not the services that tests start as processes.
+as it is, which costs much less than a tracer. This covers the processes of pytest, and the command
+line tools and services that tests fork (`fork_server.py`).
 
-Each process saves the lines that it has seen. The process that reports unites them. The settings
+Each process saves the lines that it has seen when it ends, unless it is killed. The process that
+reports unites them. The settings
 are in pyproject.toml (`[tool.slipcover]`).
 """
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import os
@@ -19,10 +21,12 @@ import tempfile
 import tomllib
 from collections.abc import Generator
 from pathlib import Path
+from types import CodeType
 from typing import Any, Final
 
 import pytest
-from slipcover import FileMatcher, ImportManager, Slipcover, print_coverage
+from slipcover import FileMatcher, ImportManager, Slipcover, branch, print_coverage
+from slipcover.importer import SlipcoverLoader
 
 __all__ = ["FOLDER", "Measurement", "folder"]
 
@@ -63,6 +67,7 @@ class Measurement:
 
     def start(self) -> None:
         self._imports.__enter__()
+        SlipcoverLoader.get_code = _code_of_program
 
     def forked(self) -> None:
         """Forget what the parent has seen, which saves that itself."""
@@ -72,7 +77,8 @@ class Measurement:
         """Write what this process has seen."""
         seen: dict[str, set[Any]] = {}
         for part in (self._slipcover.all_seen, self._slipcover.newly_seen):
-            for name, lines in part.items():
+            # A list, because other threads may still run.
+            for name, lines in list(part.items()):
                 seen.setdefault(name, set()).update(lines)
         text = json.dumps({name: list(lines) for name, lines in seen.items()})
         # Written whole or not at all, because the process may be killed.
@@ -91,6 +97,20 @@ class Measurement:
                 self._slipcover.all_seen[name].update(seen)
         coverage: Coverage = self._slipcover.get_coverage()
         return coverage
+
+
+def _code_of_program(loader: SlipcoverLoader, name: str) -> CodeType:
+    """Return the code of a module that runs as a program (`runpy`), which SlipCover would not
+    measure."""
+    tree = branch.preinstrument(ast.parse(loader.origin.read_bytes()))
+    code: CodeType = loader.sci.instrument(compile(tree, str(loader.origin), "exec"))
+    return code
+
+
+def percent_of_branches(summary: Coverage) -> float:
+    """Return the percentage of covered branches, and 100 without any."""
+    covered, missing = summary["covered_branches"], summary["missing_branches"]
+    return 100.0 * covered / (covered + missing) if covered + missing else 100.0
 
 
 class _Plugin:
@@ -122,8 +142,10 @@ class _Plugin:
         coverage = self._measurement.united()
         table = io.StringIO()
         print_coverage(coverage, outfile=table, missing_width=80, skip_covered=True)
-        total, floor = coverage["summary"]["percent_covered"], self._measurement.floor
-        self._lines = [*table.getvalue().splitlines(), "", f"Coverage: {total:.1f} %"]
+        summary, floor = coverage["summary"], self._measurement.floor
+        total, branches = summary["percent_covered"], percent_of_branches(summary)
+        parts = f"Coverage: {total:.1f} %; of branches alone: {branches:.1f} %"
+        self._lines = [*table.getvalue().splitlines(), "", parts]
         if total < floor:
             self._lines.append(f"FAILED: coverage is below the floor of {floor:g} %")
             # pytest exits with 1.

@@ -120,11 +120,6 @@ class Pair:
 
         await eventually(streaming, "the standby streams", POSTGRES_SECONDS_MAX)
 
-    async def set_synchronous(self, primary: Node, *, synchronous: bool) -> None:
-        """Set whether the commits of `primary` wait for its standby, which must be streaming."""
-        primary.configure(**({"synchronous_standby_names": STANDBY} if synchronous else {}))
-        await self.streams(primary, synchronous=synchronous)
-
     async def caught_up(self, primary: Node, standby: Node) -> None:
         """Wait until the standby has replayed everything that `primary` has committed so far."""
         end = await primary.fetchval("SELECT pg_current_wal_flush_lsn()::text")

@@ -45,7 +45,6 @@ KINDS = {
 EVERY_SECONDS = 0.7
 # Look-ups wait at most 2 s for the database, verifies of clients 1 s.
 LATE_SECONDS_MAX = 0.9
-PROCESSES_AT_ONCE = 2
 RESTART_SECONDS = 0.3
 
 

@@ -57,6 +57,8 @@ SWITCHOVER_SECONDS_MAX: Final = 60.0
 END_SECONDS_MAX: Final = 40.0
 # In addition to the service's connections: those of Patroni and the standbys.
 _PROGRAMS: Final = ("pg_ctl", "pg_basebackup", "pg_rewind", "pg_controldata", "pg_isready")
+# Patroni before 3.1, which Debian 12 has, does not tell streaming apart.
+_FOLLOWS: Final = ("streaming", "running")
 
 
 def missing() -> str | None:
@@ -304,7 +306,7 @@ class Patroni:
         async def leader() -> PatroniNode | None:
             members = await self.members()
             standbys = [member for member in members if member["role"] != "leader"]
-            streaming = [member for member in standbys if member["state"] == "streaming"]
+            streaming = [member for member in standbys if member["state"] in _FOLLOWS]
             if len(streaming) != len(self.nodes) - 1:
                 return None
             if not any(member["role"] == "sync_standby" for member in streaming):

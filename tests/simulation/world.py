@@ -170,9 +170,12 @@ class World(LimitedSteps):
         """Let the servers do all their steps, twice, while nothing reaches a client."""
         for _ in range(2):
             for server in self.servers:
-                for news in (True, False):
-                    server.renew_once(news=news)
-                    server.receive_reply()
+                server.renew_once(news=True)
+                server.receive_reply()
+                server.acknowledge()
+                server.receive_reply()
+                server.renew_once()
+                server.receive_reply()
                 for stream in [stream for stream in server.streams if not stream.stuck]:
                     while stream.up:
                         stream.server_receives()
@@ -282,6 +285,13 @@ class World(LimitedSteps):
 
     # Other histories.
 
+    def database_crashes(self) -> None:
+        """Crash and recover. Sessions end, so no answer arrives that was under way."""
+        self.current.crash()
+        for server in self.servers:
+            server.reply = None
+        self.count("crashed")
+
     def replication_stalls(self) -> None:
         self.current.stall()
 
@@ -385,7 +395,7 @@ EVERYDAY = [
 # Each world has some of these faults. With all of them at once, few sequences would complete.
 FAULTS = (
     ["time_passes"] * 4,
-    ["reply_is_lost"] * 2,
+    [*(["reply_is_lost"] * 2), "database_crashes"],
     ["remove_dead_verifiers"] * 2,
     ["watch", "a_stream_advances", "a_stream_advances"] * 3,
     ["a_stream_breaks"] * 3,

@@ -3,6 +3,8 @@
 import contextlib
 import os
 import random
+import uuid
+from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from tests.helpers.callers import (
     spiffe_identity,
     uri,
 )
+from tests.soak.patience import patiently
 
 __all__ = [
     "CALL_SECONDS",
@@ -100,6 +103,8 @@ class Connections:
         self._channels: list[grpc.aio.Channel] = []
         self.stubs: list[Any] = []
         """A stub of TokenService on each permanent channel."""
+        self.refused: Counter[str] = Counter()
+        """Calls that were refused because of load and repeated, by method."""
         # The test covers the handshake, and not the generation of a key.
         self._credentials = {
             name: channel_credentials(spiffe_identity(uri(name))) for name in CALLERS
@@ -128,16 +133,29 @@ class Connections:
         return self._place.keyring.mint("lk", os.urandom).secret.reveal()
 
     async def create(self, account: str, name: str) -> pb.CreateResponse:
-        request = pb.CreateRequest(account_id=account, name=name, scope=pb.SCOPE_READ)
-        answer: pb.CreateResponse = await self.stub().Create(
-            request, timeout=CALL_SECONDS, metadata=bearer("manager")
+        request = pb.CreateRequest(
+            account_id=account, name=name, scope=pb.SCOPE_READ, request_id=str(uuid.uuid4())
         )
+        answer: pb.CreateResponse = await self.manage("Create", request)
         return answer
 
-    async def verify(self, stub: Any, secret: str) -> int:
-        answer = await stub.Verify(
-            pb.VerifyRequest(secret=secret), timeout=CALL_SECONDS, metadata=bearer("verifier")
+    async def manage(self, method: str, request: Any, caller: str = "manager") -> Any:
+        """Call a method that changes or lists tokens. If there is too much load, try again as the
+        client library does."""
+        return await self.repeat(getattr(self.stub(), method), request, caller, method)
+
+    async def repeat(self, function: Any, request: Any, caller: str, kind: str) -> Any:
+        """Do the same with the method `function` of any service. `kind` is for the report."""
+        return await patiently(
+            lambda seconds: function(request, timeout=seconds, metadata=bearer(caller)),
+            CALL_SECONDS,
+            self.refused,
+            kind,
         )
+
+    async def verify(self, stub: Any, secret: str) -> int:
+        question = pb.VerifyRequest(secret=secret)
+        answer = await self.repeat(stub.Verify, question, "verifier", "Verify")
         return int(answer.verdict)
 
     @contextlib.asynccontextmanager

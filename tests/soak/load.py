@@ -30,6 +30,7 @@ class Tally:
     left_out: collections.Counter[str] = field(default_factory=collections.Counter)
     wrong: collections.Counter[str] = field(default_factory=collections.Counter)
     unexpected: collections.Counter[str] = field(default_factory=collections.Counter)
+    refused: collections.Counter[str] = field(default_factory=collections.Counter)
 
 
 class Load:
@@ -79,6 +80,7 @@ class Load:
             self.tally.wrong[f"client process: {line}"] += count
         for line, count in self._clients.unexpected.items():
             self.tally.unexpected[f"client process: {line}"] += count
+        self.tally.refused = self._connections.refused
 
     async def close(self) -> None:
         """Close the channels."""

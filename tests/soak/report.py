@@ -52,6 +52,8 @@ SHOWN = 20
 # Maximum share of planned operations that may be skipped. Above it, the machine was too busy for a
 # result.
 LEFT_OUT_SHARE = 0.1
+# The same for refusals, of which an operation may meet several.
+REFUSED_SHARE = 0.1
 
 
 @dataclass
@@ -64,6 +66,10 @@ class Found:
     left_out: Counter[str]
     wrong: Counter[str]
     unexpected: Counter[str]
+    refused: Counter[str]
+    """Calls that failed because of load, of the service or of the database, and were repeated. A
+    caller that does what the service asks gets its answer, so these do not fail a soak, unless they
+    are many."""
     stayed: list[str]
     """Counts that are higher after the load than before it."""
     cores: float
@@ -96,6 +102,8 @@ def complaints(found: Found) -> list[str]:
     begun = found.done.total() + found.left_out.total()
     if found.left_out.total() > LEFT_OUT_SHARE * begun:
         lines.append(f"too busy to tell: {found.left_out.total()} of {begun} were not begun")
+    if found.refused.total() > REFUSED_SHARE * begun:
+        lines.append(f"too busy to tell: {found.refused.total()} refusals of {begun} operations")
     return lines
 
 
@@ -126,6 +134,10 @@ def table(found: Found) -> list[str]:
     lines += [
         f"{n:>8,}  {found.left_out[kind]:>8,}  {kind}" for kind, n in sorted(found.done.items())
     ]
+    lines += [
+        f"{n:>8,}  failed because of load, and repeated: {kind}"
+        for kind, n in sorted(found.refused.items())
+    ]
     return lines
 
 
@@ -154,6 +166,7 @@ def document(found: Found) -> dict[str, Any]:
         ],
         "done": found.done,
         "left_out": found.left_out,
+        "refused": found.refused,
         "complaints": complaints(found),
     }
 

@@ -80,7 +80,8 @@ async def test_planted_leaks_are_found(folder: Path) -> None:
 
 
 def test_reasons_for_failure() -> None:
-    """Growth, a wrong answer, an error, a leftover resource and a starved run each fail a soak."""
+    """Growth, a wrong answer, an error, a leftover resource and a starved run each fail a soak. A
+    few refusals because of load, after which the calls succeeded, do not."""
     trend = Trend(90e6, 900.0, 2e6, Slope(1e4, 9e3, 11e3), grows=True)
     tally = Tally()
 
@@ -92,6 +93,7 @@ def test_reasons_for_failure() -> None:
             "left_out": tally.left_out,
             "wrong": tally.wrong,
             "unexpected": tally.unexpected,
+            "refused": tally.refused,
             "stayed": [],
             "cores": 0.5,
             "load_cores": 0.3,
@@ -99,6 +101,7 @@ def test_reasons_for_failure() -> None:
         return report.Found(**(good | differs))  # type: ignore[arg-type]  # as above
 
     assert report.complaints(found()) == []
+    assert report.complaints(found(done=Counter(a=20), refused=Counter(Import=2))) == []
     bad: dict[str, dict[str, Any]] = {
         "worker 1: memory grows by 36.00 an hour": {
             "trends": {Name("worker 1", "memory", "bytes"): trend}
@@ -110,6 +113,10 @@ def test_reasons_for_failure() -> None:
         "too busy to tell: 3 of 4 were not begun": {
             "done": Counter(a=1),
             "left_out": Counter(a=3),
+        },
+        "too busy to tell: 3 refusals of 20 operations": {
+            "done": Counter(a=20),
+            "refused": Counter(Import=3),
         },
     }
     for complaint, differs in bad.items():

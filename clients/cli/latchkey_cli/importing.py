@@ -1,9 +1,11 @@
 """The command `import`: creates tokens from the hashes of secrets that exist already."""
 
+import asyncio
 import io
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -29,7 +31,7 @@ from latchkey_cli.times import Expiry
 
 if TYPE_CHECKING:
     # Types only: shell completion must not wait for gRPC to load.
-    from latchkey import ImportedToken, ImportResult
+    from latchkey import Client, ImportedToken, ImportResult
 
     from latchkey_cli.session import Session
 
@@ -40,6 +42,8 @@ TARGET: Final = "127.0.0.1:50051"
 # better names.
 NUMBER_MAX: Final = 100
 _NAME_LENGTH_MAX: Final = 64
+# For each batch. Longer than a failover, and than any queue of the service takes.
+PATIENCE_SECONDS: Final = 60.0
 # Refused rows in JSON output.
 _LISTED_MAX: Final = 10_000
 # The service's fields, by the name of the column that they come from.
@@ -318,12 +322,32 @@ def _call(
     )
     tokens = [one.token for one in batch]
     try:
-        return session.run(
-            session.client.import_tokens(tokens, validate_only=progress.dry_run), doing
-        )
+        return session.run(_import(session.client, tokens, progress.dry_run), doing)
     except Failure:
         progress.clear()
         raise
+
+
+async def _import(
+    client: "Client", tokens: "Sequence[ImportedToken]", dry_run: bool
+) -> "tuple[ImportResult, ...]":
+    """Import tokens. Try again for a while as long as the service asks for that.
+
+    The library's own attempts last a second or two. That is right for a caller who waits, but an
+    import of hours must not fail because others import too, or because the database fails over.
+    """
+    from latchkey import ResourceExhausted, Unavailable
+
+    end = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return await client.import_tokens(tokens, validate_only=dry_run)
+        except (ResourceExhausted, Unavailable) as error:
+            # Without a delay, the service has not answered, or waiting does not help.
+            pause = error.retry_after
+            if pause is None or time.monotonic() + pause.total_seconds() >= end:
+                raise
+        await asyncio.sleep(pause.total_seconds())
 
 
 def _refuse(line: int, result: "ImportResult", progress: _Progress) -> None:

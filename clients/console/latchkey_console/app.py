@@ -279,16 +279,15 @@ class _Errors:
         text, url, self._back = start
         self._start = (text, url)
 
-    async def not_signed_in(self, request: Request, _: Exception) -> Response:
+    async def not_signed_in(self, request: Request, error: Exception) -> Response:
         """Redirect to the sign-in, or report that a submitted form had no effect."""
         if request.method in ("GET", "HEAD") and not is_part(request):
             wanted = request.url.path + (f"?{request.url.query}" if request.url.query else "")
             if request.url.path in _RETURNS and len(wanted) <= _RETURN_LENGTH_MAX:
                 request.session["return"] = wanted
             return self._renderer.redirect("/sign-in")
-        message = Trouble(
-            401, "You are no longer signed in", "Nothing was changed. Sign in and try again."
-        )
+        text = " ".join(("Nothing was changed. Sign in and try again.", *map(str, error.args)))
+        message = Trouble(401, "You are no longer signed in", text)
         return self._renderer.message(
             message, None, part=is_part(request), action=("Sign in", "/sign-in")
         )

@@ -51,7 +51,7 @@ class Viewer:
 
 
 class NotSignedIn(Exception):
-    """The visitor must sign in first."""
+    """The visitor must sign in first. The page shows the text, if there is one."""
 
 
 class Refused(Exception):

@@ -5,6 +5,7 @@ receives only the part that it inserts: the list without the frame, or a dialog 
 Nothing else differs.
 """
 
+import json
 import logging
 from dataclasses import replace
 from datetime import datetime
@@ -31,11 +32,13 @@ _log = logging.getLogger("latchkey.console")
 
 # Signing in takes a while if the visitor must reset a password.
 DRAFT_SECONDS: Final = 900
-# The session, in which the input waits for the sign-in, has to fit into a cookie.
-DRAFT_LENGTH_MAX: Final = 400
+# The input waits in the session, which has to fit into a cookie of 4 kB, with what the provider
+# needs for the sign-in.
+DRAFT_BYTES_MAX: Final = 1_400
 # Where the script finds the address of the rows after those that it received.
 NEXT_HEADER: Final = "x-latchkey-next"
 
+_NOT_KEPT: Final = "The form was too long to be kept, so you have to fill it in again."
 _STALE: Final = (
     "This form has expired or belongs to another session. Nothing was created. "
     "Check the form and submit it again."
@@ -87,7 +90,8 @@ class Pages:
         try:
             visit = self._frame.visit(request, fields)
         except NotSignedIn:
-            self._keep_draft(request, form, fields.get("account", ""))
+            if not self._keep_draft(request, form, fields.get("account", "")):
+                raise NotSignedIn(_NOT_KEPT) from None
             raise
         mark = self._frame.mark(fields, visit)
         if mark is None:
@@ -173,15 +177,19 @@ class Pages:
             _log.info("%s: account %s, token %s", notice.kind, visit.account_id, token_id)
         return self._frame.done(visit, notice)
 
-    def _keep_draft(self, request: Request, form: TokenForm, account: str) -> None:
-        """Keep the form's input until after the sign-in, in the sealed session."""
+    def _keep_draft(self, request: Request, form: TokenForm, account: str) -> bool:
+        """Keep the form's input until after the sign-in, in the sealed session. Return False if it
+        is too long.
+        """
         draft = form.typed
-        if sum(map(len, draft.values())) <= DRAFT_LENGTH_MAX:
+        fits = len(json.dumps(draft)) <= DRAFT_BYTES_MAX
+        if fits:
             until = int(self._frame.now().timestamp()) + DRAFT_SECONDS
             request.session["draft"] = {"form": draft, "until": until}
         # The sign-in checks the account again.
         named = f"?{urlencode({'account': account})}" if is_account_id(account) else ""
         request.session["return"] = f"/new{named}"
+        return fits
 
     def _draft(self, request: Request) -> TokenForm | None:
         """Return the input that was kept, once."""

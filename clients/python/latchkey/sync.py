@@ -34,7 +34,7 @@ from latchkey.models import (
 )
 from latchkey.secret import Secret
 
-__all__ = ["Client", "Verifier"]
+__all__ = ["Client", "Verifier", "ignore_idle_poller"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -418,7 +418,11 @@ class _Engine:
 
 
 def ignore_idle_poller(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Handle an event loop's exceptions as usual, except for two harmless ones of gRPC."""
+    """Handle an event loop's exceptions as usual, except for two harmless ones of gRPC.
+
+    Set it on a loop with gRPC calls in a process that has other such loops, among them those of
+    this module: `loop.set_exception_handler(latchkey.sync.ignore_idle_poller)`.
+    """
     if "PollerCompletionQueue" in str(context.get("message")):
         error = context.get("exception")
         # If a process has several event loops, gRPC wakes all of them for each event. Those that

@@ -44,6 +44,10 @@ class HasMetadata(Protocol):
         """Return the properties of the TLS peer: lists of bytes by name."""
         ...
 
+    def peer(self) -> str:
+        """Return the address of the connection's peer."""
+        ...
+
 
 class ActivePolicy:
     """The policy in force. Event loop only."""
@@ -87,7 +91,8 @@ class Authenticator:
     """Identifies and authorizes the calls of one listener.
 
     `proxy` is the certificate name of the trusted proxy, or None. `metadata_of` returns the
-    metadata of a call's context; `now` returns POSIX seconds.
+    metadata of a call's context; `now` returns POSIX seconds. `recognized` is called with the peer
+    of each call whose caller is known.
 
     Only a listener that no other machine can reach may trust a proxy. The settings are checked for
     that at startup (`exposure.py`), not per call by the peer's address: the `native` transport
@@ -102,8 +107,10 @@ class Authenticator:
         proxy: str | None = None,
         metadata_of: Callable[[Any], Any] = lambda context: context.invocation_metadata(),
         now: Callable[[], float] = time.time,
+        recognized: Callable[[str], None] | None = None,
     ) -> None:
         self._active_policy = active_policy
+        self._recognized = recognized
         self._tls = tls
         self._proxy = proxy
         self._metadata_of = metadata_of
@@ -156,7 +163,10 @@ class Authenticator:
 
     def identify(self, context: HasMetadata) -> Caller:
         """Return the caller. Raises Unauthenticated."""
-        return self._identify(self._metadata_of(context), context)
+        caller = self._identify(self._metadata_of(context), context)
+        if self._recognized is not None:
+            self._recognized(context.peer())
+        return caller
 
     def _identify(self, metadata: Any, context: HasMetadata | None) -> Caller:
         policy = self._active_policy.policy

@@ -17,11 +17,15 @@ from typing import Final, NamedTuple
 
 import grpc
 
-from latchkey_service.audit.audit_table import POLICY_IN_FORCE, AuditTable, NewEntry
+from latchkey_service.audit.audit_table import (
+    NO_DETAILS,
+    POLICY_IN_FORCE,
+    AuditTable,
+    Details,
+    NewEntry,
+)
 from latchkey_service.audit.sampling import Sample
 from latchkey_service.errors import StoreUnavailable
-from latchkey_service.identifiers import ACCOUNT_ID, TOKEN_ID
-from latchkey_service.secret_format import CREDENTIAL_LENGTH, contains_secret
 from latchkey_service.settings.logs import logger
 
 __all__ = ["AuditContext", "AuditLog"]
@@ -33,7 +37,6 @@ WAITING_MAX: Final = 10_000
 BATCH_MAX: Final = 1_000
 SAMPLE_SECONDS: Final = 60.0
 CLOSE_SECONDS: Final = 1.0
-_PEER_LENGTH_MAX: Final = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,68 +50,7 @@ class AuditContext:
     """The caller's own id, if it sent one."""
     account_id: str
     token_id: str
-    person: str = ""
-    """The person that the caller acts for."""
-    client_address: str = ""
-    """The client's address, as the trusted proxy reports it."""
-    call_id: str = ""
-    """The service's own id."""
-    trace_id: str = ""
-    """The id of the call's trace, if it has one."""
-
-    @classmethod
-    def of(
-        cls,
-        caller: str,
-        method: str,
-        peer: str,
-        request_id: str,
-        account_id: str,
-        token_id: str,
-        *,
-        person: str = "",
-        client_address: str = "",
-        call_id: str = "",
-        trace_id: str = "",
-    ) -> "AuditContext":
-        """Build the context; drop ids from the caller that do not have the expected form."""
-        if not ACCOUNT_ID.fullmatch(account_id) or (
-            # A credential is shorter than the secret of any token.
-            len(account_id) >= CREDENTIAL_LENGTH and contains_secret(account_id)
-        ):
-            account_id = ""
-        if not TOKEN_ID.fullmatch(token_id):
-            token_id = ""
-        return cls(
-            caller,
-            method,
-            peer[:_PEER_LENGTH_MAX],
-            request_id,
-            account_id,
-            token_id,
-            person,
-            client_address,
-            call_id,
-            trace_id,
-        )
-
-    @property
-    def details(self) -> list[str]:
-        """The values of `audit_table.DETAIL_COLUMNS`."""
-        return [self.person, self.client_address, self.call_id, self.trace_id]
-
-    def fields(self) -> dict[str, str]:
-        """Return the fields for the log, except method and peer."""
-        fields = {
-            "caller": self.caller,
-            "account_id": self.account_id,
-            "token_id": self.token_id,
-            "person": self.person,
-            "client_address": self.client_address,
-            "call_id": self.call_id,
-            "trace_id": self.trace_id,
-        }
-        return {name: value for name, value in fields.items() if value}
+    details: Details = NO_DETAILS
 
 
 class _Kind(NamedTuple):
@@ -259,10 +201,7 @@ class AuditLog:
             _number(code),
             reason,
             1,
-            audit_context.person,
-            audit_context.client_address,
-            audit_context.call_id,
-            audit_context.trace_id,
+            *audit_context.details,
         )
 
     def _close_samples(self, before: float) -> None:

@@ -13,9 +13,11 @@ __all__ = [
     "DETAIL_COLUMNS",
     "DETAIL_VALUES",
     "ENTRY_COLUMNS",
+    "NO_DETAILS",
     "POLICY_IN_FORCE",
     "AuditTable",
     "Cursor",
+    "Details",
     "Entry",
     "Filter",
     "NewEntry",
@@ -35,11 +37,29 @@ ENTRY_COLUMNS: Final = (
     "a.id, a.time, a.caller, a.method, a.account_id, a.token_id, a.peer, a.request_id, a.code,"
     " a.reason, a.calls, a.person, a.client_address, a.call_id, a.trace_id"
 )
+
+
+class Details(NamedTuple):
+    """The columns of an entry that most entries leave empty."""
+
+    person: str = ""
+    """The person that the caller acts for."""
+    client_address: str = ""
+    """The client's address, as the trusted proxy reports it."""
+    call_id: str = ""
+    """The service's own id of the call."""
+    trace_id: str = ""
+    """The id of the call's trace, if it has one."""
+
+
+NO_DETAILS: Final = Details()
 # For the statements of changes, which write their entries themselves.
-DETAIL_COLUMNS: Final = "person, client_address, call_id, trace_id"
+DETAIL_COLUMNS: Final = ", ".join(Details._fields)
 # Their values, by the number of the parameter that is a list of them.
 DETAIL_VALUES: Final = {
-    number: ", ".join(f"(${number}::text[])[{place}]" for place in range(1, 5))
+    number: ", ".join(
+        f"(${number}::text[])[{place}]" for place in range(1, len(Details._fields) + 1)
+    )
     for number in range(1, 50)
 }
 

@@ -143,7 +143,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "latchkey_connections_ended": Family(
         "counter",
         ("reason",),
-        "connections that were ended: too_many, address, idle, silent, unread, refused",
+        "connections that were ended: too_many, address, idle, silent, unread, refused, memory",
     ),
     "latchkey_policy_callers": Family("gauge", (), "callers in the policy"),
     "latchkey_policy_age_seconds": Family("gauge", (), "time since the policy came into force"),

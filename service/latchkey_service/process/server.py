@@ -24,6 +24,7 @@ from latchkey_service.access.authenticator import ActivePolicy, Authenticator
 from latchkey_service.access.policy import PolicyError
 from latchkey_service.coherence.watch_sessions import WatchSessions
 from latchkey_service.process.worker_metrics import WorkerMetrics
+from latchkey_service.process.worker_watch import memory_max_bytes
 from latchkey_service.rpc.audit_service import AuditService
 from latchkey_service.rpc.call_report import CallReporter
 from latchkey_service.rpc.handlers import Paths, Registrar
@@ -40,6 +41,12 @@ from latchkey_service.settings import exposure
 from latchkey_service.settings.logs import logger
 from latchkey_service.settings.settings import Settings
 from latchkey_service.transport.connection_guard import ConnectionGuard
+from latchkey_service.transport.memory_pressure import (
+    KnownPeers,
+    MemoryPressure,
+    resident_bytes,
+    trim,
+)
 from latchkey_service.transport.tls import Certificates
 from latchkey_service.transport.transports import Limits, make_transport, metadata_reader
 
@@ -89,10 +96,16 @@ class Server:
         self._parsing = ThreadPoolExecutor(1, "policy")
         transport = exposure.transport_of(settings)
         metadata_of = metadata_reader(transport)
+        known, strict = KnownPeers(), list[str]()
+        # `native` does not know the peers of its streams, and behind a proxy, all have its address.
+        direct = transport == "grpcio" and settings.trusted_proxy is None
         authenticator = screen = None
         if active_policy is not None:
             authenticator = Authenticator(
-                active_policy, proxy=settings.trusted_proxy, metadata_of=metadata_of
+                active_policy,
+                proxy=settings.trusted_proxy,
+                metadata_of=metadata_of,
+                recognized=known.add if direct else None,
             )
             screen = authenticator.screen
         plaintext = make_transport(transport, limits, reporter.rejected, screen)
@@ -111,6 +124,8 @@ class Server:
             reflected=reflected,
         )
         self.address = _with_port(settings.listen, plaintext.add_insecure_port(settings.listen))
+        if authenticator is not None and direct:
+            strict.append(self.address)
         self.tls_address: str | None = None
         if settings.tls_listen is not None:
             # Always grpcio: `native` has no TLS.
@@ -120,7 +135,7 @@ class Server:
             # With a CA, every client has a certificate, which the metadata do not show.
             by_certificate = settings.tls_client_ca is not None
             if active_policy is not None:
-                authenticator = Authenticator(active_policy, tls=True)
+                authenticator = Authenticator(active_policy, tls=True, recognized=known.add)
                 screen = None if by_certificate else authenticator.screen
             reflected = exposure.reflects(settings, settings.tls_listen)
             registrar = Registrar(
@@ -139,10 +154,13 @@ class Server:
             )
             port = encrypted.add_secure_port(settings.tls_listen, self.certificates.credentials())
             self.tls_address = _with_port(settings.tls_listen, port)
+            if authenticator is not None:
+                strict.append(self.tls_address)
 
         addresses = [address for address in (self.address, self.tls_address) if address is not None]
         proxied = [] if settings.trusted_proxy is None else [self.address]
-        self.guard = ConnectionGuard(addresses, limits, proxied)
+        pressure = MemoryPressure(memory_max_bytes(settings), resident_bytes, trim)
+        self.guard = ConnectionGuard(addresses, limits, proxied, strict, known, pressure)
         self.refused = reporter.refused
         self.refused.end_connection = self.guard.end
         self.metrics: WorkerMetrics

@@ -171,7 +171,7 @@ class WorkerMetrics:
 
     def _add_access(self, found: Families) -> None:
         found.add("latchkey_connections", self.guard.connections)
-        for reason in ("too_many", "address", "idle", "silent", "unread"):
+        for reason in ("too_many", "address", "idle", "silent", "unread", "refused", "memory"):
             found.add("latchkey_connections_ended", self.guard.ended[reason], reason)
         now = time.time()
         if (policy := self.active_policy) is not None:

@@ -29,6 +29,7 @@ once from using the time that answers need.
 
 import asyncio
 import itertools
+import math
 import sys
 from collections.abc import Callable
 from types import TracebackType
@@ -36,8 +37,12 @@ from typing import Final, Self
 
 from latchkey_service.errors import (
     NO_ANSWER,
+    RETRY_DELAY_SECONDS,
     TOO_LATE,
+    AlreadyExists,
+    FailedPrecondition,
     LatchkeyError,
+    NotFound,
     Overloaded,
     StoreUnavailable,
 )
@@ -48,6 +53,7 @@ from latchkey_service.tokens.queue_limit import (
 )
 
 __all__ = [
+    "Answers",
     "ConcurrencyLimiter",
     "RejectionPacer",
     "Slot",
@@ -62,8 +68,17 @@ BURST: Final = 25
 REMOVALS_IN_A_ROW: Final = 3
 # Longest wait for a slot. Statements have the same limit: by then, every slot's holder has failed.
 QUEUE_SECONDS_MAX: Final = 2.0
+# Without an answer for `STUCK_SECONDS`, as many calls as managers have slots show that the database
+# hangs. Fewer calls show it only after longer: a single import of a thousand tokens takes half a
+# second.
+STUCK_SLOTS: Final = 8
 # The period is at least this many times the average duration of a call.
 STUCK_CALLS: Final = 5
+# Longest delay that a rejection asks of its caller, before jitter triples it at most. A longer one
+# would leave the library's five attempts no time within their deadline.
+RETRY_SECONDS_MAX: Final = 1.0
+# Errors of calls that the database has answered. Others may be raised without a query.
+DECIDED_BY_DATABASE: Final = (NotFound, AlreadyExists, FailedPrecondition)
 # Weight of the newest sample in the moving average of a call's duration.
 SMOOTHING: Final = 0.1
 # This rate takes some 3 % of a core. It rises only where a rejection would otherwise be delayed for
@@ -76,6 +91,13 @@ REJECTION_SECONDS_MAX: Final = 1.0
 def wait_seconds(waiting: int, slots: int, call_seconds: float) -> float:
     """Estimate the wait of the next call in the queue. `call_seconds` is the average duration."""
     return (waiting + 1) / slots * call_seconds
+
+
+class Answers:
+    """When the database last answered a call. The limiters of a process share one."""
+
+    def __init__(self) -> None:
+        self.at = -math.inf
 
 
 class ConcurrencyLimiter:
@@ -92,6 +114,7 @@ class ConcurrencyLimiter:
         total_max: int,
         monotonic: Callable[[], float],
         answering: Callable[[], float] | None = None,
+        answers: Answers | None = None,
     ) -> None:
         self._count = self._free = count
         self._total_max = total_max
@@ -108,11 +131,14 @@ class ConcurrencyLimiter:
         self._removals_in_a_row = 0
         self._numbers = itertools.count()
         self._queue_limit = QueueLimit(count * STANDING, count * BURST)
-        # When a call last succeeded while others waited, or the queue formed, by the clock
-        # `_answering`; and whether the last call failed because of the database.
-        self._progress_at = 0.0
-        self._failing = False
-        self._call_seconds = 0.0
+        # By the clock `_answering`: when the database answered any call, when the queue formed, and
+        # when a call failed because of the database, with the text of that failure.
+        self._answers = answers or Answers()
+        self._queue_formed_at = 0.0
+        self._failed_at = -math.inf
+        self._failure = NO_ANSWER
+        # Moving average of the time for which calls hold a slot. None before the first one.
+        self._call_seconds: float | None = None
 
     @property
     def used(self) -> int:
@@ -172,15 +198,14 @@ class ConcurrencyLimiter:
 
     def release(self, since: float, error: BaseException | None) -> None:
         """Release a slot, held since `since`, to the queue. `error` is how the call ended."""
-        # A cancelled call says nothing about the database.
         if type(error) is StoreUnavailable:
-            self._failing = True
-        elif not isinstance(error, asyncio.CancelledError):
-            self._failing = False
-            if self.queued:
-                self._progress_at = self._answering()
+            self._failed_at, self._failure = self._answering(), str(error)
+        elif error is None or isinstance(error, DECIDED_BY_DATABASE):
+            # Any other error says nothing about the database.
+            self._failed_at, self._answers.at = -math.inf, self._answering()
             held_seconds = self._monotonic() - since
-            self._call_seconds += SMOOTHING * (held_seconds - self._call_seconds)
+            average = held_seconds if self._call_seconds is None else self._call_seconds
+            self._call_seconds = average + SMOOTHING * (held_seconds - average)
         self._pass_on()
 
     def leave(self, caller: str) -> None:
@@ -197,12 +222,12 @@ class ConcurrencyLimiter:
     async def _wait(self, seconds: float, caller: str, *, removal: bool) -> None:
         if not self.queued:
             # The queue was empty, so nothing is stuck yet.
-            self._progress_at = self._answering()
+            self._queue_formed_at = self._answering()
         queue, full = self._room(removal=removal)
         ahead = queue.ahead_of(caller)
         if not removal:
             ahead += min(self._removals.size, (ahead + 1) * REMOVALS_IN_A_ROW)
-        if wait_seconds(ahead, self._count, self._call_seconds) > seconds:
+        if wait_seconds(ahead, self._count, self._call_seconds or 0.0) > seconds:
             raise self._rejection(TOO_LATE)
         if full:
             displaced = queue.displace(caller)
@@ -244,10 +269,22 @@ class ConcurrencyLimiter:
         return self._queue
 
     def _rejection(self, message: str = TOO_MANY) -> LatchkeyError:
-        longest = max(STUCK_SECONDS, STUCK_CALLS * self._call_seconds)
-        hangs = self.queued and self._answering() - self._progress_at > longest
-        stuck = self._failing or hangs
-        return StoreUnavailable(NO_ANSWER) if stuck else Overloaded(message)
+        """Return the error of a call for which there is no room.
+
+        A database that answers any call does not hang. RetryInfo then tells the caller when its
+        turn would have come, so that five attempts outlast a queue of slow calls.
+        """
+        answered_at, call_seconds = self._answers.at, self._call_seconds or 0.0
+        if self._failed_at > -math.inf and self._failed_at >= answered_at:
+            return StoreUnavailable(self._failure)
+        longest = max(STUCK_SECONDS * STUCK_SLOTS / self._count, STUCK_CALLS * call_seconds)
+        silent_seconds = self._answering() - max(answered_at, self._queue_formed_at)
+        if self.queued and silent_seconds > longest:
+            return StoreUnavailable(NO_ANSWER)
+        error = Overloaded(message)
+        pause = wait_seconds(self._queue.size, self._count, call_seconds)
+        error.retry_seconds = min(max(RETRY_DELAY_SECONDS, pause), RETRY_SECONDS_MAX)
+        return error
 
 
 class Slot:

@@ -1,16 +1,19 @@
-"""The encoded answer of a BatchVerify: its size limit, and answers without details.
+"""The encoded answer of a BatchVerify: its size limit, answers without details, its verdicts.
 
 A token may have 27 kB of labels, networks and permissions, and a caller may ask for the same token
 1,000 times. The transports keep an answer until the client has read it, so its size is limited.
 Every verdict fits into the limit. What may be left out are details of tokens.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Final
 
 from latchkey_proto.v1 import token_service_pb2 as pb
 
-__all__ = ["ANSWER_BYTES_MAX", "encode_batch", "varint", "without_details"]
+from latchkey_service.tokens.verdict import Verdict
+
+__all__ = ["ANSWER_BYTES_MAX", "encode_batch", "varint", "verdict_counts", "without_details"]
 
 # gRPC's default limit for messages that a client receives.
 ANSWER_BYTES_MAX: Final = 4 * 1024 * 1024
@@ -55,6 +58,16 @@ def without_details(encoded: bytes) -> bytes:
     response.revision = response.mark = 0
     response.details_omitted = True
     return response.SerializeToString()
+
+
+def verdict_counts(responses: Sequence[bytes]) -> dict[str, int]:
+    """Return how many of the encoded VerifyResponses have each verdict, as attributes of a span.
+
+    There are at most as many attributes as verdicts, however large the batch is.
+    """
+    # The tag of the verdict comes first, and then its value.
+    counts = Counter(response[1] for response in responses)
+    return {f"latchkey.verdicts.{Verdict(v).name.lower()}": n for v, n in counts.items()}
 
 
 def varint(number: int) -> bytes:

@@ -18,6 +18,7 @@ from latchkey_service import tracing
 from latchkey_service.access.methods import METHODS, OPEN
 from latchkey_service.access.policy import ANONYMOUS, Caller
 from latchkey_service.audit.audit_log import AuditContext, AuditLog
+from latchkey_service.audit.audit_table import NO_DETAILS, Details
 from latchkey_service.errors import (
     REQUEST_ID_METADATA,
     TOO_LATE,
@@ -33,10 +34,12 @@ from latchkey_service.errors import (
     reason_of,
     status_of,
 )
+from latchkey_service.identifiers import ACCOUNT_ID, TOKEN_ID
 from latchkey_service.rpc.admission import RejectionPacer
 from latchkey_service.rpc.call_context import CallContext
 from latchkey_service.rpc.counters import UNARY, Counts
 from latchkey_service.rpc.refused_calls import RefusedCalls
+from latchkey_service.secret_format import CREDENTIAL_LENGTH, contains_secret
 from latchkey_service.settings.logs import logger
 
 __all__ = [
@@ -44,6 +47,7 @@ __all__ = [
     "CallReporter",
     "Metadata",
     "checked_id",
+    "describe_call",
     "end_with",
     "given_id",
     "level_of",
@@ -51,6 +55,7 @@ __all__ = [
 ]
 
 REQUEST_ID_LENGTH_MAX = 64
+_PEER_LENGTH_MAX: Final = 200
 Metadata = Iterable[tuple[str, str | bytes]] | None
 # Delay of an answer to a caller above its rate limit, which keeps it from retrying at once.
 LIMITED_SECONDS_MAX = 0.25
@@ -217,7 +222,7 @@ class CallReporter:
         if reason is not None:
             fields["reason"] = reason
         if audit_context is not None:
-            fields |= audit_context.fields()
+            fields |= _fields_of(audit_context)
         elif trace_id := tracing.trace_id_of(context.invocation_metadata()):
             fields["trace_id"] = trace_id
         if error is not None and not isinstance(error, LatchkeyError):
@@ -249,7 +254,7 @@ class CallReporter:
         self._counts.failures[reason] += 1
         request_id = next(NEW_IDS)
         if METHODS.get(path, OPEN).audited and not isinstance(error, Overloaded):
-            entry = AuditContext.of("", path, peer, request_id, "", "", call_id=request_id)
+            entry = describe_call("", path, peer, request_id, details=Details(call_id=request_id))
             logged = self._audit.record(entry, code, reason)
         else:
             logged = self._audit.should_log("", path, reason)
@@ -320,6 +325,38 @@ def _is_id(given: str | bytes | None) -> TypeGuard[str]:
         and given.replace("-", "").isalnum()
         and given.isascii()
     )
+
+
+def describe_call(
+    caller: str,
+    path: str,
+    peer: str,
+    request_id: str,
+    account_id: str = "",
+    token_id: str = "",
+    details: Details = NO_DETAILS,
+) -> AuditContext:
+    """Describe a call for its audit entry, without ids that do not have the expected form."""
+    if not ACCOUNT_ID.fullmatch(account_id) or (
+        # A credential is shorter than the secret of any token.
+        len(account_id) >= CREDENTIAL_LENGTH and contains_secret(account_id)
+    ):
+        account_id = ""
+    if not TOKEN_ID.fullmatch(token_id):
+        token_id = ""
+    peer = peer[:_PEER_LENGTH_MAX]
+    return AuditContext(caller, path, peer, request_id, account_id, token_id, details)
+
+
+def _fields_of(audit_context: AuditContext) -> dict[str, str]:
+    """Return the fields of a call's log line that its audit entry has too, if they have a value."""
+    fields = {
+        "caller": audit_context.caller,
+        "account_id": audit_context.account_id,
+        "token_id": audit_context.token_id,
+        **audit_context.details._asdict(),
+    }
+    return {name: value for name, value in fields.items() if value}
 
 
 def _without_values(error: Exception) -> Any:

@@ -34,6 +34,7 @@ from latchkey_service.access.methods import (
 )
 from latchkey_service.access.policy import ANONYMOUS, Caller
 from latchkey_service.audit.audit_log import AuditContext, AuditLog
+from latchkey_service.audit.audit_table import Details
 from latchkey_service.errors import (
     REQUEST_ID_METADATA,
     LatchkeyError,
@@ -44,12 +45,13 @@ from latchkey_service.errors import (
     reason_of,
 )
 from latchkey_service.loop_delay import WATCH
-from latchkey_service.rpc.admission import ConcurrencyLimiter, Slot
+from latchkey_service.rpc.admission import Answers, ConcurrencyLimiter, Slot
 from latchkey_service.rpc.call_context import CallContext
 from latchkey_service.rpc.call_report import (
     NEW_IDS,
     CallReporter,
     Metadata,
+    describe_call,
     end_with,
     given_id,
 )
@@ -148,8 +150,9 @@ class ManagedCalls:
         self._reporter = reporter
         self._monotonic = monotonic
         self._clock = clock
+        answers = Answers()
         self.limiters = {
-            role: ConcurrencyLimiter(*size, monotonic, WATCH.clock)
+            role: ConcurrencyLimiter(*size, monotonic, WATCH.clock, answers)
             for role, size in CONCURRENCY_LIMITS.items()
         }
 
@@ -347,17 +350,19 @@ def _audit_context(
     # Without a policy, every caller is trusted alike.
     reports_people = authenticator is None or caller.reports_people
     call_id = next(NEW_IDS)
-    return AuditContext.of(
+    return describe_call(
         name,
         path,
         context.peer(),
         given_id(metadata) or call_id,
         getattr(request, "account_id", ""),
         getattr(request, "id", "") or getattr(request, "token_id", ""),
-        person=origin.person(metadata) if reports_people and origin.PERSON in headers else "",
-        client_address=origin.client_address(metadata) if proxied else "",
-        call_id=call_id,
-        trace_id=_trace_id(metadata),
+        Details(
+            origin.person(metadata) if reports_people and origin.PERSON in headers else "",
+            origin.client_address(metadata) if proxied else "",
+            call_id,
+            _trace_id(metadata),
+        ),
     )
 
 

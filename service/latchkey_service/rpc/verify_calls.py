@@ -23,6 +23,7 @@ from latchkey_coherence.rate import RateLimit
 from latchkey_coherence.verdict_cache import NOWHERE, Position
 from latchkey_proto.v1 import token_service_pb2 as pb
 
+from latchkey_service import tracing
 from latchkey_service.access.authenticator import Authenticator
 from latchkey_service.access.methods import BATCH_VERIFY, METHODS, VERIFIER, VERIFY
 from latchkey_service.access.policy import ANONYMOUS, Caller
@@ -33,7 +34,7 @@ from latchkey_service.errors import (
     RequestNotParsed,
     RequestTooLarge,
 )
-from latchkey_service.rpc.batch_answer import encode_batch, varint
+from latchkey_service.rpc.batch_answer import encode_batch, varint, verdict_counts
 from latchkey_service.rpc.call_context import CallContext
 from latchkey_service.rpc.call_report import NEW_IDS, CallReporter, Metadata, checked_id, end_with
 from latchkey_service.rpc.counters import Counts
@@ -196,6 +197,9 @@ class VerifyCalls:
             self._completed(answer, question.presented, caller, request)
             for request, question, answer in zip(requests, questions, answers, strict=True)
         ]
+        if (span := tracing.current()) is not None:
+            # As the caller gets them.
+            span.set(verdict_counts(responses))
         return encode_batch(responses, omit_details=batch.omit_details)
 
     def _spend(self, caller: Caller, count: int) -> None:

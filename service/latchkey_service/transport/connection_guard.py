@@ -25,6 +25,7 @@ from typing import Final, NamedTuple
 from latchkey_service.access.origin import network_of
 from latchkey_service.settings.logs import logger
 from latchkey_service.transport.connection_shares import Held, busiest, surplus
+from latchkey_service.transport.memory_pressure import KnownPeers, MemoryPressure
 from latchkey_service.transport.transports import Limits
 
 __all__ = ["ConnectionGuard"]
@@ -54,6 +55,8 @@ class _SocketState:
     listener: "_Listener | None"
     since: float
     peer: str | None = None
+    name: str = ""
+    """The peer's name in gRPC, or "" without an address."""
     silent_seconds: float = 0.0
     acked: int = 0
     stuck_since: float | None = None
@@ -79,14 +82,23 @@ class ConnectionGuard:
     """Enforces the limits of this process's listeners at `addresses` (HOST:PORT, unix:PATH).
 
     The listeners in `shared` have a proxy in front, so the limit per peer address does not apply to
-    them.
+    them. Under `pressure`, connections to the listeners in `strict` end whose peer is not `known`.
     """
 
     def __init__(
-        self, addresses: Sequence[str], limits: Limits, shared: Collection[str] = ()
+        self,
+        addresses: Sequence[str],
+        limits: Limits,
+        shared: Collection[str] = (),
+        strict: Collection[str] = (),
+        known: KnownPeers | None = None,
+        pressure: MemoryPressure | None = None,
     ) -> None:
         self._limits = limits
         self._shared = {_tcp_listener(a) for a in shared if not a.startswith("unix:")}
+        self._strict = {_tcp_listener(a) for a in strict if not a.startswith("unix:")}
+        self._known = known or KnownPeers()
+        self._pressure = pressure if self._strict else None
         # A port identifies a listener: outgoing connections never get the port of a listener.
         self._listeners = [
             _Listener((socket.AF_UNIX,), address.removeprefix("unix:"))
@@ -135,13 +147,17 @@ class ConnectionGuard:
         try:
             self._take_spare_files()
             while True:
-                await asyncio.sleep(max(COUNT_SECONDS, rest))
+                await asyncio.sleep(COUNT_SECONDS)
                 now = time.monotonic()
+                # Memory fills fast, and is due rarely, so it does not wait for the rest.
+                pressed = self._pressure is not None and self._pressure.is_due(now)
+                if now - inspected_at < rest and not pressed:
+                    continue
                 # Counts each file opened since then as a connection.
                 files = _open_files()
                 many = files - files_then > self._room
                 due = now - inspected_at >= self._inspect_seconds
-                if not (many or due or self._unwanted):
+                if not (many or due or pressed or self._unwanted):
                     continue
                 try:
                     await loop.run_in_executor(inspector, self._inspect_reliably)
@@ -179,6 +195,8 @@ class ConnectionGuard:
         """
         now = time.monotonic()
         unwanted, self._unwanted = self._unwanted, set()
+        pressure = self._pressure
+        short = pressure is not None and pressure.is_due(now) and pressure.judge(now)
         files = dict(_sockets())
         # Keyed by inode: the number of a closed file is reused at once.
         self._sockets = {inode: seen for inode, seen in self._sockets.items() if inode in files}
@@ -187,16 +205,19 @@ class ConnectionGuard:
             # examines it again.
             with contextlib.suppress(OSError):
                 listener = self._listener_of(end)
-                self._sockets[inode] = _SocketState(listener, now, self._peer_of(listener, end))
+                name = "" if listener is None else _grpc_name(end)
+                peer = self._peer_of(listener, end)
+                self._sockets[inode] = _SocketState(listener, now, peer, name)
         ours = [inode for inode, seen in self._sockets.items() if seen.listener is not None]
         ended: dict[int, str] = {}
         for inode, end in _own(files, ours):
             with contextlib.suppress(OSError):
                 reason = self._stuck(self._sockets[inode], end, now)
-                if reason is None and unwanted and _grpc_name(end) in unwanted:
-                    reason = "refused"
+                if reason is None:
+                    reason = self._unwelcome(self._sockets[inode], unwanted, short=short)
                 if reason is not None:
                     ended[inode] = reason
+        self._known.keep({self._sockets[inode].name for inode in ours})
         self.connections = len(ours)
         self._room = sys.maxsize
         for listener in self._listeners:
@@ -214,6 +235,18 @@ class ConnectionGuard:
             self.ended[ended[inode]] += 1
             with contextlib.suppress(OSError):  # the client closed it first
                 end.shutdown(socket.SHUT_RDWR)
+
+    def _unwelcome(
+        self, seen: _SocketState, unwanted: Collection[str], *, short: bool
+    ) -> str | None:
+        """Return why a connection must end because of its peer, or None.
+
+        `short`: memory is short.
+        """
+        if seen.name in unwanted:
+            return "refused"
+        stranger = seen.listener in self._strict and seen.name not in self._known
+        return "memory" if short and stranger else None
 
     def _surplus(self, its: Sequence[Held]) -> Mapping[int, str]:
         """Return the connections of a listener that exceed a limit, and update the room left."""

@@ -106,7 +106,7 @@ def measure(
     cores = processes.cores(placing)
     missing: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
-        url, _ = stack.enter_context(processes.postgres(scratch / "data", cores.postgres))
+        url, _ = stack.enter_context(processes.postgres(scratch / "data", {cores.postgres}))
         running: list[Running] = []
         for name, product in PRODUCTS.items():
             if only not in name and name != "latchkey":

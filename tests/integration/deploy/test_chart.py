@@ -3,15 +3,15 @@
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import kubernetes_validate
 import pytest
 import yaml
 from latchkey_service.settings.settings import load
 
-from tests.helpers.programs import found, run
+from tests.helpers.programs import HELM, INSTALLS, installed_by_go, run
 from tests.helpers.repository import ROOT
 
 CHART = ROOT / "deploy" / "helm" / "latchkey"
@@ -19,14 +19,21 @@ MANIFESTS = ROOT / "deploy" / "kubernetes" / "latchkey.yaml"
 # The oldest release that the chart supports, and the newest that the package knows.
 KUBERNETES = ("1.30", "1.37")
 HELM_SECONDS = 60.0
+# One worker of pytest-xdist imports the package with the schemas.
+SCHEMAS = pytest.mark.xdist_group("kubernetes")
 EVERYTHING = ("migrations.enabled=true", "metrics.serviceMonitor=true", "securityContext=null")
 
 
+def needs_helm(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test that builds and runs Helm."""
+    slow = pytest.mark.slow("builds and runs Helm")
+    # In one group too, because the others would only wait for the first one's build.
+    return slow(SCHEMAS(INSTALLS(test)))
+
+
 def helm(*words: str) -> tuple[int, str]:
-    """Run Helm, which the runners of GitHub have. No package manager of the tests has it."""
-    program = found("helm")
-    if program is None:
-        pytest.skip("Helm is not installed here")
+    """Run Helm, which the runners of GitHub have. Elsewhere it is built, which takes minutes."""
+    program = installed_by_go("helm", HELM)
     return run((str(program), *words), HELM_SECONDS, dict(os.environ))
 
 
@@ -44,6 +51,9 @@ def resources(text: str) -> list[dict[str, Any]]:
 
 def valid(text: str) -> list[str]:
     """Check all resources against the schemas of Kubernetes; return their kinds."""
+    # Its import takes more than a second, which all workers of pytest-xdist would spend.
+    import kubernetes_validate
+
     kinds = []
     for resource in resources(text):
         kinds.append(resource["kind"])
@@ -61,30 +71,37 @@ def deployment(text: str) -> dict[str, Any]:
     return pod
 
 
+@SCHEMAS
 def test_the_manifests_match_the_schemas_of_kubernetes() -> None:
     """The plain manifests have no unknown field and no wrong type, in any supported release."""
     kinds = ["Deployment", "NetworkPolicy", "PodDisruptionBudget", "Service"]
     assert valid(MANIFESTS.read_text()) == kinds
 
 
+@SCHEMAS
 def test_the_schemas_find_an_unknown_field() -> None:
     """The check above is strict."""
+    import kubernetes_validate
+
     text = MANIFESTS.read_text().replace("enableServiceLinks", "enableServiceLink")
     with pytest.raises(kubernetes_validate.ValidationError):
         valid(text)
 
 
+@needs_helm
 def test_the_manifests_come_from_the_chart() -> None:
     """`make manifests` would change nothing."""
     assert MANIFESTS.read_text().partition("---\n")[2] == rendered().partition("---\n")[2]
 
 
+@needs_helm
 def test_the_chart_has_no_faults() -> None:
     """`helm lint --strict` accepts the chart."""
     code, said = helm("lint", "--strict", str(CHART))
     assert code == 0, said
 
 
+@needs_helm
 @pytest.mark.parametrize("tls", ["true", "false"])
 def test_all_options_match_the_schemas_of_kubernetes(tls: str) -> None:
     """With every option on, the chart renders valid resources, for plaintext and TLS."""
@@ -92,6 +109,7 @@ def test_all_options_match_the_schemas_of_kubernetes(tls: str) -> None:
     assert {"Job", "ServiceMonitor"} < set(kinds)
 
 
+@needs_helm
 @pytest.mark.parametrize(
     "value", ["replica=3", "settings.LATCHKEY_LISTEN=a", "image.digest=latest", "tls.secret=A_b"]
 )

@@ -209,18 +209,9 @@ def test_a_broken_pepper_file_is_reported(tmp_path: Path, text: str, complaint: 
     assert OLD.key.hex() not in str(caught.value)
 
 
-MAKE = """
-import sys
-from pathlib import Path
-from latchkey_service.tokens import pepper_file
-
-sys.stdin.readline()
-print(*(p.id for p in pepper_file.load_or_create(Path(sys.argv[1]), create=True).peppers))
-"""
-
-
 def test_threads_that_start_at_once_share_one_pepper(tmp_path: Path) -> None:
-    """The same holds if all have the same process id, as in containers."""
+    """Starts at the same time create one pepper, also if all have the same process id, as in
+    containers."""
     path = tmp_path / "peppers"
     (tmp_path / f".peppers.{os.getpid()}").write_text("of one that crashed")
     with ThreadPoolExecutor(8) as threads:

@@ -8,7 +8,7 @@ import pytest
 from latchkey import errors
 from latchkey_cli.failures import Exit, Failure, worst
 from latchkey_cli.main import EPILOG
-from latchkey_cli.session import Doing, Session
+from latchkey_cli.session import Doing, Session, _longest
 
 SECRET = "lk" + "_0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abcdefghijklmno" + "0jDM4R"
 
@@ -183,3 +183,26 @@ def test_the_tool_imports_no_service() -> None:
             for name in names:
                 assert name.split(".")[0] != "latchkey_service", path
                 assert not name.startswith(("latchkey.", "latchkey_proto")), path
+
+
+@pytest.mark.parametrize(
+    ("seconds", "longest"),
+    [("7776000", "90d"), ("5400", "90m"), ("7200", "2h"), ("61", "61s"), ("", "90d"), ("x", "90d")],
+)
+def test_refused_lifetime_suggests_the_longest(seconds: str, longest: str) -> None:
+    """The longest lifetime that a refusal states is suggested as a value of --expires."""
+    error = latchkey.InvalidArgument("too long")
+    error.metadata = {"max_ttl_seconds": seconds}
+    assert _longest(error) == longest
+
+
+def test_ctrl_c_says_what_may_have_happened() -> None:
+    """Ctrl-C during a call is a failure with its own exit code."""
+
+    async def call() -> None:
+        raise KeyboardInterrupt
+
+    with Session("127.0.0.1:1", None) as session, pytest.raises(Failure) as raised:
+        session.run(call(), Doing("list the tokens"))
+    assert (raised.value.exit_code, raised.value.code) == (Exit.INTERRUPTED, "INTERRUPTED")
+    assert "interrupted while trying to list the tokens; nothing was changed" in str(raised.value)

@@ -7,10 +7,12 @@ import io
 import json
 import re
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from latchkey import FieldViolation, ImportOutcome, ImportResult
 from latchkey_cli import importing
 from latchkey_cli.import_file import (
     BYTES_MAX,
@@ -22,9 +24,11 @@ from latchkey_cli.import_file import (
     batches,
     read,
 )
+from latchkey_cli.times import Expiry
 
 HASH = hashlib.sha256(b"some key").digest()
 HEX = HASH.hex()
+NO_DEFAULTS: dict[str, Any] = {"account": None, "scope": None, "expiry": Expiry(), "labels": {}}
 
 
 def rows(text: str, *, lines_of_json: bool = False) -> list[FileRow | RowError]:
@@ -135,6 +139,88 @@ def test_wrong_rows_do_not_stop_the_others() -> None:
     assert [e.column for e in found if isinstance(e, RowError)] == [
         *("", "", "hash", "", "name", "labels"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "problem"),
+    [
+        # 32 bytes have two spare bits in base64, and these are not 0.
+        ("hash", base64.b64encode(HASH).decode()[:-2] + "/=", "is not a SHA-256 hash"),
+        ("label.team", ["a"], "must be text"),
+        ("networks", 7, "must be texts"),
+        ("permissions", ["orders:read", 7], "must be texts"),
+        ("enabled", "perhaps", "must be true or false"),
+        ("expires", "9999-12-31T23:59:59-23:59", "is too far away"),
+    ],
+)
+def test_wrong_values_are_named(column: str, value: object, problem: str) -> None:
+    """A wrong value is refused with its column and what is expected."""
+    (error,) = rows(json.dumps({"hash": HEX, column: value}), lines_of_json=True)
+    assert isinstance(error, RowError)
+    assert error.column == column
+    assert problem in error.problem
+
+
+def test_line_that_is_too_long_ends_the_file() -> None:
+    """A line longer than any row is not read to its end."""
+    with pytest.raises(FileError, match="longer than any row"):
+        rows(" " * 2**20 + "{}", lines_of_json=True)
+
+
+@pytest.mark.parametrize(
+    ("columns", "defaults", "column"),
+    [
+        ({"scope": "read"}, {}, "account"),
+        ({"account": "acme"}, {}, "scope"),
+        ({"account": "acme", "scope": "read", "rate": "often"}, {}, "rate"),
+    ],
+)
+def test_rows_without_what_a_token_needs(
+    columns: dict[str, str], defaults: dict[str, str], column: str
+) -> None:
+    """A row needs an account and a scope, its own or the command's, and a rate that can be read."""
+    row = good(json.dumps({"hash": HEX, **columns}), lines_of_json=True)
+    made = importing._token(row, importing._Defaults(**NO_DEFAULTS | defaults))
+    assert isinstance(made, RowError)
+    assert made.column == column
+
+
+@pytest.mark.parametrize(
+    ("result", "text"),
+    [
+        (
+            ImportResult(outcome=ImportOutcome.NAME_TAKEN),
+            "2: name: a live token of the account has this name",
+        ),
+        (
+            ImportResult(outcome=ImportOutcome.OTHER_ACCOUNT),
+            "2: hash: a token of another account has",
+        ),
+        (
+            ImportResult(outcome=ImportOutcome.UNSPECIFIED),
+            "2: Latchkey did not import it (UNSPECIFIED)",
+        ),
+        (
+            ImportResult(
+                outcome=ImportOutcome.INVALID,
+                field_violations=(
+                    FieldViolation("allowed_networks[1]", "is no network"),
+                    FieldViolation("name", "is empty"),
+                ),
+            ),
+            "2: networks[1]: is no network; name: is empty",
+        ),
+    ],
+)
+def test_each_refusal_is_explained(
+    capsys: pytest.CaptureFixture[str], result: ImportResult, text: str
+) -> None:
+    """A row that the service refuses is one refusal, with its line, the file's columns and all
+    reasons."""
+    progress = importing._Progress("keys.csv", dry_run=False, as_json=False)
+    importing._refuse(2, result, progress)
+    assert progress.counts["refused"] == 1
+    assert f"keys.csv:{text}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["key", "secret", "token", "API_KEY", "apikey"])

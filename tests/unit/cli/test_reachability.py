@@ -1,7 +1,7 @@
 """Which addresses of a target accept connections."""
 
 import socket
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from latchkey_cli import reachability
@@ -33,3 +33,25 @@ def test_only_accepting_addresses_of_a_name_count(monkeypatch: pytest.MonkeyPatc
 def test_other_targets_have_no_such_address(target: str) -> None:
     """Only a name can hide one address behind another."""
     assert reachability.listening(target) == []
+
+
+def test_names_that_explain_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that is unknown, or has many addresses, has none that matters more than others."""
+
+    def unknown(*_: Any, **__: Any) -> NoReturn:
+        raise socket.gaierror
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    assert reachability.listening("demo.internal:1") == []
+    many = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 1))] * 5
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: many)
+    assert reachability.listening("demo.internal:1") == []
+
+
+def test_address_of_ipv6_is_found() -> None:
+    """An address of IPv6 is returned in gRPC's form."""
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:
+        port = server.getsockname()[1]
+        assert reachability.listening(f"[::1]:{port}") == [f"ipv6:[::1]:{port}"]

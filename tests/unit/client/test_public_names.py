@@ -79,7 +79,7 @@ def test_public_names_are_pinned() -> None:
     assert latchkey.__all__ == sorted(latchkey.__all__)
     assert all(hasattr(latchkey, name) for name in latchkey.__all__)
     assert guards.__all__ == ["current_token", "current_token_or_none"]
-    assert sync.__all__ == ["Client", "Verifier"]
+    assert sync.__all__ == ["Client", "Verifier", "ignore_idle_poller"]
 
 
 def services() -> list[ServiceDescriptor]:

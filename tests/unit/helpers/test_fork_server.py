@@ -16,7 +16,7 @@ from tests.helpers.fork_server import Forked, fork_server
 from tests.helpers.waiting import eventually
 
 PROGRAM = """
-import os, pathlib, signal, sys, time
+import atexit, os, pathlib, signal, sys, threading, time
 match sys.argv[1:]:
     case ["report"]:
         print(os.getcwd(), os.environ["COLOUR"], sys.stdin.read())
@@ -26,6 +26,12 @@ match sys.argv[1:]:
         os.kill(os.getpid(), signal.SIGTERM)
     case ["fail"]:
         raise LookupError("nothing there")
+    case ["end-slowly"]:
+        atexit.register(print, "at exit")
+        threading.Timer(0.05, print, ["thread"]).start()
+        print("module")
+    case ["print"]:
+        print("nobody reads this")
     case ["wait", path]:
         pathlib.Path(path).write_text(str(os.getpid()))
         time.sleep(60)
@@ -63,6 +69,31 @@ def test_a_run_has_its_own_streams_folder_variables_and_exit_code(
     failed = run(program, tmp_path, "fail")
     assert failed.returncode == 1
     assert "LookupError: nothing there" in failed.stderr
+
+
+def test_a_run_ends_as_python_does(program: Forked, tmp_path: Path) -> None:
+    """Threads end, and functions registered with `atexit` run, before the process does. Output that
+    cannot be written is an error."""
+    done = run(program, tmp_path, "end-slowly")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "module\nthread\nat exit\n", "")
+    reader, writer = os.pipe()
+    os.close(reader)
+    failed = subprocess.run(
+        program("print"), cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writer)
+    assert failed.returncode == 120
+    assert b"BrokenPipeError" in failed.stderr
+
+
+def test_runs_end_in_any_order(program: Forked, tmp_path: Path) -> None:
+    """A run that takes long delays no other."""
+    with subprocess.Popen(program("wait", str(tmp_path / "pid")), cwd=tmp_path) as long:
+        try:
+            assert run(program, tmp_path, "report").returncode == 7
+            assert long.poll() is None
+        finally:
+            long.kill()
 
 
 async def test_a_run_ends_with_its_caller(program: Forked, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What `make test` counts as covered, and when it fails. Each test measures a small suite."""
 
+import json
 import re
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.fork_server import fork_server
 from tests.helpers.repository import ROOT
 
 # A few small tests in some interpreters, on a busy machine.
@@ -87,7 +89,7 @@ def test_lines_and_branches_of_all_workers_count(tmp_path: Path, options: tuple[
     rows = {name: tuple(rest) for name, *rest in ROW.findall(done.stdout)}
     assert rows["used"] == ("8", "1", "2", "1", "3->5, 11")
     assert rows["unused"] == ("2", "2", "0", "0", "1-2")
-    assert re.search(r"^Coverage: 66\.7 %$", done.stdout, re.MULTILINE)
+    assert re.search(r"^Coverage: 66\.7 %; of branches alone: 50\.0 %$", done.stdout, re.MULTILINE)
 
 
 def test_too_little_coverage_fails_the_run(tmp_path: Path) -> None:
@@ -96,3 +98,23 @@ def test_too_little_coverage_fails_the_run(tmp_path: Path) -> None:
     assert "2 passed" in done.stdout
     assert "FAILED: coverage is below the floor of 90 %" in done.stdout
     assert done.returncode == 1
+
+
+def test_forked_program_that_becomes_another_counts(tmp_path: Path) -> None:
+    """A forked program is measured, also its main module, and also if another program replaces
+    it."""
+    seen = tmp_path / "seen"
+    seen.mkdir()
+    with fork_server(tmp_path, coverage=str(seen)) as forked:
+        command = forked("latchkey_cli", "dev-ca", "--caller", "a b")
+        done = subprocess.run(command, capture_output=True, check=False, timeout=SECONDS)
+    assert done.returncode == 2
+    lines: dict[str, set[int]] = {}
+    for saved in seen.glob("*.json"):
+        for name, found in json.loads(saved.read_text("utf-8")).items():
+            lines.setdefault(name, set()).update(n for n in found if isinstance(n, int))
+    tool = ROOT / "clients/cli/latchkey_cli"
+    for module, text in (("__main__.py", "sys.exit("), ("service.py", "os.execve(")):
+        code = (tool / module).read_text("utf-8").splitlines()
+        (line,) = (number for number, each in enumerate(code, 1) if text in each)
+        assert line in lines[str(tool / module)]

@@ -6,7 +6,15 @@ import random
 from collections.abc import Callable
 
 import pytest
-from latchkey_service.errors import LatchkeyError, Overloaded, StoreUnavailable
+from latchkey_service.errors import (
+    BUSY,
+    FieldViolation,
+    InvalidArgument,
+    LatchkeyError,
+    NotFound,
+    Overloaded,
+    StoreUnavailable,
+)
 from latchkey_service.rpc import admission
 from latchkey_service.rpc.admission import (
     ConcurrencyLimiter,
@@ -189,13 +197,92 @@ async def test_hanging_database_is_not_reported_as_overload() -> None:
     respond.
     """
     clock = Clock()
-    limiter = ConcurrencyLimiter(1, 1_000, clock)
+    limiter = ConcurrencyLimiter(8, 1_000, clock)
     work = Work(limiter)
-    for number in range(1 + admission.STANDING):
+    for number in range(8 + 8 * admission.STANDING):
         await work.call(number)
     clock.now += queue_limit.STUCK_SECONDS + 0.01
     assert isinstance(rejected(limiter), StoreUnavailable)
     await work.end_all()
+
+
+async def test_one_slow_call_is_reported_as_overload() -> None:
+    """In a lane with a single slot, one slow call does not show that the database hangs. A call
+    that is slower than any healthy one does."""
+    clock = Clock()
+    limiter = ConcurrencyLimiter(1, 1_000, clock)
+    work = Work(limiter)
+    for number in range(1 + admission.STANDING):
+        await work.call(number)
+    clock.now += 0.7
+    assert rejected(limiter).reason == "OVERLOADED"
+    clock.now += 0.2
+    assert rejected(limiter).reason == "DATABASE_UNAVAILABLE"
+    await work.end_all()
+
+
+async def test_first_call_shows_how_long_calls_take() -> None:
+    """A lane whose first call took a second expects the same of the next ones."""
+    clock = Clock()
+    limiter = ConcurrencyLimiter(1, 1_000, clock)
+    work = Work(limiter)
+    await work.call(0)
+    clock.now += 1.0
+    await work.end(0)
+    for number in (1, 2):
+        await work.call(number)
+    clock.now += 4.9
+    assert rejected(limiter).reason == "OVERLOADED"
+    clock.now += 0.2
+    assert rejected(limiter).reason == "DATABASE_UNAVAILABLE"
+    await work.end_all()
+
+
+async def test_answers_in_another_lane_show_that_the_database_responds() -> None:
+    """A lane full of slow calls blames load as long as the database answers calls of other
+    lanes. A request that is refused without a query does
+    not count as an answer."""
+    clock, answers = Clock(), admission.Answers()
+    slow, other = (ConcurrencyLimiter(1, 1_000, clock, answers=answers) for _ in range(2))
+    work = Work(slow)
+    for number in range(1 + admission.STANDING):
+        await work.call(number)
+
+    async def answered(error: Exception | None) -> str:
+        with contextlib.suppress(LatchkeyError):
+            async with other.slot(PATIENT):
+                if error is not None:
+                    raise error
+        return rejected(slow).reason
+
+    clock.now += 1.0
+    assert await answered(InvalidArgument(FieldViolation("name", "is empty"))) == (
+        "DATABASE_UNAVAILABLE"
+    )
+    assert await answered(NotFound("no such token")) == "OVERLOADED"
+    clock.now += 1.0
+    assert rejected(slow).reason == "DATABASE_UNAVAILABLE"
+    assert await answered(None) == "OVERLOADED"
+    await work.end_all()
+
+
+async def test_rejection_says_when_a_turn_would_have_come() -> None:
+    """RetryInfo follows the pace of the lane, between a quarter of a second and a second. A
+    caller that retries five times outlasts a queue of slow calls."""
+    for call_seconds, pause in ((0.01, 0.25), (0.3, 0.6), (2.0, 1.0)):
+        clock = Clock()
+        limiter = ConcurrencyLimiter(1, 1_000, clock)
+        work = Work(limiter)
+        await work.call(0)
+        clock.now += call_seconds
+        await work.end(0)
+        for number in (1, 2):
+            await work.call(number)
+        clock.now += queue_limit.STANDING_SECONDS + 0.01
+        error = rejected(limiter)
+        assert error.reason == "OVERLOADED"
+        assert error.retry_seconds == pytest.approx(pause)
+        await work.end_all()
 
 
 async def test_wait_for_a_slot_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,3 +438,6 @@ async def test_failed_call_marks_the_database_as_unavailable() -> None:
     assert isinstance(await rejection_while_busy(), StoreUnavailable)
     await call(None)
     assert isinstance(await rejection_while_busy(), Overloaded)
+    with pytest.raises(StoreUnavailable):
+        await call(StoreUnavailable(BUSY))
+    assert str(await rejection_while_busy()) == BUSY

@@ -8,10 +8,11 @@ from latchkey_service.rpc.batch_answer import (
     ANSWER_BYTES_MAX,
     SMALL_BYTES_MAX,
     encode_batch,
+    verdict_counts,
     without_details,
 )
 from latchkey_service.rpc.verify_calls import encode_token
-from latchkey_service.tokens.verdict import Scope, TokenRecord
+from latchkey_service.tokens.verdict import Scope, TokenRecord, Verdict
 
 NOW = datetime(2026, 1, 1, 1, 1, 1, 999_999, UTC)
 GRPC_DEFAULT_MAX = 4 * 1024 * 1024
@@ -110,3 +111,14 @@ def test_details_are_omitted_on_request() -> None:
 def test_answers_without_details_are_small() -> None:
     """The space that is reserved for an answer without details suffices for the largest one."""
     assert len(without_details(response(LARGEST))) <= SMALL_BYTES_MAX
+
+
+def test_a_batch_has_few_counts_of_verdicts() -> None:
+    """The largest batch has no more attributes in its span than there are verdicts, and they count
+    each of its answers."""
+    verdicts = [verdict for verdict in Verdict for _ in range(BATCH_MAX // len(Verdict))]
+    encoded = [pb.VerifyResponse(verdict=v.value).SerializeToString() for v in verdicts]
+    counts = verdict_counts(encoded)
+    names = {name.removeprefix("latchkey.verdicts.") for name in counts}
+    assert names == {verdict.name.lower() for verdict in Verdict}
+    assert sum(counts.values()) == len(verdicts)

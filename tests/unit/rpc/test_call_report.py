@@ -1,11 +1,13 @@
 """Reports of finished calls: each call is counted, and no caller can flood the log."""
 
+import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 import structlog
+from latchkey_service.access.credentials import mint
 from latchkey_service.access.policy import ANONYMOUS
 from latchkey_service.audit.audit_log import AuditContext, AuditLog
 from latchkey_service.audit.sampling import FIRST_MAX
@@ -19,8 +21,9 @@ from latchkey_service.errors import (
     StoreUnavailable,
     WatchRefused,
 )
-from latchkey_service.rpc.call_report import CallReporter
+from latchkey_service.rpc.call_report import CallReporter, describe_call
 from latchkey_service.rpc.counters import Counts
+from latchkey_service.secret_format import Keyring, Pepper
 
 WATCH = "/latchkey.v1.TokenService/Watch"
 DELETE = "/latchkey.v1.TokenService/Delete"
@@ -154,3 +157,23 @@ def test_alerts_on_errors_mean_failures_of_the_service(
     ordinary if its caller was mistaken."""
     reporter.failed(DELETE, Context(), 0.0, error)
     assert [line["log_level"] for line in lines] == [level]
+
+
+def test_nothing_secret_describes_a_call() -> None:
+    """Of the data that a caller sends, an entry keeps only values that have the form of an account
+    ID or a token ID."""
+    secret = Keyring([Pepper(bytes(32))]).mint("lk", os.urandom).secret.reveal()
+    for account, token in (
+        (secret, secret),
+        # The caller's own credential, sent by mistake. It has the form of an account ID.
+        (mint(os.urandom).reveal(), ""),
+        ("x" * 129, "tok_short"),
+        ("a b", "tok_" + "A" * 26),
+        ("a\n", ""),
+        ("", "x" * 10_000),
+    ):
+        found = describe_call("a", "m", "p" * 1_000, "r", account, token)
+        assert (found.account_id, found.token_id) == ("", "")
+        assert len(found.peer) == 200
+    kept = describe_call("a", "m", "p", "r", "acme", "tok_" + "0" * 26)
+    assert (kept.account_id, kept.token_id) == ("acme", "tok_" + "0" * 26)

@@ -1,5 +1,7 @@
 """Texts that contain a secret, which would be stored and shown as they are."""
 
+from collections.abc import Callable
+
 import pytest
 from latchkey_service.access import credentials
 from latchkey_service.secret_format import Keyring, Pepper
@@ -37,3 +39,23 @@ def test_words_around_a_secret_do_not_hide_it() -> None:
     assert secret_violations([("name", f"ab {text} cd")])
     assert secret_violations([("name", f"ab {text[:30]} {text[30:]} cd")])
     assert not secret_violations([("name", "ab lk_ " + "word " * 30)])
+
+
+@pytest.mark.parametrize("kind", SECRETS)
+@pytest.mark.parametrize("convert", [str.lower, str.upper])
+@pytest.mark.parametrize("between", BREAKS)
+def test_a_secret_in_one_letter_case_is_found(
+    kind: str, convert: Callable[[str], str], between: str
+) -> None:
+    """A secret is found in lower or upper case, although its checksum is lost: the letter cases
+    are guessed offline."""
+    text = convert(SECRETS[kind].reveal())
+    assert secret_violations([("labels", f"{text[:20]}{between}{text[20:]}")])
+    assert not secret_violations([("labels", text[:-1])])
+
+
+@pytest.mark.parametrize("text", ["sha_" + "0af7" * 16, "my_" + "long" * 15, "lk_" + "A1z" * 19])
+def test_other_long_words_are_accepted(text: str) -> None:
+    """A hash in hexadecimal digits, a longer word, and a word in both letter cases without the
+    checksum are not taken for a secret."""
+    assert not secret_violations([("labels", text)])

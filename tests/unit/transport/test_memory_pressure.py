@@ -1,0 +1,121 @@
+"""When a worker returns free memory, and when connections without an identity end."""
+
+from latchkey_service.transport.memory_pressure import (
+    PRESSURE_SHARE,
+    STEP_SHARE,
+    TRIM_SECONDS,
+    KnownPeers,
+    MemoryPressure,
+    resident_bytes,
+    trim,
+)
+
+LIMIT = 1_000
+LEAST = int(PRESSURE_SHARE * LIMIT)
+STEP = int(STEP_SHARE * LIMIT)
+
+
+class Memory:
+    """Memory of which a part is free but still belongs to the process."""
+
+    def __init__(self, used: int, free: int = 0) -> None:
+        self.used, self.free = used, free
+        self.trims = 0
+
+    def resident(self) -> int:
+        return self.used + self.free
+
+    def trim(self) -> None:
+        self.trims += 1
+        self.free = 0
+
+
+def pressure(memory: Memory, limit: int = LIMIT) -> MemoryPressure:
+    return MemoryPressure(limit, memory.resident, memory.trim)
+
+
+def test_connections_end_only_above_the_threshold() -> None:
+    """Well below the limit, nothing is to be done. Above, connections end."""
+    assert not pressure(Memory(LEAST - 1)).is_due(0.0)
+    assert not pressure(Memory(10**12), limit=0).is_due(0.0)
+    high = pressure(Memory(LEAST))
+    assert high.is_due(0.0)
+    assert high.judge(0.0)
+
+
+def test_free_memory_ends_no_connection() -> None:
+    """Memory that the allocator kept of an earlier burst goes back to the system instead."""
+    memory = Memory(LEAST // 2, free=LEAST)
+    judge = pressure(memory)
+    assert judge.is_due(0.0)
+    assert not judge.judge(0.0)
+    assert memory.trims == 1
+    assert not judge.is_due(TRIM_SECONDS)
+
+
+def test_connections_end_again_only_after_further_growth() -> None:
+    """A worker whose memory stays in use accepts new connections. If its memory grows on, more
+    connections end. Once it was low, the first threshold applies again."""
+    memory = Memory(LEAST)
+    judge = pressure(memory)
+    assert judge.judge(0.0)
+    memory.used += STEP - 1
+    assert not judge.is_due(0.1)
+    memory.used += 1
+    assert judge.is_due(0.2)
+    assert judge.judge(0.2)
+    memory.used = LEAST - 1
+    assert not judge.is_due(0.3)
+    memory.used = LEAST
+    assert judge.is_due(0.4)
+    assert judge.judge(0.4)
+
+
+def test_memory_in_use_is_not_returned_again_and_again() -> None:
+    """A return delays allocations, so a worker that needs its memory makes one attempt after its
+    connections have ended, and the next one only after further growth."""
+    memory = Memory(LEAST)
+    judge = pressure(memory)
+    assert judge.judge(0.0)
+    assert judge.is_due(TRIM_SECONDS)
+    assert not judge.judge(TRIM_SECONDS)
+    assert not judge.is_due(10 * TRIM_SECONDS)
+    assert memory.trims == 2
+    memory.used, memory.free = LEAST + STEP // 2, STEP // 2
+    assert judge.is_due(10 * TRIM_SECONDS)
+    assert not judge.judge(10 * TRIM_SECONDS)
+    memory.free = STEP // 2
+    assert not judge.is_due(11 * TRIM_SECONDS)
+
+
+def test_what_ended_connections_used_goes_back() -> None:
+    """After connections have ended, the memory that they used is returned within seconds."""
+    memory = Memory(LEAST)
+    judge = pressure(memory)
+    assert judge.judge(0.0)
+    memory.used, memory.free = LEAST // 2, LEAST // 2
+    assert not judge.is_due(TRIM_SECONDS - 0.1)
+    assert judge.is_due(TRIM_SECONDS)
+    assert not judge.judge(TRIM_SECONDS)
+    assert memory.resident() == LEAST // 2
+
+
+def test_known_peers_are_kept_while_connected() -> None:
+    """A peer that has shown its identity stays known until its connection has ended. One that
+    showed it while the connections were being read is not forgotten."""
+    known = KnownPeers()
+    known.add("ipv4:1.2.3.4:5")
+    assert "ipv4:1.2.3.4:5" in known
+    known.keep(set())
+    assert "ipv4:1.2.3.4:5" in known
+    known.keep({"ipv4:1.2.3.4:5", "ipv4:9.9.9.9:9"})
+    assert "ipv4:1.2.3.4:5" in known
+    assert "ipv4:9.9.9.9:9" not in known
+    known.keep({"ipv4:9.9.9.9:9"})
+    assert "ipv4:1.2.3.4:5" not in known
+
+
+def test_this_process_has_memory_and_can_return_it() -> None:
+    """The real functions work here: the memory of this process is known."""
+    trim()
+    assert 10**7 < resident_bytes() < 10**11
