@@ -22,16 +22,15 @@ PAGE = (ROOT / "docs/architecture.md").read_text("utf-8")
 # trip gets shorter; raise them only with a reason. A cold Verify decides with the client library's
 # code, and counts the use. Beside it, a task checks the row's seal, once for all calls that asked
 # for the row. A Delete validates its request with the code that all changes share. A histogram
-# counts how long each call takes, and when its slot is released, the clock of the event loop notes
-# that the database has answered. Outside its task, the Delete waits for its turn in a fair queue,
+# counts how long each call takes. Outside its task, the Delete waits for its turn in a fair queue,
 # and the renewer reads the log through a protocol, because workers may share a row.
 CEILINGS = {
     "warm Verify": (4, 0),
     "warm Verify with a policy": (6, 0),
     "cold Verify": (9, 7),
     "cold Verify with a policy": (11, 7),
-    "Delete": (16, 11),
-    "Delete with a policy": (18, 11),
+    "Delete": (15, 11),
+    "Delete with a policy": (17, 11),
 }
 
 
