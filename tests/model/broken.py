@@ -97,7 +97,7 @@ KEPT = (
     *rates.KEPT,
 )
 
-# Too slow for every test run: `python -m tests.model` explores these as well.
+# Too slow for every test run: `make test-slow` and `python -m tests.model` explore these as well.
 LONG = (
     Kept("one server, clocks drifting", watch.one_server(clocks=watch_state.DRIFTING), 80_000),
     Kept("one server, two requests at a time", watch.one_server(requests_max=2), 90_000),
