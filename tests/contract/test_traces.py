@@ -110,7 +110,8 @@ async def test_a_batch_has_its_verdicts(settings: Settings, tmp_path: Path) -> N
         secret = (await create(stub, metadata=of("manager"))).secret
         other = pb.CreateRequest(account_id="globex", name="one", scope=pb.SCOPE_READ)
         others = (await stub.Create(other, timeout=5, metadata=of("manager"))).secret
-        asked = [(secret, pb.SCOPE_READ)] * 2 + [(secret, pb.SCOPE_WRITE), (others, 0), ("x", 0)]
+        read, write = pb.SCOPE_READ, pb.SCOPE_WRITE
+        asked = [(secret, read)] * 2 + [(secret, write), (others, read), ("x", read)]
         requests = [pb.VerifyRequest(secret=s, required_scope=scope) for s, scope in asked]
         batch = pb.BatchVerifyRequest(requests=requests)
         for caller in ("verifier", "acmes-verifier"):
