@@ -44,6 +44,7 @@ from tests.helpers.servers import (
     serving,
     with_database,
 )
+from tests.helpers.shared_compilation import import_in_turn
 from tests.helpers.stacks import task_stacks
 from tests.helpers.tool import PRELOADED
 from tests.helpers.waiting import WAIT_SECONDS
@@ -100,6 +101,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--screens", action="store_true", help="save screenshots of the console to build/screens"
     )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session: pytest.Session) -> None:
+    import_in_turn(session.config.args)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import grpc
 from google.protobuf import descriptor_pool, message_factory
 from latchkey_proto.v1 import token_service_pb2 as pb
@@ -25,6 +26,7 @@ from tests.helpers.callers import (
     uri,
     write_server_files,
 )
+from tests.helpers.databases import session
 from tests.helpers.servers import fresh_database, serving_as
 
 __all__ = [
@@ -55,12 +57,12 @@ Metadata = tuple[tuple[str, str], ...]
 
 @dataclass
 class Listener:
-    """A listener's address, and how it identifies its callers."""
+    """A listener's address, a session on its database, and how it identifies its callers."""
 
     name: str
     target: str
     server: Server
-    database_url: str
+    database: "asyncpg.Connection[asyncpg.Record]"
     secrets: dict[str, str]
     ids: dict[str, str]
 
@@ -120,11 +122,12 @@ async def running_listeners(
             }
             settings = Settings(**(given | more))
             server = await stack.enter_async_context(serving_as(settings))
+            database = await stack.enter_async_context(session(url))
             secrets, ids = await tokens_of(server.address, more.get("trusted_proxy"))
             for name in names:
                 target = server.address if name == names[0] else server.tls_address
                 assert target is not None
-                found[name] = Listener(name, target, server, url, secrets, ids)
+                found[name] = Listener(name, target, server, database, secrets, ids)
         yield found
 
 

@@ -46,7 +46,6 @@ from tests.helpers.callers import (
     stranger,
     uri,
 )
-from tests.helpers.databases import session
 
 HEALTH = "/grpc.health.v1.Health/Check"
 # Repeats the service's table on purpose, because these tests check that table.
@@ -116,30 +115,31 @@ async def statuses(
     listener: Listener, identity: Identity | None, metadata: Metadata, account: str = ACCOUNT
 ) -> dict[str, grpc.StatusCode]:
     """Call every method and return each status. A token exists for Delete to delete."""
-    async with session(listener.database_url) as connection:
-        doomed = await connection.fetchval(
-            """
-            INSERT INTO token (id, account_id, name, name_key, scope, create_time, hint)
-            SELECT 'tok_' || lpad($2::text, 26, '0'), $1, 'd' || $2, 'd' || $2, 1, now(), ''
-            RETURNING id
-            """,
-            account,
-            str(next(_names)),
-        )
-        listener.ids[f"{account} doomed"] = doomed
-        before = await alive(connection)
-        async with listener.channel(identity) as channel:
-            found = {path: await call(listener, channel, path, metadata, account) for path in OURS}
-        gone = found[TOKENS + "Delete"] is OK
-        made = sum(found[TOKENS + name] is OK for name in ("Create", "Import"))
-        # Rejected calls must have had no effect.
-        assert await alive(connection) == before + made - gone
-        await connection.execute("DELETE FROM token WHERE id = $1", doomed)
+    doomed = await listener.database.fetchval(
+        """
+        INSERT INTO token (id, account_id, name, name_key, scope, create_time, hint)
+        SELECT 'tok_' || lpad($2::text, 26, '0'), $1, 'd' || $2, 'd' || $2, 1, now(), ''
+        RETURNING id
+        """,
+        account,
+        str(next(_names)),
+    )
+    listener.ids[f"{account} doomed"] = doomed
+    before = await alive(listener)
+    async with listener.channel(identity) as channel:
+        found = {path: await call(listener, channel, path, metadata, account) for path in OURS}
+    gone = found[TOKENS + "Delete"] is OK
+    made = sum(found[TOKENS + name] is OK for name in ("Create", "Import"))
+    # Rejected calls must have had no effect.
+    assert await alive(listener) == before + made - gone
+    await listener.database.execute("DELETE FROM token WHERE id = $1", doomed)
     return found
 
 
-async def alive(connection: Any) -> int:
-    number: int = await connection.fetchval("SELECT count(*) FROM token WHERE delete_time IS NULL")
+async def alive(listener: Listener) -> int:
+    number: int = await listener.database.fetchval(
+        "SELECT count(*) FROM token WHERE delete_time IS NULL"
+    )
     return number
 
 
@@ -326,21 +326,20 @@ async def test_path_tricks(listeners: dict[str, Listener], listener: str) -> Non
         create[1:],
         "",
     ]
-    async with session(here.database_url) as connection:
-        before = await alive(connection)
-        async with here.channel(identity) as channel:
-            for path in tricks:
-                method: Any = channel.unary_unary(path)
-                with pytest.raises(grpc.aio.AioRpcError) as caught:
-                    await method(data, metadata=metadata, timeout=5)
-                assert caught.value.code() in (
-                    DENIED,
-                    grpc.StatusCode.UNIMPLEMENTED,
-                    # The path is not valid HTTP.
-                    grpc.StatusCode.INTERNAL,
-                    grpc.StatusCode.UNAVAILABLE,
-                ), path
-        assert await alive(connection) == before
+    before = await alive(here)
+    async with here.channel(identity) as channel:
+        for path in tricks:
+            method: Any = channel.unary_unary(path)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await method(data, metadata=metadata, timeout=5)
+            assert caught.value.code() in (
+                DENIED,
+                grpc.StatusCode.UNIMPLEMENTED,
+                # The path is not valid HTTP.
+                grpc.StatusCode.INTERNAL,
+                grpc.StatusCode.UNAVAILABLE,
+            ), path
+    assert await alive(here) == before
 
 
 @pytest.mark.parametrize("listener", LISTENERS)

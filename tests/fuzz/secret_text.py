@@ -41,7 +41,9 @@ class SecretText(Target):
     def mutate(self, data: bytes, length_max: int, chance: random.Random) -> bytes:
         text = data.decode("utf-8", "replace")
         place = chance.randint(0, len(text))
-        match chance.randrange(7):
+        match chance.randrange(8):
+            case 6:
+                text = text.lower() if chance.randrange(2) else text.upper()
             case 0:
                 text = self._mint(chance.choice(PREFIXES), chance)
             case 1:
@@ -77,8 +79,9 @@ class SecretText(Target):
         if _shape.is_well_formed(text) != (expected is not secret_format.Malformed):
             raise Finding("the client and the service disagree on whether it is well formed")
         held = _held(text)
-        if secret_format.contains_secret(text) != bool(held):
-            raise Finding(f"contains_secret: {not held}, but there are {held}")
+        cased = _has_one_case(text) or _has_one_case(text.swapcase())
+        if secret_format.contains_secret(text) != (bool(held) or cased):
+            raise Finding(f"contains_secret: there are {held}; in one letter case: {cased}")
         for redact in (_shape.redact, cli_secrets.redact):
             redacted = redact(text)
             for secret in held:
@@ -142,3 +145,22 @@ def _held(text: str) -> list[str]:
 
 
 TARGET = SecretText
+
+
+def _has_one_case(text: str) -> bool:
+    """Return whether a text has what is left of a secret or a credential in lower case."""
+    digits = "0123456789abcdefghijklmnopqrstuvwxyz"
+    for place, character in enumerate(text):
+        before = text[max(0, place - 2) : place]
+        if character != "_" or len(before) < 2 or set(before) - set(digits[10:]):
+            continue
+        random_part = text[place + 1 :][: _run(text[place + 1 :], digits)]
+        lengths = (57, 49) if text[max(0, place - 3) : place] == "lkc" else (57,)
+        if len(random_part) in lengths and set(random_part) - set(digits[:16]):
+            return True
+    return False
+
+
+def _run(text: str, characters: str) -> int:
+    """Return how many of the first characters of a text are among these."""
+    return next((n for n, each in enumerate(text) if each not in characters), len(text))

@@ -26,6 +26,8 @@ from tests.helpers.service_process import PYTHON, Service
 
 __all__ = ["ACCOUNT", "DELETED", "LIVE", "PEPPER", "surroundings"]
 
+# A start takes seconds, and far longer on a busy machine, which must not end a long run.
+START_SECONDS_MAX = 120.0
 ACCOUNT = "acme"
 PEPPER = Pepper(b"fuzz" * 8)
 # The same in each run, so that an input that contains them behaves the same. Not with the usual
@@ -113,7 +115,7 @@ def _service(folder: Path, needs: str) -> Iterator[dict[str, str]]:
         variables["FUZZ_TLS"] = str(folder)
     service = Service(folder / "service", PYTHON, **settings)
     try:
-        address = asyncio.run(service.welcome())
+        address = asyncio.run(service.welcome(START_SECONDS_MAX))
         variables["FUZZ_ADDRESS"] = str(settings.get("tls_listen", address))
         (pid,) = service.worker_pids
         yield variables | {"FUZZ_PID": str(pid)}

@@ -107,6 +107,12 @@ def _code_of_program(loader: SlipcoverLoader, name: str) -> CodeType:
     return code
 
 
+def percent_of_branches(summary: Coverage) -> float:
+    """Return the percentage of covered branches, and 100 without any."""
+    covered, missing = summary["covered_branches"], summary["missing_branches"]
+    return 100.0 * covered / (covered + missing) if covered + missing else 100.0
+
+
 class _Plugin:
     """Measures the tests that this process runs, or reports what the workers have measured."""
 
@@ -136,8 +142,10 @@ class _Plugin:
         coverage = self._measurement.united()
         table = io.StringIO()
         print_coverage(coverage, outfile=table, missing_width=80, skip_covered=True)
-        total, floor = coverage["summary"]["percent_covered"], self._measurement.floor
-        self._lines = [*table.getvalue().splitlines(), "", f"Coverage: {total:.1f} %"]
+        summary, floor = coverage["summary"], self._measurement.floor
+        total, branches = summary["percent_covered"], percent_of_branches(summary)
+        parts = f"Coverage: {total:.1f} %; of branches alone: {branches:.1f} %"
+        self._lines = [*table.getvalue().splitlines(), "", parts]
         if total < floor:
             self._lines.append(f"FAILED: coverage is below the floor of {floor:g} %")
             # pytest exits with 1.

@@ -105,7 +105,7 @@ class Service:
                 return process
         raise AssertionError("no embedded Postgres")
 
-    async def welcome(self) -> str:
+    async def welcome(self, within: float = WAIT_SECONDS) -> str:
         """Wait until it prints or logs that it serves; return the address."""
 
         def said() -> str | None:
@@ -121,7 +121,7 @@ class Service:
             return None
 
         try:
-            address: str = await eventually(said, "the welcome line")
+            address: str = await eventually(said, "the welcome line", within)
         except AssertionError:
             print(self.err, file=sys.stderr)  # noqa: T201 - pytest shows it with the failure
             raise

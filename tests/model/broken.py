@@ -8,7 +8,7 @@ from typing import Any
 from tests.model import rates, rule_12, server, server_state, watch, watch_state
 from tests.model.cases import Broken, Healthy, Kept
 
-__all__ = ["BROKEN", "HARMLESS", "HEALTHY", "KEPT", "LONG"]
+__all__ = ["BROKEN", "HARMLESS", "KEPT", "LONG"]
 
 
 KEPT = (
@@ -53,6 +53,13 @@ KEPT = (
         },
     ),
     Kept(
+        "server, one change",
+        server.model(other_changes=0),
+        14_000,
+        untaken=frozenset({"changes_another"}),
+        healthy=Healthy(14_000, lambda s: s.deleted > 0, server.HEALTHY),
+    ),
+    Kept(
         "one server",
         watch.one_server(),
         12_000,
@@ -74,12 +81,23 @@ KEPT = (
                 )
             ),
         },
+        healthy=Healthy(
+            10_000,
+            # Except while the server is down and its row remains, or while a dead client's
+            # sub-lease runs.
+            lambda s: (
+                s.delete != watch_state.BEFORE
+                and (s.delete == watch_state.ANSWERED or s.servers[0].phase >= watch_state.EMPTY)
+                and not (s.client.applied == watch_state.FRESH and s.servers[0].sub_lease)
+            ),
+            watch.HEALTHY,
+        ),
     ),
     *rule_12.KEPT,
     *rates.KEPT,
 )
 
-# Too slow for every test run: `python -m tests.model` explores these as well.
+# Too slow for every test run: `make test-slow` and `python -m tests.model` explore these as well.
 LONG = (
     Kept("one server, clocks drifting", watch.one_server(clocks=watch_state.DRIFTING), 80_000),
     Kept("one server, two requests at a time", watch.one_server(requests_max=2), 90_000),
@@ -125,26 +143,6 @@ LONG = (
         },
     ),
     *rule_12.LONG,
-)
-
-HEALTHY = (
-    Healthy(
-        "server", server.model(other_changes=0), 14_000, lambda s: s.deleted > 0, server.HEALTHY
-    ),
-    Healthy(
-        "one server",
-        watch.one_server(),
-        10_000,
-        # Except while the server is down and its row remains, or while a dead client's sub-lease
-        # runs.
-        lambda s: (
-            s.delete != watch_state.BEFORE
-            and (s.delete == watch_state.ANSWERED or s.servers[0].phase >= watch_state.EMPTY)
-            and not (s.client.applied == watch_state.FRESH and s.servers[0].sub_lease)
-        ),
-        watch.HEALTHY,
-    ),
-    *rule_12.HEALTHY,
 )
 
 

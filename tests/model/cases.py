@@ -14,6 +14,17 @@ __all__ = ["Broken", "Healthy", "Kept"]
 
 
 @dataclass(frozen=True)
+class Healthy:
+    """The condition under which the states of a model are healthy."""
+
+    states_at_least: int
+    # Whether Delete has committed, and all verifiers are healthy, so that it can end before time
+    # passes.
+    where: Callable[[Any], bool]
+    actions: Sequence[Action]
+
+
+@dataclass(frozen=True)
 class Kept:
     """A model with all its rules."""
 
@@ -25,19 +36,7 @@ class Kept:
     seen: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
     # Actions that this configuration never takes.
     untaken: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class Healthy:
-    """A model, and the condition under which it is healthy."""
-
-    name: str
-    model: Model
-    states_at_least: int
-    # Whether Delete has committed, and all verifiers are healthy, so that it can end before time
-    # passes.
-    where: Callable[[Any], bool]
-    actions: Sequence[Action]
+    healthy: Healthy | None = None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import uuid
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -132,25 +133,29 @@ class Connections:
         return self._place.keyring.mint("lk", os.urandom).secret.reveal()
 
     async def create(self, account: str, name: str) -> pb.CreateResponse:
-        request = pb.CreateRequest(account_id=account, name=name, scope=pb.SCOPE_READ)
+        request = pb.CreateRequest(
+            account_id=account, name=name, scope=pb.SCOPE_READ, request_id=str(uuid.uuid4())
+        )
         answer: pb.CreateResponse = await self.manage("Create", request)
         return answer
 
     async def manage(self, method: str, request: Any, caller: str = "manager") -> Any:
         """Call a method that changes or lists tokens. If there is too much load, try again as the
         client library does."""
-        function = getattr(self.stub(), method)
+        return await self.repeat(getattr(self.stub(), method), request, caller, method)
+
+    async def repeat(self, function: Any, request: Any, caller: str, kind: str) -> Any:
+        """Do the same with the method `function` of any service. `kind` is for the report."""
         return await patiently(
             lambda seconds: function(request, timeout=seconds, metadata=bearer(caller)),
             CALL_SECONDS,
             self.refused,
-            method,
+            kind,
         )
 
     async def verify(self, stub: Any, secret: str) -> int:
-        answer = await stub.Verify(
-            pb.VerifyRequest(secret=secret), timeout=CALL_SECONDS, metadata=bearer("verifier")
-        )
+        question = pb.VerifyRequest(secret=secret)
+        answer = await self.repeat(stub.Verify, question, "verifier", "Verify")
         return int(answer.verdict)
 
     @contextlib.asynccontextmanager

@@ -9,47 +9,47 @@ from typing import TypeVar
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
-__all__ = ["ATTEMPTS_MAX", "patiently"]
+__all__ = ["patiently"]
 
 T = TypeVar("T")
 
-# As many as the client library makes.
-ATTEMPTS_MAX = 5
+BUSY = frozenset({"OVERLOADED", "DATABASE_UNAVAILABLE", "UNAVAILABLE"})
 
 
 async def patiently(
     call: Callable[[float], Awaitable[T]], seconds: float, refused: Counter[str], kind: str
 ) -> T:
-    """Return the answer of `call(seconds left)`, and count its refusals under `kind`.
+    """Return the answer of `call(seconds left)`, and count its failures by `kind` and reason.
 
-    Only OVERLOADED is repeated: nothing was done, and the service says when to return. No part of
-    a soak makes the database unavailable, so DATABASE_UNAVAILABLE would be a wrong reason.
+    Repeats what the service asks to repeat, because of its load or that of the database: on a busy
+    machine, the disk may take seconds for a commit. A soak looks for growth and wrong answers. It
+    goes on until `seconds` have passed, as `latchkey import` does for longer: the library's five
+    attempts may not outlast a busy machine.
     """
     end = time.monotonic() + seconds
-    for attempt in range(1, ATTEMPTS_MAX + 1):
+    while True:
         try:
             return await call(max(0.0, end - time.monotonic()))
         except grpc.aio.AioRpcError as error:
-            pause = pause_seconds(error)
-            if pause is None:
+            asked = request_of(error)
+            if asked is None:
                 raise
-            refused[kind] += 1
-            if attempt == ATTEMPTS_MAX or time.monotonic() + pause >= end:
+            reason, pause = asked
+            refused[f"{kind}, {reason}"] += 1
+            if time.monotonic() + pause >= end:
                 raise
         await asyncio.sleep(pause)
-    raise AssertionError("the last attempt returns or raises")
 
 
-def pause_seconds(error: grpc.aio.AioRpcError) -> float | None:
-    """Return the delay of RetryInfo if the service was overloaded, otherwise None."""
-    if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
-        return None
-    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+def request_of(error: grpc.aio.AioRpcError) -> tuple[str, float] | None:
+    """Return the reason of a failure and the delay before another attempt, if the service asks for
+    one."""
+    info, retry, asked = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo(), False
     for key, value in error.trailing_metadata() or ():
         if key == "grpc-status-details-bin" and isinstance(value, bytes):
             for detail in status_pb2.Status.FromString(value).details:
                 detail.Unpack(info)
-                detail.Unpack(retry)
-    if info.reason != "OVERLOADED":
+                asked |= detail.Unpack(retry)
+    if not asked or info.reason not in BUSY:
         return None
-    return retry.retry_delay.ToTimedelta().total_seconds()
+    return info.reason, retry.retry_delay.ToTimedelta().total_seconds()

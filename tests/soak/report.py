@@ -67,8 +67,9 @@ class Found:
     wrong: Counter[str]
     unexpected: Counter[str]
     refused: Counter[str]
-    """Calls that were refused because of load and repeated. A caller that does what the service
-    asks gets its answer, so these do not fail a soak, unless they are many."""
+    """Calls that failed because of load, of the service or of the database, and were repeated. A
+    caller that does what the service asks gets its answer, so these do not fail a soak, unless they
+    are many."""
     stayed: list[str]
     """Counts that are higher after the load than before it."""
     cores: float
@@ -134,8 +135,8 @@ def table(found: Found) -> list[str]:
         f"{n:>8,}  {found.left_out[kind]:>8,}  {kind}" for kind, n in sorted(found.done.items())
     ]
     lines += [
-        f"{n:>8,}  refused because of load, and repeated: {method}"
-        for method, n in sorted(found.refused.items())
+        f"{n:>8,}  failed because of load, and repeated: {kind}"
+        for kind, n in sorted(found.refused.items())
     ]
     return lines
 

@@ -96,7 +96,7 @@ async def test_among_too_many_targets_chance_decides() -> None:
     """Whoever calls about more tokens than get entries cannot choose which of them do, and the
     number of the others is recorded."""
     table, clock = Table(), [0.0]
-    calls = 2_000
+    calls = TARGETS_MAX + 400
     hits = [0] * 4
     for _ in range(200):
         log = log_on(table, clock)

@@ -1,7 +1,12 @@
+import inspect
 import sys
+from collections.abc import Callable
 
 import pytest
+from latchkey_cli.bulk import delete_all
+from latchkey_cli.listing import list_tokens
 from latchkey_cli.main import main
+from latchkey_proto.v1.token_service_pb2 import TokenFilter
 
 GARBAGE = "lk" + "_" + "x" * 57
 
@@ -144,3 +149,11 @@ def test_revoke_takes_no_arguments(
     shown = capsys.readouterr()
     assert "s3cr3t" not in shown.out + shown.err
     assert "latchkey revoke < FILE" in shown.err
+
+
+@pytest.mark.parametrize("command", [list_tokens, delete_all])
+def test_commands_have_every_filter(command: Callable[..., None]) -> None:
+    """`list` and `delete-all` have an option for each filter of the contract. Single tokens have
+    commands of their own."""
+    fields = {each.name for each in TokenFilter.DESCRIPTOR.fields} - {"ids"}
+    assert fields <= inspect.signature(command).parameters.keys()

@@ -9,12 +9,19 @@ from latchkey_service.access.methods import METHODS
 from latchkey_service.access.rates import DEFAULT_PER_SECOND
 from latchkey_service.coherence.use_reports import USES_IN_REPORT_MAX
 from latchkey_service.coherence.watch_sessions import WATCH_SESSIONS_MAX
+from latchkey_service.process.worker_watch import memory_max_bytes
 from latchkey_service.rpc import admission, managed_calls, refused_calls, streams
 from latchkey_service.settings.settings import Settings
 from latchkey_service.tokens.batched_lookup import BUSY, STANDING, WAITING_MAX
 from latchkey_service.tokens.fair_queue import SMALL_BYTES
 from latchkey_service.tokens.usage import USES_PENDING_MAX
-from latchkey_service.transport import connection_shares, native, native_queues, transports
+from latchkey_service.transport import (
+    connection_shares,
+    memory_pressure,
+    native,
+    native_queues,
+    transports,
+)
 
 from tests.helpers.repository import ROOT
 
@@ -29,6 +36,8 @@ ADMISSION = "tests/unit/rpc/test_admission.py::"
 FAIR = "tests/unit/rpc/test_fair_admission.py::"
 SESSIONS = "tests/unit/coherence/test_watch_sessions.py::"
 REQUESTS = "tests/contract/test_request_limits.py::"
+PRESSURE = "tests/integration/rpc/test_memory_pressure.py::"
+JUDGED = "tests/unit/transport/test_memory_pressure.py::"
 MIB = 1024 * 1024
 
 # By the first cell of the row: the tests, and numbers that the row must contain.
@@ -250,6 +259,13 @@ ROWS: dict[str, tuple[tuple[str, ...], tuple[object, ...]]] = {
         ("tests/integration/process/test_worker_watch.py::test_a_worker_that_hangs",),
         (),
     ),
+    "memory of a worker, by connections that have shown no identity": (
+        (
+            PRESSURE + "test_anonymous_calls_end_their_connections_and_not_the_worker",
+            JUDGED + "test_connections_end_only_above_the_threshold",
+        ),
+        (),
+    ),
     "memory of a worker": (
         (
             PROCESS + "test_a_worker_that_uses_too_much_memory",
@@ -306,7 +322,10 @@ PARAGRAPHS: dict[str, tuple[str, ...]] = {
     "`native` answers every ping.": (TRANSPORT + "test_ping_flood_native",),
     "Each open call takes memory": (
         HOSTILE + "test_a_flood_from_one_address_does_not_end_a_worker",
+        PRESSURE + "test_anonymous_calls_end_their_connections_and_not_the_worker",
+        JUDGED + "test_free_memory_ends_no_connection",
     ),
+    "`grpcio` may notice late that a client has gone.": (TRANSPORT + "test_unanswered_pings",),
     "`grpcio` reads too large metadata before it rejects them": (
         HOSTILE + "test_too_much_metadata_ends_a_worker_and_no_more",
     ),
@@ -362,3 +381,13 @@ def test_idle_connections() -> None:
     """The page has the time after which a connection counts as idle."""
     assert connection_shares.IDLE_SECONDS == 10
     assert "at least ten seconds" in PAGE
+
+
+def test_memory() -> None:
+    """The page has the default limits on memory, and the share at which connections end."""
+    fields = Settings.model_fields
+    settings = Settings.model_construct(**{name: one.default for name, one in fields.items()})
+    tls = settings.model_copy(update={"tls_listen": "localhost:1"})
+    plain_gib, tls_gib = (round(memory_max_bytes(one) / 1024 / MIB) for one in (settings, tls))
+    assert f"it is about {plain_gib} GiB, or {tls_gib} GiB\nwith a TLS listener" in PAGE
+    assert memory_pressure.PRESSURE_SHARE == 0.5

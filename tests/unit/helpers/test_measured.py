@@ -89,7 +89,7 @@ def test_lines_and_branches_of_all_workers_count(tmp_path: Path, options: tuple[
     rows = {name: tuple(rest) for name, *rest in ROW.findall(done.stdout)}
     assert rows["used"] == ("8", "1", "2", "1", "3->5, 11")
     assert rows["unused"] == ("2", "2", "0", "0", "1-2")
-    assert re.search(r"^Coverage: 66\.7 %$", done.stdout, re.MULTILINE)
+    assert re.search(r"^Coverage: 66\.7 %; of branches alone: 50\.0 %$", done.stdout, re.MULTILINE)
 
 
 def test_too_little_coverage_fails_the_run(tmp_path: Path) -> None:

@@ -118,7 +118,8 @@ def test_a_batch_has_few_counts_of_verdicts() -> None:
     each of its answers."""
     verdicts = [verdict for verdict in Verdict for _ in range(BATCH_MAX // len(Verdict))]
     encoded = [
-        pb.VerifyResponse(verdict=pb.Verdict.ValueType(v)).SerializeToString() for v in verdicts
+        pb.VerifyResponse(verdict=pb.Verdict.Value(f"VERDICT_{v.name}")).SerializeToString()
+        for v in verdicts
     ]
     counts = verdict_counts(encoded)
     names = {name.removeprefix("latchkey.verdicts.") for name in counts}
