@@ -115,6 +115,8 @@ class ConnectionGuard:
         self._spare: list[int] = []
         # Peers whose connections the next inspection ends, as gRPC reports them.
         self._unwanted: set[str] = set()
+        # Whether the next inspection ends strangers' connections.
+        self._short = False
         self._logged_at = -LOG_SECONDS
         self._ended = Counter[str]()
         self.ended = Counter[str]()
@@ -194,9 +196,11 @@ class ConnectionGuard:
         Takes some 10 µs for each.
         """
         now = time.monotonic()
-        unwanted, self._unwanted = self._unwanted, set()
+        # Both stay until an inspection has ended: one that finds no file descriptor is repeated.
+        unwanted = set(self._unwanted)
         pressure = self._pressure
-        short = pressure is not None and pressure.is_due(now) and pressure.judge(now)
+        if pressure is not None and pressure.is_due(now):
+            self._short |= pressure.judge(now)
         files = dict(_sockets())
         # Keyed by inode: the number of a closed file is reused at once.
         self._sockets = {inode: seen for inode, seen in self._sockets.items() if inode in files}
@@ -214,7 +218,7 @@ class ConnectionGuard:
             with contextlib.suppress(OSError):
                 reason = self._stuck(self._sockets[inode], end, now)
                 if reason is None:
-                    reason = self._unwelcome(self._sockets[inode], unwanted, short=short)
+                    reason = self._unwelcome(self._sockets[inode], unwanted, short=self._short)
                 if reason is not None:
                     ended[inode] = reason
         self._known.keep({self._sockets[inode].name for inode in ours})
@@ -235,6 +239,9 @@ class ConnectionGuard:
             self.ended[ended[inode]] += 1
             with contextlib.suppress(OSError):  # the client closed it first
                 end.shutdown(socket.SHUT_RDWR)
+        # Others may have been added meanwhile.
+        self._unwanted -= unwanted
+        self._short = False
 
     def _unwelcome(
         self, seen: _SocketState, unwanted: Collection[str], *, short: bool

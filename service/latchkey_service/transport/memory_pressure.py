@@ -69,7 +69,9 @@ class MemoryPressure:
         `now` is in seconds on any clock.
         """
         resident = self._resident()
-        if resident < self._least:
+        # Not as soon as it is below the threshold: memory that stays near it would be returned ten
+        # times a second.
+        if resident < self._least - self._step:
             self._level = self._least
         return resident >= self._level or now >= self._trim_at
 

@@ -1,5 +1,12 @@
 """When a worker returns free memory, and when connections without an identity end."""
 
+import errno
+import socket
+from typing import Any
+
+import pytest
+from latchkey_service.transport import connection_guard
+from latchkey_service.transport.connection_guard import ConnectionGuard
 from latchkey_service.transport.memory_pressure import (
     PRESSURE_SHARE,
     STEP_SHARE,
@@ -9,6 +16,7 @@ from latchkey_service.transport.memory_pressure import (
     resident_bytes,
     trim,
 )
+from latchkey_service.transport.transports import Limits
 
 LIMIT = 1_000
 LEAST = int(PRESSURE_SHARE * LIMIT)
@@ -64,7 +72,7 @@ def test_connections_end_again_only_after_further_growth() -> None:
     memory.used += 1
     assert judge.is_due(0.2)
     assert judge.judge(0.2)
-    memory.used = LEAST - 1
+    memory.used = LEAST - STEP - 1
     assert not judge.is_due(0.3)
     memory.used = LEAST
     assert judge.is_due(0.4)
@@ -86,6 +94,19 @@ def test_memory_in_use_is_not_returned_again_and_again() -> None:
     assert not judge.judge(10 * TRIM_SECONDS)
     memory.free = STEP // 2
     assert not judge.is_due(11 * TRIM_SECONDS)
+
+
+def test_memory_near_the_threshold_is_not_returned_again_and_again() -> None:
+    """A worker whose memory in use stays near the threshold returns free memory once, and not each
+    time that it crosses the threshold."""
+    memory = Memory(LEAST - 1, free=1)
+    judge = pressure(memory)
+    for now in range(5):
+        if judge.is_due(float(now)):
+            assert not judge.judge(float(now))
+        assert not judge.is_due(now + 0.5)
+        memory.free = 1
+    assert memory.trims == 1
 
 
 def test_what_ended_connections_used_goes_back() -> None:
@@ -113,6 +134,33 @@ def test_known_peers_are_kept_while_connected() -> None:
     assert "ipv4:9.9.9.9:9" not in known
     known.keep({"ipv4:9.9.9.9:9"})
     assert "ipv4:1.2.3.4:5" not in known
+
+
+def test_an_inspection_that_fails_ends_connections_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If no file descriptor is left for an inspection, the next one ends the connections, although
+    the memory has not grown since."""
+    own, failures = connection_guard._own, [OSError(errno.EMFILE, "no file descriptor")]
+
+    def own_after_failures(*arguments: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return own(*arguments)
+
+    monkeypatch.setattr(connection_guard, "_own", own_after_failures)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        host, port = listener.getsockname()
+        address = f"{host}:{port}"
+        guard = ConnectionGuard(
+            [address], Limits(), strict=[address], pressure=pressure(Memory(LEAST))
+        )
+        with socket.create_connection((host, port)) as client, listener.accept()[0]:
+            with pytest.raises(OSError, match="no file descriptor"):
+                guard.inspect()
+            guard.inspect()
+            assert guard.ended["memory"] == 1
+            assert client.recv(1) == b""
+            guard.inspect()
+            assert guard.ended["memory"] == 1
 
 
 def test_this_process_has_memory_and_can_return_it() -> None:
