@@ -80,8 +80,8 @@ _SHAPES_WITHIN = [re.compile(rf"(?=({shape}))") for shape in (_SHAPE.pattern, CR
 _ONE_CASE = re.compile(
     r"[a-z]{2,10}_(?=[0-9a-f]*[g-z])(?:[0-9a-z]{57}|(?<=lkc_)[0-9a-z]{49})(?![0-9a-z])"
 )
-# Matches a secret or the beginning of one, to redact it.
-_SECRET_PART = re.compile(rf"([a-z]{{2,10}}_)[0-9A-Za-z]{{{BODY_DIGITS},}}")
+# Matches a secret or the beginning of one in any letter case, to redact it.
+_SECRET_PART = re.compile(rf"([A-Za-z]{{2,10}}_)[0-9A-Za-z]{{{BODY_DIGITS},}}")
 _BODY_END = -(TAG_DIGITS + CHECKSUM_DIGITS)
 # Reading digits in pairs and without a loop takes a third of the time.
 _PAIRS = {a + b: x * 62 + y for x, a in enumerate(ALPHABET) for y, b in enumerate(ALPHABET)}
