@@ -36,6 +36,8 @@ from types import TracebackType
 from typing import Final, Self
 
 from latchkey_service.errors import (
+    BUSY,
+    CHANGING_OVER,
     NO_ANSWER,
     RETRY_DELAY_SECONDS,
     TOO_LATE,
@@ -79,6 +81,8 @@ STUCK_CALLS: Final = 5
 RETRY_SECONDS_MAX: Final = 1.0
 # Errors of calls that the database has answered. Others may be raised without a query.
 DECIDED_BY_DATABASE: Final = (NotFound, AlreadyExists, FailedPrecondition)
+# Texts of failures that say why other calls are rejected. Other texts concern one call alone.
+SHARED_FAILURES: Final = (NO_ANSWER, BUSY, CHANGING_OVER)
 # Weight of the newest sample in the moving average of a call's duration.
 SMOOTHING: Final = 0.1
 # This rate takes some 3 % of a core. It rises only where a rejection would otherwise be delayed for
@@ -134,7 +138,7 @@ class ConcurrencyLimiter:
         self._numbers = itertools.count()
         self._queue_limit = QueueLimit(count * STANDING, count * BURST)
         # By the clock `_answering`: when the database answered any call, when the queue formed, and
-        # when a call failed because of the database, with the text of that failure.
+        # when a call failed because of the database, with the text for rejections until it answers.
         self._answers = answers or Answers()
         self._queue_formed_at = 0.0
         self._failed_at = -math.inf
@@ -201,7 +205,8 @@ class ConcurrencyLimiter:
     def release(self, since: float, error: BaseException | None) -> None:
         """Release a slot, held since `since`, to the queue. `error` is how the call ended."""
         if type(error) is StoreUnavailable:
-            self._failed_at, self._failure = self._answering(), str(error)
+            self._failed_at, text = self._answering(), str(error)
+            self._failure = text if text in SHARED_FAILURES else NO_ANSWER
             self._answers.needed = True
         elif error is None or isinstance(error, DECIDED_BY_DATABASE):
             # Any other error says nothing about the database.
