@@ -36,6 +36,10 @@ __all__ = ["LEADER", "SOCKET", "Forked", "commands", "fork_server", "waiting_ser
 
 # Imports everything, on a busy machine.
 START_SECONDS_MAX = 60.0
+# A client has its request ready when it connects. The server serves nobody else meanwhile.
+REQUEST_SECONDS_MAX = 10.0
+# Ends its imports first, on a busy machine.
+END_SECONDS_MAX = 60.0
 # The variable that names the folder for coverage (`measured.py`).
 FOLDER = "COVERAGE_FOLDER"
 CLIENT = Path(__file__).with_name("fork_client.py")
@@ -100,7 +104,11 @@ def waiting_server(
     finally:
         process.stdin.close()
         process.stdout.close()
-        process.wait()
+        try:
+            process.wait(END_SECONDS_MAX)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
         path.unlink(missing_ok=True)
 
 
@@ -171,7 +179,13 @@ def serve(listener: socket.socket) -> Run:
             if listener not in readable:
                 continue
             connection, _ = listener.accept()
-            if (run := receive(connection)) is None:
+            connection.settimeout(REQUEST_SECONDS_MAX)
+            try:
+                run = receive(connection)
+            except OSError:  # TimeoutError included
+                connection.close()
+                continue
+            if run is None:
                 with connection, contextlib.suppress(BrokenPipeError):
                     connection.sendall(b"ready\n")
             elif (pid := os.fork()) == 0:
