@@ -25,6 +25,7 @@ from latchkey_service.process import (  # noqa: E402
     supervisor,  # noqa: F401
     worker,  # noqa: F401
 )
+from latchkey_service.rpc import call_report, managed_calls, verify_calls  # noqa: E402
 from latchkey_service.settings import logs  # noqa: E402
 from latchkey_service.settings.stream_writer import StreamWriter  # noqa: E402
 
@@ -87,4 +88,12 @@ def _forget_supervisor(environment: Mapping[str, str], kept: Sequence[int]) -> N
     logs._stdout, logs._stderr = StreamWriter(logs.STDOUT), StreamWriter(logs.STDERR)
 
 
+def _renew_ids() -> None:
+    """Give this process other ids for its calls than those of the process that forked it."""
+    ids = call_report.new_ids()
+    for module in (call_report, managed_calls, verify_calls):
+        module.NEW_IDS = ids  # type: ignore[misc]  # final elsewhere
+
+
+os.register_at_fork(after_in_child=_renew_ids)
 asyncio.create_subprocess_exec = _create_or_fork

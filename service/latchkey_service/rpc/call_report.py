@@ -8,7 +8,7 @@ import asyncio
 import itertools
 import logging
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, TypeGuard
 
 import grpc
@@ -51,6 +51,7 @@ __all__ = [
     "end_with",
     "given_id",
     "level_of",
+    "new_ids",
     "request_id_of",
 ]
 
@@ -297,9 +298,16 @@ def end_with(context: CallContext, status: StatusParts) -> bytes:
     return b""
 
 
-# For correlation, not secret. A random number for the process, and a counter: a random number for
-# each call would take three times as long, and each Verify has an id.
-NEW_IDS: Final = map(f"{random.getrandbits(48):012x}-".__add__, map(str, itertools.count(1)))
+def new_ids() -> Iterator[str]:
+    """Return the ids of a process's calls, which are for correlation and not secret.
+
+    A random number for the process, and a counter: a random number for each call would take three
+    times as long, and each Verify has an id.
+    """
+    return map(f"{random.getrandbits(48):012x}-".__add__, map(str, itertools.count(1)))
+
+
+NEW_IDS: Final = new_ids()
 
 
 def request_id_of(metadata: Metadata) -> str:

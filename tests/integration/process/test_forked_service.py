@@ -6,14 +6,21 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
+from latchkey_proto.v1 import token_service_pb2 as pb
+from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
+from tests.helpers.calls import CHANNEL_OPTIONS
 from tests.helpers.forked_service import ForkedProcess
 from tests.helpers.service_process import PYTHON, Service
-from tests.helpers.waiting import eventually
+from tests.helpers.waiting import WAIT_SECONDS, eventually
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="services are forked on Linux only")
+
+# The system distributes connections among the workers, so that each gets some.
+CONNECTIONS = 16
 
 
 @pytest.fixture(params=[None, PYTHON], ids=["forked", "started"])
@@ -74,3 +81,18 @@ async def test_killed_supervisor_leaves_no_workers(running: Service) -> None:
     await running.welcome()
     assert await running.end(signal.SIGKILL) == -signal.SIGKILL
     await eventually(lambda: not running.alive(), "its workers have ended")
+
+
+async def test_workers_do_not_give_the_same_ids(running: Service) -> None:
+    """Each call has another request id, whichever worker answers it."""
+    address = await running.welcome()
+    ids = []
+    for _ in range(CONNECTIONS):
+        async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+            call = pb_grpc.TokenServiceStub(channel).List(
+                pb.ListRequest(account_id="acme"), timeout=WAIT_SECONDS
+            )
+            await call
+            ids += [value for key, value in await call.trailing_metadata() if key == "x-request-id"]
+    assert len(ids) == CONNECTIONS
+    assert len(set(ids)) == len(ids)
