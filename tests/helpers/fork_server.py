@@ -143,7 +143,7 @@ class Run(NamedTuple):
 
 
 def listen(path: str) -> socket.socket:
-    """Return a listener that a client waits for. Ends this process if none comes."""
+    """Return a listener once a client connects to it. Ends this process if none does."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     # Every test may run at once.

@@ -92,7 +92,7 @@ def _renew_ids() -> None:
     """Give this process other ids for its calls than those of the process that forked it."""
     ids = call_report.new_ids()
     for module in (call_report, managed_calls, verify_calls):
-        module.NEW_IDS = ids  # type: ignore[misc]  # final elsewhere
+        vars(module)["NEW_IDS"] = ids
 
 
 os.register_at_fork(after_in_child=_renew_ids)

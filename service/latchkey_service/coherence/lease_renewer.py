@@ -296,7 +296,7 @@ class LeaseRenewer:
         self._lost_history(log)
 
     async def _acknowledge(self, acknowledgeable: int) -> None:
-        """Acknowledge before the next renewal is due, with a commit for which no Delete waits."""
+        """Acknowledge before the next renewal is due, with a commit that need not be durable."""
         state = self.state
         if await self._rows.acknowledge(
             state.cache.position, acknowledgeable, self._report(acknowledgeable)

@@ -103,7 +103,8 @@ class Answers:
     def __init__(self) -> None:
         self.at = -math.inf
         self.needed = False
-        """Whether a call has had to wait, or has failed. Before, nobody asks for the time."""
+        """Whether a call has had to wait or has failed. Until then, `at` is not kept: no call reads
+        the clock for it."""
 
 
 class ConcurrencyLimiter:

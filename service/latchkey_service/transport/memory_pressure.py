@@ -1,8 +1,8 @@
 """Decides when a worker has to give up connections to stay below its limit on memory.
 
 The supervisor kills a worker above the limit, and all its callers lose their connections. Well
-below it, the connection guard ends the connections that have not shown an identity: nearly all that
-a stranger can make a worker keep belongs to one of these. Owns the decision, the known peers, and
+below it, the connection guard ends the connections that have not shown an identity: a stranger can
+make a worker keep almost nothing else. Owns the decision, the known peers, and
 the return of free memory to the system; `connection_guard.py` ends connections.
 """
 

@@ -36,7 +36,7 @@ def test_other_targets_have_no_such_address(target: str) -> None:
 
 
 def test_names_that_explain_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name that is unknown, or has many addresses, has none that matters more than others."""
+    """If a name is unknown or has many addresses, no address matters more than the others."""
 
     def unknown(*_: Any, **__: Any) -> NoReturn:
         raise socket.gaierror

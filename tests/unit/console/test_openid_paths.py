@@ -201,7 +201,7 @@ async def test_sign_out_without_the_provider(
 
 
 async def test_sign_out_of_nobody(browser: httpx.AsyncClient) -> None:
-    """Whoever is not signed in is signed out already."""
+    """Signing out without a session leads to the same page as after a sign-out."""
     answer = await post(browser, "/sign-out", csrf="")
     assert (answer.status_code, answer.headers["location"]) == (303, "/signed-out")
 
