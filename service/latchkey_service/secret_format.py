@@ -74,9 +74,9 @@ CREDENTIAL_SHAPE = rf"{CREDENTIAL_PREFIX}_[0-9A-Za-z]{{{BODY_DIGITS + CHECKSUM_D
 CREDENTIAL_LENGTH = len(CREDENTIAL_PREFIX) + 1 + BODY_DIGITS + CHECKSUM_DIGITS
 # Finds overlapping matches too: "alk_…" contains "lk_…".
 _SHAPES_WITHIN = [re.compile(rf"(?=({shape}))") for shape in (_SHAPE.pattern, CREDENTIAL_SHAPE)]
-# A secret in one letter case, whose checksum is wrong. Almost all of it has leaked: finding the lost
-# letter cases takes 2**36 attempts, and the checksum shows offline which ones are right. The letter
-# beyond "f" tells it from a hash in hexadecimal digits.
+# A secret in one letter case, whose checksum is wrong. Almost all of it has leaked: it takes 2**36
+# attempts to find the lost letter cases, and the checksum shows offline which ones are right. The
+# letter beyond "f" tells it from a hash in hexadecimal digits.
 _ONE_CASE = re.compile(
     r"[a-z]{2,10}_(?=[0-9a-f]*[g-z])(?:[0-9a-z]{57}|(?<=lkc_)[0-9a-z]{49})(?![0-9a-z])"
 )
