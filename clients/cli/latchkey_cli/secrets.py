@@ -26,7 +26,7 @@ _LINE_BYTES_MAX: Final = 160
 # The prefix and 43 random characters. The last 14 characters of a secret, a tag and a checksum, are
 # not required: a copy without them still counts as leaked. The group repeats because in two secrets
 # without a separator, the second prefix reads like the end of the first secret.
-_SECRET_WITHIN: Final = re.compile(r"([a-z]{2,10})(?:_[0-9A-Za-z]{43,})+")
+_SECRET_WITHIN: Final = re.compile(r"([A-Za-z]{2,10})(?:_[0-9A-Za-z]{43,})+")
 
 
 class SecretInputError(Exception):

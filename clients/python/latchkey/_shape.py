@@ -14,7 +14,7 @@ _IMPORTED: Final = re.compile(r"[0-9A-Za-z._~+/=-]{16,128}")
 # For redaction. Matches anywhere in a text, including longer runs, secrets without a separator
 # between them, and a caller's credential, which has no tag. Redacting too much is safer than too
 # little.
-_SECRET_WITHIN: Final = re.compile(r"([a-z]{2,10})(?:_[0-9A-Za-z]{49,})+")
+_SECRET_WITHIN: Final = re.compile(r"([A-Za-z]{2,10})(?:_[0-9A-Za-z]{49,})+")
 _CHECKSUM_LENGTH: Final = 6
 _BASE62: Final = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 

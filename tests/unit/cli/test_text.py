@@ -28,12 +28,17 @@ def test_control_and_invisible_characters_are_escaped(text: str, shown: str) -> 
 
 
 @pytest.mark.parametrize(
-    "argument", [SECRET, f"--label=key={SECRET}", SECRET[:46], "acme" + SECRET[2:]]
+    "argument",
+    [
+        *(SECRET, f"--label=key={SECRET}", SECRET[:46], "acme" + SECRET[2:]),
+        *(SECRET.lower(), SECRET.upper()),
+    ],
 )
 def test_secrets_in_arguments_are_found(argument: str) -> None:
-    """A secret is recognised inside an argument, with any prefix, and without its end."""
+    """A secret is recognised inside an argument, with any prefix, without its end, and in lower or
+    upper case."""
     assert find_secret(["verify", argument]) == 2
-    assert SECRET[3:46] not in redact(argument)
+    assert SECRET[3:46].lower() not in redact(argument).lower()
 
 
 def test_concatenated_secrets_are_redacted() -> None:

@@ -91,6 +91,13 @@ def test_redaction_leaves_no_secret(before: str, secret: str, after: str) -> Non
     assert secret[-40:] not in redact(before + secret + after)
 
 
+@pytest.mark.parametrize("secret", SECRETS)
+def test_a_secret_in_one_letter_case_is_redacted(secret: str) -> None:
+    """A secret is redacted in lower and upper case, of which little is left to guess."""
+    for text in (secret.lower(), secret.upper()):
+        assert redact(f"a {text} b") == f"a {text.partition('_')[0]}_…(redacted) b"
+
+
 @pytest.mark.parametrize("first", SECRETS)
 @pytest.mark.parametrize("second", SECRETS)
 def test_adjacent_secrets_are_redacted(first: str, second: str) -> None:

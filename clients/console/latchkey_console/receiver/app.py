@@ -47,7 +47,7 @@ _IDENTIFIER_LENGTH_MAX: Final = 200
 # Texts of the report that are logged. Others can be of any length.
 _LOGGED_LENGTH_MAX: Final = 300
 # The first characters of a secret, as in the client library's pattern for redaction.
-_SECRET_WITHIN: Final = re.compile(r"[a-z]{2,10}_[0-9A-Za-z]{20,}")
+_SECRET_WITHIN: Final = re.compile(r"[A-Za-z]{2,10}_[0-9A-Za-z]{20,}")
 _LABELS: Final = {
     SecretOutcome.ENDED: "true_positive",
     SecretOutcome.ENDED_BEFORE: "true_positive",
