@@ -69,10 +69,10 @@ class MemoryPressure:
         `now` is in seconds on any clock.
         """
         resident = self._resident()
-        # Not as soon as it is below the threshold: memory that stays near it would be returned ten
-        # times a second.
-        if resident < self._least - self._step:
-            self._level = self._least
+        if resident < self._least:
+            # Not the threshold at once: memory that stays near it would be returned ten times a
+            # second.
+            self._level = max(self._least, min(self._level, resident + self._step))
         return resident >= self._level or now >= self._trim_at
 
     def judge(self, now: float) -> bool:

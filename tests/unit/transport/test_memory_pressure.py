@@ -109,6 +109,19 @@ def test_memory_near_the_threshold_is_not_returned_again_and_again() -> None:
     assert memory.trims == 1
 
 
+def test_the_level_follows_memory_below_the_threshold() -> None:
+    """After a burst, a worker just below the threshold does not wait until memory is as short as
+    in that burst."""
+    memory = Memory(LIMIT - STEP)
+    judge = pressure(memory)
+    assert judge.judge(0.0)
+    memory.used = LEAST - 1
+    assert not judge.is_due(0.1)
+    memory.used = LEAST - 1 + STEP
+    assert judge.is_due(0.2)
+    assert judge.judge(0.2)
+
+
 def test_what_ended_connections_used_goes_back() -> None:
     """After connections have ended, the memory that they used is returned within seconds."""
     memory = Memory(LEAST)
