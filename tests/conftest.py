@@ -29,9 +29,8 @@ from latchkey_service.tokens import pepper_file as pepper_files
 from latchkey_service.tokens.token_store import TokenStore
 
 from tests.helpers.databases import drop_database
-from tests.helpers.fork_server import Forked, fork_server
+from tests.helpers.fork_server import Forked, commands
 from tests.helpers.forked_service import forks_services
-from tests.helpers.measured import folder as coverage_folder
 from tests.helpers.programs import INSTALLS
 from tests.helpers.scratch import SCRATCH
 from tests.helpers.servers import (
@@ -45,8 +44,8 @@ from tests.helpers.servers import (
     with_database,
 )
 from tests.helpers.shared_compilation import import_in_turn
+from tests.helpers.shared_fork_servers import run_fork_servers, shared_folder
 from tests.helpers.stacks import task_stacks
-from tests.helpers.tool import PRELOADED
 from tests.helpers.waiting import WAIT_SECONDS
 
 if TYPE_CHECKING:
@@ -101,6 +100,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--screens", action="store_true", help="save screenshots of the console to build/screens"
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the fork servers. The workers of pytest-xdist share those of the process that starts
+    the workers: importing all modules takes seconds."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        config.add_cleanup(run_fork_servers())
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -171,16 +177,15 @@ def scratch() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def forked(scratch: Path) -> Iterator[Forked]:
+def forked() -> Forked:
     """Commands that run a Python module in a process that has imported it already."""
-    with fork_server(scratch, *PRELOADED, coverage=coverage_folder()) as command:
-        yield command
+    return commands(shared_folder() / "tools")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def forked_services(scratch: Path) -> Iterator[None]:
+def forked_services() -> Iterator[None]:
     """Services and consoles start as forks of a process that has imported them."""
-    with forks_services(scratch):
+    with forks_services(shared_folder()):
         yield
 
 

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from tests.helpers.repository import ROOT
 
-__all__ = ["LEADER", "SOCKET", "Forked", "fork_server"]
+__all__ = ["LEADER", "SOCKET", "Forked", "commands", "fork_server", "waiting_server"]
 
 # Imports everything, on a busy machine.
 START_SECONDS_MAX = 60.0
@@ -43,6 +43,8 @@ CLIENT = Path(__file__).with_name("fork_client.py")
 SOCKET = "fork-server"
 # The option of a run that leads a process group, and whose pid the server sends to the client.
 LEADER = "--leader"
+# A request of no run. The server answers it when it has imported its modules.
+NOTHING = bytes(4)
 
 Forked = Callable[..., tuple[str, ...]]
 
@@ -54,7 +56,19 @@ def fork_server(
     coverage: str | None = None,
     variables: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Forked]:
-    """Run a server, and yield a function that returns the command of a run of a module.
+    """Run a server, and yield a function that returns the command of a run of a module."""
+    with waiting_server(folder, *modules, coverage=coverage, variables=variables):
+        yield commands(folder)
+
+
+@contextlib.contextmanager
+def waiting_server(
+    folder: Path,
+    *modules: str,
+    coverage: str | None = None,
+    variables: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[None]:
+    """Run a server in a folder. It imports the modules when it is used for the first time.
 
     With `coverage`, each run saves in this folder which lines it has executed. The server imports
     the modules with `variables` in its environment.
@@ -78,21 +92,37 @@ def fork_server(
     )
     assert process.stdin is not None
     assert process.stdout is not None
-
-    def command(module: str, *arguments: str, terminal: bool = False) -> tuple[str, ...]:
-        options = ["--terminal"] if terminal else []
-        return (sys.executable, "-I", "-S", str(CLIENT), str(path), *options, module, *arguments)
-
     try:
         ready, _, _ = select.select([process.stdout], [], [], START_SECONDS_MAX)
         assert ready, "the fork server did not start in time"
         assert process.stdout.readline() == b"ready\n", "the fork server did not start"
-        yield command
+        yield
     finally:
         process.stdin.close()
         process.stdout.close()
         process.wait()
         path.unlink(missing_ok=True)
+
+
+def commands(folder: Path) -> Forked:
+    """Wait until the server of a folder has imported its modules. Return a function that returns
+    the command of a run of a module."""
+    path = folder / SOCKET
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(START_SECONDS_MAX)
+        connection.connect(str(path))
+        connection.sendall(NOTHING)
+        answer = b""
+        # It closes the connection if an import fails.
+        with contextlib.suppress(ConnectionError):
+            answer = connection.recv(16)
+        assert answer == b"ready\n", "the fork server did not start"
+
+    def command(module: str, *arguments: str, terminal: bool = False) -> tuple[str, ...]:
+        options = ["--terminal"] if terminal else []
+        return (sys.executable, "-I", "-S", str(CLIENT), str(path), *options, module, *arguments)
+
+    return command
 
 
 class Run(NamedTuple):
@@ -104,17 +134,27 @@ class Run(NamedTuple):
     streams: list[int]
 
 
-def serve(path: str) -> Run:
+def listen(path: str) -> socket.socket:
+    """Return a listener that a client waits for. Ends this process if none comes."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    # Every test may run at once.
+    listener.listen(socket.SOMAXCONN)
+    print("ready", flush=True)  # noqa: T201 - read by `waiting_server`
+    sources: list[Any] = [listener, 0]
+    if listener not in select.select(sources, [], [])[0]:
+        os._exit(0)
+    return listener
+
+
+def serve(listener: socket.socket) -> Run:
     """Fork a process for each run. Returns only in that process."""
     runs: dict[socket.socket, int] = {}
     woken, wakes = os.pipe()
     os.set_blocking(wakes, False)
     signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
-        listener.listen()
-        print("ready", flush=True)  # noqa: T201 - read by `fork_server`
+    with listener:
         while True:
             sources: list[Any] = [listener, 0, woken, *runs]
             readable, _, _ = select.select(sources, [], [])
@@ -132,7 +172,8 @@ def serve(path: str) -> Run:
                 continue
             connection, _ = listener.accept()
             if (run := receive(connection)) is None:
-                connection.close()
+                with connection, contextlib.suppress(BrokenPipeError):
+                    connection.sendall(b"ready\n")
             elif (pid := os.fork()) == 0:
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -170,8 +211,10 @@ def has_ended(connection: socket.socket, pid: int, *, kill: bool) -> bool:
 
 
 def receive(connection: socket.socket) -> Run | None:
-    """Return what the client asks for, or None if it has ended."""
+    """Return what the client asks for, or None if that is nothing or it has ended."""
     data, streams, _, _ = socket.recv_fds(connection, 1 << 16, 3)
+    if data == NOTHING:
+        return None
     while len(data) < 4 or len(data) < 4 + int.from_bytes(data[:4], "big"):
         more = connection.recv(1 << 16)
         if not more:
@@ -219,13 +262,13 @@ def run_module(module: str) -> None:
     Python would write to every page that this process shares with the server, which takes longer
     than most commands.
     """
-    code: str | int | None = None
+    code = 0
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as end:
-        code = end.code
-        if not (code is None or isinstance(code, int)):
+        if not (end.code is None or isinstance(end.code, int)):
             raise
+        code = end.code or 0
     threading._shutdown()  # type: ignore[attr-defined]  # Python's own first step
     atexit._run_exitfuncs()
     try:
@@ -234,7 +277,7 @@ def run_module(module: str) -> None:
     except OSError:
         # Python reports it.
         sys.exit(code)
-    os._exit(int(code or 0) & 0xFF)
+    os._exit(code & 0xFF)
 
 
 def measure(folder: str) -> Any:
@@ -274,6 +317,7 @@ def save_at_the_end(measurement: Any) -> None:
 
 
 if __name__ == "__main__":
+    listener = listen(sys.argv[1])
     # Before the imports, which it measures too.
     measurement = measure(folder) if (folder := os.environ[FOLDER]) else None
     for module in sys.argv[2:]:
@@ -284,7 +328,7 @@ if __name__ == "__main__":
     gc.collect()
     # Shared pages stay shared.
     gc.freeze()
-    module, *rest = become(serve(sys.argv[1]))
+    module, *rest = become(serve(listener))
     sys.argv = [module, *rest]
     if measurement is not None:
         save_at_the_end(measurement)

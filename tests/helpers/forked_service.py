@@ -14,15 +14,14 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import BinaryIO, NamedTuple
 
 from latchkey_service.transport import tls
 
-from tests.helpers.fork_server import LEADER, SOCKET, fork_server
+from tests.helpers.fork_server import LEADER, SOCKET, commands, waiting_server
 from tests.helpers.measured import folder as coverage_folder
 
-__all__ = ["ForkedProcess", "fork_console", "fork_service", "forks_services"]
+__all__ = ["ForkedProcess", "fork_console", "fork_service", "forks_services", "waiting_services"]
 
 # A fork takes milliseconds, on a busy machine.
 FORK_SECONDS_MAX = 30.0
@@ -78,19 +77,11 @@ class ForkedProcess:
 
 
 class _Server:
-    """A fork server, which starts when the first process does."""
+    """A fork server, which is used when the first process starts."""
 
-    def __init__(
-        self,
-        folder: Path,
-        modules: Sequence[str],
-        variables: Mapping[str, str] = MappingProxyType({}),
-    ) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._modules = modules
-        self._variables = variables
-        self._stack = contextlib.ExitStack()
-        self._runs = False
+        self._ready = False
 
     def fork(
         self,
@@ -102,16 +93,9 @@ class _Server:
         err: BinaryIO,
     ) -> ForkedProcess:
         """Run `python -m module` in a forked process."""
-        if not self._runs:
-            self._folder.mkdir()
-            running = fork_server(
-                self._folder,
-                *self._modules,
-                coverage=coverage_folder(),
-                variables=self._variables,
-            )
-            self._stack.enter_context(running)
-            self._runs = True
+        if not self._ready:
+            commands(self._folder)
+            self._ready = True
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(str(self._folder / SOCKET))
         message = repr(([LEADER, module, *arguments], str(folder), dict(environment))).encode()
@@ -121,9 +105,6 @@ class _Server:
             sent = socket.send_fds(connection, [message], files)
         connection.sendall(message[sent:])
         return ForkedProcess(connection)
-
-    def close(self) -> None:
-        self._stack.close()
 
 
 class _Servers(NamedTuple):
@@ -135,19 +116,29 @@ _servers: list[_Servers] = []
 
 
 @contextlib.contextmanager
-def forks_services(folder: Path) -> Iterator[None]:
-    """Fork services and consoles, instead of starting Python for each, until the end of the
-    block."""
+def waiting_services(folder: Path) -> Iterator[None]:
+    """Run a server of services and one of consoles, in subfolders. They import what they need when
+    they are used."""
     # gRPC reads these when it is imported. A worker has them, and a supervisor does not use gRPC.
-    service = _Server(folder / "services", SERVICE, tls.ENVIRONMENT)
-    console = _Server(folder / "consoles", CONSOLE)
-    _servers.append(_Servers(service, console))
+    kinds = {"services": (SERVICE, tls.ENVIRONMENT), "consoles": (CONSOLE, {})}
+    with contextlib.ExitStack() as stack:
+        for name, (modules, variables) in kinds.items():
+            (folder / name).mkdir()
+            server = waiting_server(
+                folder / name, *modules, coverage=coverage_folder(), variables=variables
+            )
+            stack.enter_context(server)
+        yield
+
+
+@contextlib.contextmanager
+def forks_services(folder: Path) -> Iterator[None]:
+    """Until the end of the block, the servers in the subfolders start services and consoles."""
+    _servers.append(_Servers(_Server(folder / "services"), _Server(folder / "consoles")))
     try:
         yield
     finally:
         _servers.pop()
-        service.close()
-        console.close()
 
 
 def fork_service(

@@ -26,6 +26,7 @@ PRELOADED = (
     "latchkey_service.access.command",
     "latchkey_service.process.commands",
     "latchkey_service.process.doctor",
+    "latchkey_service.process.worker",
     "latchkey_service.settings.settings",
     "pydantic.type_adapter",
     "rich.live",

@@ -9,12 +9,10 @@ from typing import TypeVar
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
-__all__ = ["ATTEMPTS_MAX", "patiently"]
+__all__ = ["patiently"]
 
 T = TypeVar("T")
 
-# As many as the client library makes.
-ATTEMPTS_MAX = 5
 BUSY = frozenset({"OVERLOADED", "DATABASE_UNAVAILABLE", "UNAVAILABLE"})
 
 
@@ -24,10 +22,12 @@ async def patiently(
     """Return the answer of `call(seconds left)`, and count its failures by `kind` and reason.
 
     Repeats what the service asks to repeat, because of its load or that of the database: on a busy
-    machine, the disk may take seconds for a commit. A soak looks for growth and wrong answers.
+    machine, the disk may take seconds for a commit. A soak looks for growth and wrong answers. It
+    goes on until `seconds` have passed, as `latchkey import` does for longer: the library's five
+    attempts may not outlast a busy machine.
     """
     end = time.monotonic() + seconds
-    for attempt in range(1, ATTEMPTS_MAX + 1):
+    while True:
         try:
             return await call(max(0.0, end - time.monotonic()))
         except grpc.aio.AioRpcError as error:
@@ -36,10 +36,9 @@ async def patiently(
                 raise
             reason, pause = asked
             refused[f"{kind}, {reason}"] += 1
-            if attempt == ATTEMPTS_MAX or time.monotonic() + pause >= end:
+            if time.monotonic() + pause >= end:
                 raise
         await asyncio.sleep(pause)
-    raise AssertionError("the last attempt returns or raises")
 
 
 def request_of(error: grpc.aio.AioRpcError) -> tuple[str, float] | None:

@@ -98,6 +98,8 @@ class Answers:
 
     def __init__(self) -> None:
         self.at = -math.inf
+        self.needed = False
+        """Whether a call has had to wait, or has failed. Before, nobody asks for the time."""
 
 
 class ConcurrencyLimiter:
@@ -200,9 +202,12 @@ class ConcurrencyLimiter:
         """Release a slot, held since `since`, to the queue. `error` is how the call ended."""
         if type(error) is StoreUnavailable:
             self._failed_at, self._failure = self._answering(), str(error)
+            self._answers.needed = True
         elif error is None or isinstance(error, DECIDED_BY_DATABASE):
             # Any other error says nothing about the database.
-            self._failed_at, self._answers.at = -math.inf, self._answering()
+            self._failed_at = -math.inf
+            if self._answers.needed:
+                self._answers.at = self._answering()
             held_seconds = self._monotonic() - since
             average = held_seconds if self._call_seconds is None else self._call_seconds
             self._call_seconds = average + SMOOTHING * (held_seconds - average)
@@ -223,6 +228,7 @@ class ConcurrencyLimiter:
         if not self.queued:
             # The queue was empty, so nothing is stuck yet.
             self._queue_formed_at = self._answering()
+            self._answers.needed = True
         queue, full = self._room(removal=removal)
         ahead = queue.ahead_of(caller)
         if not removal:

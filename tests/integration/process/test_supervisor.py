@@ -128,7 +128,7 @@ async def test_from_nothing_to_service_and_back(
     assert await service.end(number) == 0
     assert service.alive() == []
     assert "Traceback" not in service.err
-    again = run(*PYTHON, data_dir=folder / "new", transport=transport)
+    again = run(data_dir=folder / "new", transport=transport)
     address = await again.welcome()
     await eventually(lambda: is_valid(address, created.secret), "the token exists", BACK_SECONDS)
 

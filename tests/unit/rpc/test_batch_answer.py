@@ -117,7 +117,10 @@ def test_a_batch_has_few_counts_of_verdicts() -> None:
     """The largest batch has no more attributes in its span than there are verdicts, and they count
     each of its answers."""
     verdicts = [verdict for verdict in Verdict for _ in range(BATCH_MAX // len(Verdict))]
-    encoded = [pb.VerifyResponse(verdict=v.value).SerializeToString() for v in verdicts]
+    encoded = [
+        pb.VerifyResponse(verdict=pb.Verdict.Value(f"VERDICT_{v.name}")).SerializeToString()
+        for v in verdicts
+    ]
     counts = verdict_counts(encoded)
     names = {name.removeprefix("latchkey.verdicts.") for name in counts}
     assert names == {verdict.name.lower() for verdict in Verdict}
