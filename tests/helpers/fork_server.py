@@ -36,6 +36,8 @@ __all__ = ["LEADER", "SOCKET", "Forked", "commands", "fork_server", "waiting_ser
 
 # Imports everything, on a busy machine.
 START_SECONDS_MAX = 60.0
+# The server notices at once that its standard input has ended, unless it is still importing.
+END_SECONDS_MAX = 10.0
 # The variable that names the folder for coverage (`measured.py`).
 FOLDER = "COVERAGE_FOLDER"
 CLIENT = Path(__file__).with_name("fork_client.py")
@@ -100,7 +102,11 @@ def waiting_server(
     finally:
         process.stdin.close()
         process.stdout.close()
-        process.wait()
+        try:
+            process.wait(END_SECONDS_MAX)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
         path.unlink(missing_ok=True)
 
 
@@ -110,11 +116,11 @@ def commands(folder: Path) -> Forked:
     path = folder / SOCKET
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(START_SECONDS_MAX)
-        connection.connect(str(path))
-        connection.sendall(NOTHING)
         answer = b""
         # It closes the connection if an import fails.
         with contextlib.suppress(ConnectionError):
+            connection.connect(str(path))
+            connection.sendall(NOTHING)
             answer = connection.recv(16)
         assert answer == b"ready\n", "the fork server did not start"
 
@@ -172,7 +178,7 @@ def serve(listener: socket.socket) -> Run:
                 continue
             connection, _ = listener.accept()
             if (run := receive(connection)) is None:
-                with connection, contextlib.suppress(BrokenPipeError):
+                with connection, contextlib.suppress(OSError):
                     connection.sendall(b"ready\n")
             elif (pid := os.fork()) == 0:
                 signal.set_wakeup_fd(-1)
@@ -189,10 +195,12 @@ def serve(listener: socket.socket) -> Run:
 
 def attend(connection: socket.socket, run: Run, pid: int) -> None:
     """Report the process of a run, if its client wants that, and leave the streams to it."""
-    with contextlib.suppress(BrokenPipeError):
+    # A client, or a process that has ended or become another program, must not end the server.
+    with contextlib.suppress(OSError):
         if run.arguments[0] == LEADER:
             # Here too: the caller may signal the group at once.
-            os.setpgid(pid, pid)
+            with contextlib.suppress(OSError):
+                os.setpgid(pid, pid)
             connection.sendall(b"%d\n" % pid)
     for stream in run.streams:
         os.close(stream)
@@ -205,7 +213,7 @@ def has_ended(connection: socket.socket, pid: int, *, kill: bool) -> bool:
         os.kill(pid, signal.SIGKILL)
         ended, status = os.waitpid(pid, 0)
     if ended:
-        with connection, contextlib.suppress(BrokenPipeError):
+        with connection, contextlib.suppress(OSError):
             connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
     return bool(ended)
 
