@@ -177,7 +177,11 @@ def serve(listener: socket.socket) -> Run:
             if listener not in readable:
                 continue
             connection, _ = listener.accept()
-            if (run := receive(connection)) is None:
+            run = None
+            # A client may end at any time.
+            with contextlib.suppress(OSError):
+                run = receive(connection)
+            if run is None:
                 with connection, contextlib.suppress(OSError):
                     connection.sendall(b"ready\n")
             elif (pid := os.fork()) == 0:
