@@ -184,7 +184,7 @@ def test_copying_and_closing(browser: Browser, world: World) -> None:
     browser.gone("dialog")
     assert secret not in everything_kept(browser)
     browser.focused("#generate")
-    assert "copied" in browser.text("#rows")
+    browser.until(lambda: "copied" in browser.text("#rows"), "the new token is in the list")
 
 
 @pytest.mark.answers(409, 422)

@@ -72,6 +72,8 @@ def test_replace_with_overlap(browser: Browser, world: World, script: bool) -> N
         browser.js("document.getElementById('secret').dataset.copied = ''")
     browser.click("#stored")
     browser.gone("dialog")
+    # The list is loaded after the dialog has closed.
+    browser.find(act(created, "retire"))
     row = browser.text(f"#{created.token.id}")
     assert created.token.hint in row
     assert world.tokens()["deploy job"].hint in row

@@ -20,7 +20,9 @@ message = repr((sys.argv[2:], folder, dict(os.environ))).encode()
 message = len(message).to_bytes(4, "big") + message
 streams = b"".join(number.to_bytes(4, sys.byteorder) for number in (0, 1, 2))
 sent = connection.sendmsg([message], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, streams)])
-connection.sendall(message[sent:])
+# Not even nothing: a short run may have ended, and the server would no longer take it.
+if sent < len(message):
+    connection.sendall(message[sent:])
 code = int(connection.recv(16) or b"1")
 if code < 0:
     os.kill(os.getpid(), -code)

@@ -38,8 +38,8 @@ __all__ = ["LEADER", "SOCKET", "Forked", "commands", "fork_server", "waiting_ser
 START_SECONDS_MAX = 60.0
 # A client has its request ready when it connects. The server serves nobody else meanwhile.
 REQUEST_SECONDS_MAX = 10.0
-# Ends its imports first, on a busy machine.
-END_SECONDS_MAX = 60.0
+# The server notices at once that its standard input has ended, unless it is still importing.
+END_SECONDS_MAX = 10.0
 # The variable that names the folder for coverage (`measured.py`).
 FOLDER = "COVERAGE_FOLDER"
 CLIENT = Path(__file__).with_name("fork_client.py")
@@ -118,11 +118,11 @@ def commands(folder: Path) -> Forked:
     path = folder / SOCKET
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(START_SECONDS_MAX)
-        connection.connect(str(path))
-        connection.sendall(NOTHING)
         answer = b""
         # It closes the connection if an import fails.
         with contextlib.suppress(ConnectionError):
+            connection.connect(str(path))
+            connection.sendall(NOTHING)
             answer = connection.recv(16)
         assert answer == b"ready\n", "the fork server did not start"
 
@@ -180,13 +180,12 @@ def serve(listener: socket.socket) -> Run:
                 continue
             connection, _ = listener.accept()
             connection.settimeout(REQUEST_SECONDS_MAX)
-            try:
+            run = None
+            # A client may end at any time, or hang.
+            with contextlib.suppress(OSError):
                 run = receive(connection)
-            except OSError:  # TimeoutError included
-                connection.close()
-                continue
             if run is None:
-                with connection, contextlib.suppress(BrokenPipeError):
+                with connection, contextlib.suppress(OSError):
                     connection.sendall(b"ready\n")
             elif (pid := os.fork()) == 0:
                 signal.set_wakeup_fd(-1)
@@ -203,10 +202,12 @@ def serve(listener: socket.socket) -> Run:
 
 def attend(connection: socket.socket, run: Run, pid: int) -> None:
     """Report the process of a run, if its client wants that, and leave the streams to it."""
-    with contextlib.suppress(BrokenPipeError):
+    # A client, or a process that has ended or become another program, must not end the server.
+    with contextlib.suppress(OSError):
         if run.arguments[0] == LEADER:
             # Here too: the caller may signal the group at once.
-            os.setpgid(pid, pid)
+            with contextlib.suppress(OSError):
+                os.setpgid(pid, pid)
             connection.sendall(b"%d\n" % pid)
     for stream in run.streams:
         os.close(stream)
@@ -219,7 +220,7 @@ def has_ended(connection: socket.socket, pid: int, *, kill: bool) -> bool:
         os.kill(pid, signal.SIGKILL)
         ended, status = os.waitpid(pid, 0)
     if ended:
-        with connection, contextlib.suppress(BrokenPipeError):
+        with connection, contextlib.suppress(OSError):
             connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
     return bool(ended)
 

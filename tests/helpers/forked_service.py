@@ -103,7 +103,8 @@ class _Server:
         with Path(os.devnull).open("rb") as nothing:
             files = [nothing.fileno(), out.fileno(), err.fileno()]
             sent = socket.send_fds(connection, [message], files)
-        connection.sendall(message[sent:])
+        if sent < len(message):
+            connection.sendall(message[sent:])
         return ForkedProcess(connection)
 
 
@@ -120,12 +121,13 @@ def waiting_services(folder: Path) -> Iterator[None]:
     """Run a server of services and one of consoles, in subfolders. They import what they need when
     they are used."""
     # gRPC reads these when it is imported. A worker has them, and a supervisor does not use gRPC.
-    kinds = {"services": (SERVICE, tls.ENVIRONMENT), "consoles": (CONSOLE, {})}
+    variables = {"GRPC_VERBOSITY": "ERROR", **tls.ENVIRONMENT}
+    kinds = {"services": (SERVICE, variables), "consoles": (CONSOLE, {})}
     with contextlib.ExitStack() as stack:
-        for name, (modules, variables) in kinds.items():
+        for name, (modules, more) in kinds.items():
             (folder / name).mkdir()
             server = waiting_server(
-                folder / name, *modules, coverage=coverage_folder(), variables=variables
+                folder / name, *modules, coverage=coverage_folder(), variables=more
             )
             stack.enter_context(server)
         yield
