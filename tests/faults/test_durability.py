@@ -92,9 +92,6 @@ async def test_important_commits_are_on_disk(database_url: str, store: TokenStor
     for number, step in enumerate(steps):
         assert not await is_flushed(database_url, store.register_pepper(f"other {number}"))
         assert await is_flushed(database_url, step()), number
-    # Nobody has to wait for this one.
-    head = await head_of(database_url)
-    assert not await is_flushed(database_url, row.acknowledge(1, head, 0, NO_CLIENTS))
     connection.terminate()
 
 

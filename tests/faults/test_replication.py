@@ -15,10 +15,10 @@ from latchkey_service.tokens.token_store import TokenStore
 from latchkey_service.tokens.verdict import Scope, TokenRecord
 
 from tests.helpers.breakable_postgres import BreakablePostgres
-from tests.helpers.database_history import NO_CLIENTS, advance
+from tests.helpers.database_history import NO_CLIENTS
 from tests.helpers.databases import session
 from tests.helpers.domain import audit_context
-from tests.helpers.waiting import WAIT_SECONDS, eventually
+from tests.helpers.waiting import eventually
 
 pytestmark = pytest.mark.xdist_group("faults")
 
@@ -74,25 +74,6 @@ async def test_a_renewal_that_no_standby_has_extends_no_lease(
             await cut_short(database_url, row.renew(1, position, 0, NO_CLIENTS))
     renewed, log = await row.renew(1, position, 0, NO_CLIENTS)
     assert (renewed, log.known) == (True, True)
-    connection.terminate()
-
-
-async def test_an_acknowledgement_waits_for_no_standby(
-    postgres: BreakablePostgres, database_url: str
-) -> None:
-    """An acknowledgement by itself states what a process has dropped, which no failover undoes. Its
-    commit waits for no standby, even if the session asks for that."""
-    connection = await Connector(database_url).connect()
-    row = OwnRow(connection, Identity("ver_a", "x", 1, "0", 3.0))
-    await row.register(1, acknowledge=False)
-    head = await advance(database_url, "tok_1")
-    await connection.execute("SET synchronous_commit = on")
-    async with standby_missing(postgres, database_url):
-        async with asyncio.timeout(WAIT_SECONDS):
-            assert await row.acknowledge(1, head, head.revision, NO_CLIENTS)
-        assert [r.acknowledged_revision for r in await row.all_rows()] == [head.revision]
-        # The setting was for that statement alone.
-        assert await connection.fetchval("SHOW synchronous_commit") == "on"
     connection.terminate()
 
 

@@ -39,8 +39,6 @@ class Database:
         content.
         """
         self.deposed = False
-        # By name, the revision that a row acknowledges on disk, if memory has a later one.
-        self.acknowledged_on_disk: dict[str, int] = {}
 
     def copy(self, timeline: str | None) -> "Database":
         """Return the standby's content as a separate database on another timeline."""
@@ -68,18 +66,10 @@ class Database:
     def commit(self, change: Callable[[], T]) -> T | None:
         """Make a change that must be durable. Return None if the commit is not answered."""
         if self.replicated is None:
-            self.acknowledged_on_disk.clear()
             return change()
         if self.random.random() < 0.5:
             change()
         return None
-
-    def crash(self) -> None:
-        """Recover from a crash: acknowledgements that no later commit has written are lost."""
-        for name, revision in self.acknowledged_on_disk.items():
-            if name in self.rows:
-                self.rows[name] = self.rows[name]._replace(acknowledged_revision=revision)
-        self.acknowledged_on_disk.clear()
 
     # Statements.
 
@@ -134,17 +124,6 @@ class Database:
             return renewed, self.read_log(applied)
 
         return self.commit(change)
-
-    def acknowledge(
-        self, name: str, incarnation: int, applied: Position, acknowledged: int
-    ) -> bool:
-        """Acknowledge without a durable commit. The standby need not have it."""
-        row = self.rows.get(name)
-        if row is None or row.incarnation != incarnation or not self.knows(applied):
-            return False
-        self.acknowledged_on_disk.setdefault(name, row.acknowledged_revision)
-        self.rows[name] = row._replace(acknowledged_revision=acknowledged)
-        return True
 
     def draw(self, token_id: str, limit: RateLimit, needed: int, ahead: int, now: float) -> Draw:
         microseconds = int(now * 1_000_000)

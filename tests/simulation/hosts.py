@@ -138,9 +138,10 @@ class Sibling(Server):
     def remove_dead_verifiers(self) -> None:
         """Leave that to the lead."""
 
-    @property
-    def has_row(self) -> bool:
-        return self.own and self.asked is None
+    def acknowledge(self) -> None:
+        state = self.state
+        if state.registered and state.acknowledgeable(self.clock()) > state.acknowledged:
+            self.renew_once()
 
     def stop(self) -> None:
         """Shut down. The row at the lead goes with the release, which may be lost."""

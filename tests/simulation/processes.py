@@ -135,28 +135,9 @@ class Server:
     def acknowledge(self) -> None:
         """If a client has confirmed, acknowledge before the renewal is due."""
         state = self.state
-        if not state.registered:
-            return
-        revision = state.acknowledgeable(self.clock())
-        if revision <= state.acknowledged:
-            return
-        if not self.has_row:
+        now = self.clock()
+        if state.registered and state.acknowledgeable(now) > state.acknowledged:
             self.renew_once()
-        elif self.reply is None:
-            database = self.renewal_database = self.world.session(self.renewal_database)
-            applied = state.cache.position
-            done = database.acknowledge(self.name, self.incarnation, applied, revision)
-            self.reply = lambda: self._acknowledged(revision, done=done)
-
-    @property
-    def has_row(self) -> bool:
-        """Whether the process has its own row, so that it can acknowledge alone."""
-        return True
-
-    def _acknowledged(self, revision: int, *, done: bool) -> None:
-        if done:
-            self.world.count("acknowledged alone")
-            self.state.acknowledge(revision)
 
     def remove_dead_verifiers(self) -> None:
         """Remove the rows of dead processes."""

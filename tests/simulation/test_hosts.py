@@ -119,7 +119,7 @@ MUTANTS: dict[str, list[tuple[Any, str, Any]]] = {
 
 
 # A seed that gave a stale answer when this was written, tried first to save time.
-HINTS = dict(zip(MUTANTS, (82, 279, 98, 1_561, 1_226, 359, 3, 0), strict=True))
+HINTS = dict(zip(MUTANTS, (82, 279, 98, 440, 1_226, 359, 3, 0), strict=True))
 
 
 @pytest.mark.parametrize("name", MUTANTS)

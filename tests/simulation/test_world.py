@@ -59,10 +59,8 @@ def test_no_stale_answer_under_any_schedule() -> None:
         "confirmed",
         "outwaited",
         "shut down",
-        "crashed",
     ):
         assert counts[what] > SEEDS / 2, counts
-    assert counts["acknowledged alone"] > SEEDS / 4, counts
 
 
 class AnyOrder(RuleBasedStateMachine):

@@ -200,9 +200,6 @@ class World(LimitedSteps):
         self.pick(self.servers).acknowledge()
 
     def reply_is_lost(self) -> None:
-        """Lose an answer of the database, because it crashes and recovers."""
-        self.current.crash()
-        self.count("crashed")
         self.pick(self.servers).reply = None
 
     def remove_dead_verifiers(self) -> None:

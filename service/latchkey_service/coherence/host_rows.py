@@ -101,11 +101,6 @@ class HostRows:
         """Whether the lease comes from the lead."""
         return self._shared
 
-    @property
-    def in_postgres(self) -> bool:
-        """Whether the row is this process's own."""
-        return self._own
-
     async def get(self) -> None:
         """Connect where the row is. Raises StoreUnavailable."""
         if self._own:
@@ -172,10 +167,6 @@ class HostRows:
             self._own, self._row = True, self._postgres.row
             self._log.info("the lead of this host is away: this process has a row now")
         return await self._postgres.renew(applied, acknowledged, report)
-
-    async def acknowledge(self, applied: Position, acknowledged: int, report: Report) -> bool:
-        """Acknowledge in this process's own row."""
-        return self._own and await self._postgres.acknowledge(applied, acknowledged, report)
 
     async def renewed(self, state: VerifierState[Any]) -> None:
         """Record a renewal, and move back to the lead when that is possible."""

@@ -6,8 +6,7 @@ has its row at the lead of its host (`host_rows`), with the same steps.
 
 One task takes all steps in sequence, so that they do not overlap. A single statement extends the
 lease: it renews, acknowledges and reads the log on one server. The lease begins at the clock
-reading before that statement (rule 3). Reading the log by itself only updates the cache, and an
-acknowledgement by itself only updates the row.
+reading before that statement (rule 3). Reading the log by itself only updates the cache.
 """
 
 import asyncio
@@ -247,9 +246,6 @@ class LeaseRenewer:
         acknowledgeable = self._acknowledgeable()
         if not due and acknowledgeable <= state.acknowledged:
             return
-        if not due and self._rows.in_postgres:
-            await self._acknowledge(acknowledgeable)
-            return
         await self._renew(acknowledgeable)
         if due and state.registered:
             state.sweep(self._clock())
@@ -294,17 +290,6 @@ class LeaseRenewer:
             state.lose()
         self._applied(changed=True)
         self._lost_history(log)
-
-    async def _acknowledge(self, acknowledgeable: int) -> None:
-        """Acknowledge before the next renewal is due, with a commit that need not be durable."""
-        state = self.state
-        if await self._rows.acknowledge(
-            state.cache.position, acknowledgeable, self._report(acknowledgeable)
-        ):
-            state.acknowledge(acknowledgeable)
-        else:
-            # Row or history may be lost. The renewal finds out which.
-            self._next_renewal = -math.inf
 
     def _report(self, acknowledgeable: int) -> Report:
         now = self._clock()

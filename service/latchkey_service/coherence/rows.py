@@ -51,10 +51,6 @@ class Rows(Protocol):
     def address(self) -> str:
         """The host of the list that is in use, or empty."""
 
-    @property
-    def in_postgres(self) -> bool:
-        """Whether the row is this process's own, so that `acknowledge` works."""
-
     async def get(self) -> None:
         """Connect. Raises StoreUnavailable."""
 
@@ -70,9 +66,6 @@ class Rows(Protocol):
     async def renew(self, applied: Position, acknowledged: int, report: Report) -> Renewal:
         """Renew the lease, acknowledge, and return the log after a position (rule 3)."""
 
-    async def acknowledge(self, applied: Position, acknowledged: int, report: Report) -> bool:
-        """Acknowledge without renewing (rule 7). Return False if only a renewal can."""
-
     async def renewed(self, state: VerifierState[Any]) -> None:
         """Record that the lease was renewed, and that `state` has the result."""
 
@@ -87,7 +80,6 @@ class PostgresRows:
     """A row in Postgres."""
 
     in_doubt = False
-    in_postgres = True
 
     def __init__(
         self,
@@ -136,11 +128,6 @@ class PostgresRows:
         renewed, log = await row.renew(self._incarnation, applied, acknowledged, report)
         # Infinite: the lease of a row is as long as its own clock says.
         return Renewal(renewed, log, float("inf"))
-
-    async def acknowledge(self, applied: Position, acknowledged: int, report: Report) -> bool:
-        """Write the acknowledgement into the row."""
-        row = await self.own_row()
-        return await row.acknowledge(self._incarnation, applied, acknowledged, report)
 
     async def renewed(self, state: VerifierState[Any]) -> None:
         """Record the primary."""

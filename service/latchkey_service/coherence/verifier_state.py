@@ -153,10 +153,6 @@ class VerifierState(Generic[E]):
         self.lease_ends = max(self.lease_ends, extended)
         self.acknowledged = acknowledged
 
-    def acknowledge(self, acknowledged: int) -> None:
-        """Record that the row acknowledges a revision. This does not extend the lease."""
-        self.acknowledged = acknowledged
-
     def lose(self) -> None:
         """Give up lease and registration, because the row or its history is lost.
 

@@ -112,18 +112,6 @@ _RENEW = f"""
         RETURNING v.id)
         SELECT EXISTS (SELECT FROM renewed), {_STATE_AND_LOG}"""  # noqa: S608 - constants only
 
-# For a statement whose effect may be lost: its commit waits neither for the disk nor for a standby.
-_NOT_DURABLE = "set_config('synchronous_commit', 'off', true) IS NOT NULL"
-
-# Leaves `renewal` as it is: if a crash undid an increment, a later renewal could reach the same
-# value, and a process that saw the value both times would take a live row for a dead one (rule 9).
-_ACKNOWLEDGE = f"""
-UPDATE verifier v
-   SET acknowledged_revision = $5, clients_confirmed = $6, clients_outwaited = $7,
-       waiting_for = $8::text[], processes = $9, processes_outwaited = $10
-  FROM head h
- WHERE v.id = $3 AND v.incarnation = $4 AND {POSITION_KNOWN} AND {_NOT_DURABLE}"""  # noqa: S608 - constants only
-
 
 class Rows(NamedTuple):
     """All verifiers' rows, and those of the requested positions that the history holds."""
@@ -274,34 +262,6 @@ class OwnRow:
                 json.dumps([sibling._asdict() for sibling in report.siblings]),
             )
         return rows[0][0], _log([tuple(row)[1:] for row in rows])
-
-    @retry_on_conflict
-    async def acknowledge(
-        self, incarnation: int, applied: Position, acknowledged: int, report: Report
-    ) -> bool:
-        """Acknowledge without renewing the lease (rule 7). Return whether the row says so now.
-
-        It does not if the row no longer exists, or if this database's history does not hold
-        `applied`: a renewal has to find out. The commit is not durable, so it takes no time. That
-        is enough, because an acknowledgement describes caches that no database can change: the
-        token stays dropped if a crash or a failover undoes the commit. The row is then behind, and
-        Deletes wait for it.
-        """
-        with translate_errors():
-            status = await self._connection.execute(
-                _ACKNOWLEDGE,
-                applied.revision,
-                mark_out(applied.mark),
-                self._identity.id,
-                incarnation,
-                acknowledged,
-                report.clients_confirmed,
-                report.clients_outwaited,
-                report.waiting_for,
-                report.processes,
-                report.processes_outwaited,
-            )
-        return bool(status == "UPDATE 1")
 
     @retry_on_conflict
     async def remove(self, incarnation: int) -> None:

@@ -110,7 +110,6 @@ async def test_a_position_of_another_history_renews_nothing(
     }[stranger]
     renewed, log = await row.renew(1, position, 2, NO_CLIENTS)
     assert (renewed, log.known, log.changes) == (False, False, ())
-    assert not await row.acknowledge(1, position, 2, NO_CLIENTS)
     assert await row.all_rows() == [before]
     assert not (await row.read_log(position)).known
     # The same call with the position that the history does hold.
@@ -118,29 +117,6 @@ async def test_a_position_of_another_history_renews_nothing(
     assert (renewed, log.known, named(log)) == (True, True, ["tok_2"])
     (after,) = await row.all_rows()
     assert (after.renewal, after.acknowledged_revision) == (before.renewal + 1, 1)
-
-
-async def test_an_acknowledgement_renews_nothing(row: OwnRow, database_url: str) -> None:
-    """An acknowledgement by itself changes what the row acknowledges, and not its `renewal`: other
-    processes would take the row for a live one, or, after a crash that undoes the commit, for a
-    dead one. Without the row of this registration, it changes nothing."""
-    await row.register(2, acknowledge=True)
-    head = await advance(database_url, "tok_1")
-    (before,) = await row.all_rows()
-    report = NO_CLIENTS._replace(clients_confirmed=3, clients_outwaited=1, processes=2)
-    assert not await row.acknowledge(1, head, head.revision, report)
-    assert await row.all_rows() == [before]
-    assert await row.acknowledge(2, head, head.revision, report)
-    (after,) = await row.all_rows()
-    assert after == before._replace(
-        acknowledged_revision=head.revision,
-        clients_confirmed=3,
-        clients_outwaited=1,
-        processes=2,
-    )
-    await row.remove(2)
-    assert not await row.acknowledge(2, head, head.revision, report)
-    assert await row.all_rows() == []
 
 
 async def test_a_missing_row_and_a_missing_history_differ(row: OwnRow, database_url: str) -> None:

@@ -29,8 +29,8 @@ CEILINGS = {
     "warm Verify with a policy": (6, 0),
     "cold Verify": (9, 7),
     "cold Verify with a policy": (11, 7),
-    "Delete": (15, 11),
-    "Delete with a policy": (17, 11),
+    "Delete": (15, 14),
+    "Delete with a policy": (17, 14),
 }
 
 
