@@ -32,7 +32,9 @@ async def standby_missing(postgres: BreakablePostgres, url: str) -> AsyncIterato
         async with session(url) as connection:
 
             async def waits() -> bool:
-                write = asyncio.ensure_future(connection.execute("UPDATE head SET revision = 0"))
+                write = asyncio.ensure_future(
+                    connection.execute("UPDATE head SET revision = revision")
+                )
                 await asyncio.wait([write], timeout=0.2)
                 if write.done():
                     return False

@@ -60,10 +60,9 @@ def build_management(
 ) -> Management:
     """Return the management of tokens on `pool`."""
     guard = SealGuard(keyring, boottime)
-    confirmations = Confirmations(ack_waiter, now)
-    tokens = Tokens(
-        TokenStore(pool, outbox), keyring, ack_waiter, reads, secret_prefix, now, os.urandom
-    )
+    token_store = TokenStore(pool, outbox)
+    confirmations = Confirmations(ack_waiter, now, token_store.settle)
+    tokens = Tokens(token_store, keyring, ack_waiter, reads, secret_prefix, now, os.urandom)
     store = LifecycleStore(pool, outbox)
     lifecycle = Lifecycle(
         store,

@@ -104,6 +104,8 @@ class Bulk:
             known, snapshot = await self._store.find_secrets(digests)
             await self._reads.accept(snapshot, began, call.deadline)
             ended = dict.fromkeys(known, False) | ended
+            if ended:
+                await self._confirmations.settle(snapshot.position)
             position, moment = snapshot.position, self._now()
         else:
             position, moment = changed.position, changed.moment
@@ -151,6 +153,7 @@ class Bulk:
             # Covers the deletions of an earlier attempt whose response was lost.
             snapshot = await self._store.position()
             await self._reads.accept(snapshot, began, call.deadline)
+            await self._confirmations.settle(snapshot.position)
             receipt = await self._confirmations.receipt(snapshot.position, now, call)
             return Deletions(0, (), receipt, more=False)
         call.on_commit("")

@@ -3,7 +3,7 @@
 Deletions store their receipts, and wait in `management.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -37,11 +37,20 @@ class Call:
 
 
 class Confirmations:
-    """Waits until changes are in effect."""
+    """Waits until changes are in effect.
 
-    def __init__(self, ack_waiter: AckWaiter, now: Callable[[], datetime]) -> None:
+    `settle` returns once no failover can undo what a read at a position has shown.
+    """
+
+    def __init__(
+        self,
+        ack_waiter: AckWaiter,
+        now: Callable[[], datetime],
+        settle: Callable[[Position], Awaitable[None]],
+    ) -> None:
         self._ack_waiter = ack_waiter
         self._now = now
+        self.settle = settle
 
     def announce(self, position: Position) -> None:
         """Notify verifiers of a change that nobody waits for."""

@@ -141,6 +141,9 @@ class Importer:
             )
             await self._reads.accept(snapshot, began, call.deadline)
             answers, wanted = _compare(new, present)
+            if not validate_only and present.tokens:
+                # An earlier call may have imported them, and failed because no standby has them.
+                await self._confirmations.settle(snapshot.position)
             if validate_only or not wanted:
                 return _merged(results, answers)
             inserted = await self._store.insert(

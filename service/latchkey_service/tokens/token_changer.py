@@ -92,6 +92,8 @@ class TokenChanger:
             raise NotFound("The account has no live token with this id.")
         wanted = change(state)
         if wanted is None:
+            # An earlier call may have made the change, and failed because no standby has it.
+            await self._confirmations.settle(snapshot.position)
             unchanged = Changed(snapshot.position, self._now(), None)
             return Done(state, None, unchanged, state.record)
         changed = await self._store.change(wanted, call.audit_context)

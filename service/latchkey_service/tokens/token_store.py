@@ -18,9 +18,16 @@ from latchkey_coherence.verdict_cache import Position
 from latchkey_service.audit.audit_log import AuditContext
 from latchkey_service.audit.audit_table import DETAIL_COLUMNS, DETAIL_VALUES
 from latchkey_service.coherence.ack_rules import Acknowledgements
-from latchkey_service.coherence.snapshot import SNAPSHOT, Snapshot, mark_in, mark_out, snapshot_of
+from latchkey_service.coherence.snapshot import (
+    POSITION_KNOWN,
+    SNAPSHOT,
+    Snapshot,
+    mark_in,
+    mark_out,
+    snapshot_of,
+)
 from latchkey_service.coherence.verifier_state import EVERY_TOKEN
-from latchkey_service.errors import StoreUnavailable
+from latchkey_service.errors import CHANGING_OVER, StoreUnavailable
 from latchkey_service.postgres.connections import (
     DURABLE,
     Connector,
@@ -397,6 +404,27 @@ class TokenStore:
         if row is None:
             raise RuntimeError("the table `head` is empty")
         return Position(row[0], mark_in(row[1])), row[2]
+
+    @retry_on_conflict
+    async def settle(self, position: Position) -> None:
+        """Return once no failover can undo what a read at this position has shown.
+
+        A read also shows changes whose commits still wait for the standby, or have given up. The
+        commit of this statement comes after theirs in the WAL, and waits in their place. Raises
+        StoreUnavailable if the database's history does not hold the position (coherence rule 12).
+        """
+        async with self._pool.session() as session:
+            with require_durable_commit(session):
+                status = await session.execute(
+                    f"""
+                    UPDATE head h SET revision = h.revision
+                     WHERE {POSITION_KNOWN} AND {DURABLE}
+                    """,  # noqa: S608 - constants only
+                    position.revision,
+                    mark_out(position.mark),
+                )
+        if status != "UPDATE 1":
+            raise StoreUnavailable(CHANGING_OVER)
 
 
 def deletion_of(row: "asyncpg.Record") -> Deletion:
