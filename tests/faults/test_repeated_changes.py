@@ -14,6 +14,7 @@ from latchkey_service.lifetime import UNLIMITED
 from latchkey_service.postgres.connections import Connector, Pool
 from latchkey_service.secret_format import Keyring, Pepper
 from latchkey_service.tokens.assembly import Management, build_management
+from latchkey_service.tokens.bulk import Outcome as BulkOutcome
 from latchkey_service.tokens.confirmation import Call
 from latchkey_service.tokens.filters import Filter
 from latchkey_service.tokens.importing import Outcome, Row
@@ -59,6 +60,11 @@ class Subject:
     async def revoke(self) -> None:
         await self._management.bulk.revoke_secrets([self._secret], CALL)
 
+    async def report(self) -> None:
+        assert await self._management.bulk.report_secrets([self._secret], CALL) == [
+            BulkOutcome.ENDED_BEFORE
+        ]
+
     async def delete_all(self) -> None:
         await self._management.bulk.delete_all("acme", Filter(), CALL, dry_run=False)
 
@@ -68,6 +74,18 @@ class Subject:
             [row], CALL, lambda _: UNLIMITED, validate_only=False
         )
         assert result.outcome in (Outcome.IMPORTED, Outcome.EXISTS)
+
+
+async def prepared(database_url: str, store: TokenStore) -> tuple[Subject, Pool]:
+    """Create a token."""
+    await store.register_pepper(PEPPER.id)
+    pool = await Pool.open(Connector(database_url))
+    coherence: Any = Coherence()
+    management = build_management(
+        pool, Keyring([PEPPER]), coherence, coherence, "lk", lambda: datetime.now(UTC)
+    )
+    created = await management.lifecycle.create(NewToken("acme", "a", 1, None, None, {}), CALL)
+    return Subject(management, created.record.id, created.secret.reveal()), pool
 
 
 CHANGES: tuple[Callable[[Subject], Awaitable[None]], ...] = (
@@ -88,14 +106,7 @@ async def test_a_repeated_change_waits_for_the_standby(
 ) -> None:
     """A change that only a primary without a standby has made is not confirmed, however often it is
     repeated: a failover would undo it. It is confirmed once a standby has it."""
-    await store.register_pepper(PEPPER.id)
-    pool = await Pool.open(Connector(database_url))
-    coherence: Any = Coherence()
-    management = build_management(
-        pool, Keyring([PEPPER]), coherence, coherence, "lk", lambda: datetime.now(UTC)
-    )
-    created = await management.lifecycle.create(NewToken("acme", "a", 1, None, None, {}), CALL)
-    subject = Subject(management, created.record.id, created.secret.reveal())
+    subject, pool = await prepared(database_url, store)
     if change is Subject.enable:
         await subject.disable()
     async with standby_missing(postgres, database_url):
@@ -103,6 +114,20 @@ async def test_a_repeated_change_waits_for_the_standby(
             with pytest.raises(StoreUnavailable):
                 await cut_short(database_url, change(subject))
     await change(subject)
+    await pool.close()
+
+
+async def test_a_secret_has_not_ended_without_a_standby(
+    postgres: BreakablePostgres, database_url: str, store: TokenStore
+) -> None:
+    """A report about a leaked secret does not answer that it has ended as long as a failover could
+    undo that."""
+    subject, pool = await prepared(database_url, store)
+    async with standby_missing(postgres, database_url):
+        for change in (subject.revoke, subject.report):
+            with pytest.raises(StoreUnavailable):
+                await cut_short(database_url, change())
+    await subject.report()
     await pool.close()
 
 

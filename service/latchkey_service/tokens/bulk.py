@@ -126,6 +126,9 @@ class Bulk:
             if audited:
                 call.on_commit("")
             await self._reads.accept(snapshot, began, call.deadline)
+            if False in found.values():
+                # Nobody looks again for a leaked secret that has ended.
+                await self._confirmations.settle(snapshot.position)
         return _outcomes(parsed, found, Outcome.REPORTED)
 
     async def delete_all(
