@@ -22,7 +22,7 @@ from tests.benchmarks.coherence_figures import Bench, Figure
 from tests.benchmarks.processes import Child, Server
 from tests.benchmarks.seed import ACCOUNT
 
-__all__ = ["DELETES_MAX", "deletes", "idle"]
+__all__ = ["DELETES_MAX", "deletes", "idle", "separate_channels"]
 
 # Workers, and the number of watching clients over all of them.
 FLEETS = ((1, (1, 50, 200)), (2, (10,)), (4, (1, 50, 200)))
@@ -157,14 +157,17 @@ class _Stubs:
 
 
 @contextlib.contextmanager
-def _stubs(server: Server) -> Iterator[list[_Stubs]]:
+def separate_channels(address: str, count: int) -> Iterator[list[grpc.Channel]]:
+    """Yield channels with a connection each, which lead to several workers."""
     # Otherwise they would share one connection.
     options = [("grpc.use_local_subchannel_pool", 1)]
     with contextlib.ExitStack() as stack:
-        channels = [
-            stack.enter_context(grpc.insecure_channel(server.address, options))
-            for _ in range(CHANNELS)
-        ]
+        yield [stack.enter_context(grpc.insecure_channel(address, options)) for _ in range(count)]
+
+
+@contextlib.contextmanager
+def _stubs(server: Server) -> Iterator[list[_Stubs]]:
+    with separate_channels(server.address, CHANNELS) as channels:
         yield [_Stubs(channel) for channel in channels]
 
 

@@ -18,12 +18,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import asyncpg
-import grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.tokens import pepper_file as pepper_files
 
 from tests.benchmarks import processes
+from tests.benchmarks.coherence_delete import separate_channels
 from tests.benchmarks.coherence_figures import Figure
 from tests.benchmarks.processes import Child, Server
 from tests.benchmarks.report import Target
@@ -263,7 +263,8 @@ def _deletions(
     time.sleep(CASE_REST_SECONDS)
     _count(samples, before, databases.usage(name), time.monotonic() - began)
     took: list[float] = []
-    with _stubs(server) as stubs:
+    with separate_channels(server.address, len(server.workers)) as channels:
+        stubs = itertools.cycle([pb_grpc.TokenServiceStub(channel) for channel in channels])
         give_up = time.monotonic() + CASE_SECONDS_MAX
         for number in range(WARM_UP + deletes):
             if time.monotonic() > give_up and took:
@@ -288,19 +289,6 @@ def _lapses(children: Sequence[Child]) -> int:
     for child in children:
         child.tell("")
     return sum(json.loads(child.hear(START_SECONDS_MAX))["lapses"] for child in children)
-
-
-@contextlib.contextmanager
-def _stubs(server: Server) -> Iterator[Iterator[Any]]:
-    """Yield stubs for deletions in turn. Their connections lead to several workers."""
-    # Otherwise they would share one connection.
-    options = [("grpc.use_local_subchannel_pool", 1)]
-    with contextlib.ExitStack() as stack:
-        channels = [
-            stack.enter_context(grpc.insecure_channel(server.address, options))
-            for _ in server.workers
-        ]
-        yield itertools.cycle([pb_grpc.TokenServiceStub(channel) for channel in channels])
 
 
 @contextlib.contextmanager

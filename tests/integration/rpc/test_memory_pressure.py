@@ -2,10 +2,7 @@
 
 import asyncio
 import contextlib
-import shutil
 import ssl
-import tempfile
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +13,11 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
 from tests.helpers import raw_http2 as http2
-from tests.helpers.callers import ca_pem, credential, policy_text, write_server_files
+from tests.helpers.callers import ca_pem, credential
 from tests.helpers.calls import CHANNEL_OPTIONS, is_serving
-from tests.helpers.free_ports import free_port
-from tests.helpers.service_process import PYTHON, Service, service
+from tests.helpers.service_process import Service
 from tests.helpers.waiting import eventually
+from tests.integration.rpc.tls_service import tls_service
 
 pytestmark = pytest.mark.slow("fills the memory of a worker")
 
@@ -31,37 +28,13 @@ CONNECTIONS, CALLS = 150, 100
 ENDED_SECONDS_MAX = 60.0
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="latchkey-test-", dir="/tmp"))
-    yield path
-    shutil.rmtree(path)
-
-
 async def test_anonymous_calls_end_their_connections_and_not_the_worker(
     folder: Path, database_url: str
 ) -> None:
     """When anonymous calls use much of a worker's memory, their connections end. The worker lives,
     and a caller with a credential keeps its connection, on which it is answered."""
-    policy = folder / "policy.toml"
-    policy.write_text(policy_text())
-    files = write_server_files(folder)
-    # With it, callers without a certificate could not connect.
-    del files["tls_client_ca"]
-    target = f"localhost:{free_port()}"
-    with service(
-        folder / "service",
-        PYTHON,
-        listen="127.0.0.1:0",
-        database_url=database_url,
-        data_dir=folder / "data",
-        log_format="json",
-        policy=policy,
-        tls_listen=target,
-        memory_mib=MEMORY_MIB,
-        grace_seconds=0.5,
-        **files,
-    ) as running:
+    limited: dict[str, object] = {"memory_mib": MEMORY_MIB, "grace_seconds": 0.5}
+    with tls_service(folder, database_url, **limited) as (running, target):
         await running.welcome()
         workers = running.worker_pids
         credentials = grpc.ssl_channel_credentials(ca_pem())

@@ -2,15 +2,11 @@
 
 import asyncio
 import itertools
-import shutil
-import tempfile
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc
-import pytest
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
@@ -23,13 +19,6 @@ CODE = grpc.StatusCode
 # More than may wait for long, so the queue is full all the time.
 FLOOD = 80
 CALLS = 11
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="latchkey-test-", dir="/tmp"))
-    yield path
-    shutil.rmtree(path)
 
 
 def presented(name: str) -> Any:
