@@ -2,13 +2,14 @@
 
 The supervisor kills a worker above the limit, and all its callers lose their connections. Well
 below it, the connection guard ends the connections that have not shown an identity: a stranger can
-make a worker keep almost nothing else. Owns the decision, the known peers, and
-the return of free memory to the system; `connection_guard.py` ends connections.
+make a worker keep almost nothing else. Owns the decision, the known peers, and the return of free
+memory to the system; `connection_guard.py` ends connections.
 """
 
 import ctypes
 import math
 import os
+import sys
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from typing import Final
@@ -35,8 +36,9 @@ class KnownPeers:
         self._old: AbstractSet[str] = frozenset()
 
     def add(self, peer: str) -> None:
-        """Record that a peer has shown an identity."""
-        self._new.add(peer)
+        """Record that a peer has shown an identity. Without a guard, nobody would forget it."""
+        if sys.platform == "linux":
+            self._new.add(peer)
 
     def __contains__(self, peer: str) -> bool:
         return peer in self._old or peer in self._new
@@ -64,9 +66,9 @@ class MemoryPressure:
         self._trim_at = math.inf
 
     def is_due(self, now: float) -> bool:
-        """Return whether `judge` has something to do. Takes some microseconds.
+        """Return whether `judge` has something to do, and let the level follow memory down.
 
-        `now` is in seconds on any clock.
+        Takes some microseconds. `now` is in seconds on any clock.
         """
         resident = self._resident()
         if resident < self._least:
