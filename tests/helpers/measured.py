@@ -2,12 +2,11 @@
 
 A plugin of pytest, which `make test` loads before anything that it measures is imported
 (`PYTEST_PLUGINS`). SlipCover adds a probe to each line that is measured and leaves all other code
-as it is, which costs much less than a tracer. This covers the processes of pytest, and the command
-line tools and services that tests fork (`fork_server.py`).
+as it is, which costs much less than a tracer. It measures the processes of pytest, and the command
+line tools, services and consoles that tests fork (`fork_server.py`).
 
 Each process saves the lines that it has seen when it ends, unless it is killed. The process that
-reports unites them. The settings
-are in pyproject.toml (`[tool.slipcover]`).
+reports unites them. The settings are in pyproject.toml (`[tool.slipcover]`).
 """
 
 from __future__ import annotations

@@ -240,9 +240,8 @@ async def test_first_call_shows_how_long_calls_take() -> None:
 
 
 async def test_answers_in_another_lane_show_that_the_database_responds() -> None:
-    """A lane full of slow calls blames load as long as the database answers calls of other
-    lanes. A request that is refused without a query does
-    not count as an answer."""
+    """A lane full of slow calls blames load as long as the database answers calls of other lanes.
+    A request that is refused without a query does not count as an answer."""
     clock, answers = Clock(), admission.Answers()
     slow, other = (ConcurrencyLimiter(1, 1_000, clock, answers=answers) for _ in range(2))
     work = Work(slow)

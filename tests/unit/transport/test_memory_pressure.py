@@ -43,7 +43,7 @@ def pressure(memory: Memory, limit: int = LIMIT) -> MemoryPressure:
 
 
 def test_connections_end_only_above_the_threshold() -> None:
-    """Well below the limit, nothing is to be done. Above, connections end."""
+    """Below the threshold, there is nothing to do. Above it, connections end."""
     assert not pressure(Memory(LEAST - 1)).is_due(0.0)
     assert not pressure(Memory(10**12), limit=0).is_due(0.0)
     high = pressure(Memory(LEAST))
