@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from latchkey_service.coherence.ack_rules import DeadVerifierDetector
-from latchkey_service.coherence.rows import RowId, Rows
+from latchkey_service.coherence.rows import ReadLog, RowId, Rows
 from latchkey_service.coherence.verifier_state import Log, VerifierState
 from latchkey_service.coherence.verifier_table import OwnRow, Report, SiblingReport
 from latchkey_service.errors import (
@@ -131,6 +131,10 @@ class LeaseRenewer:
         self._news = True
         self._woken.set()
 
+    def wake_to_apply(self) -> None:
+        """Apply a log that the lead of this host has sent."""
+        self._woken.set()
+
     def wake_to_acknowledge(self) -> None:
         """Check whether a revision can be acknowledged, because a client has confirmed or has
         left.
@@ -221,17 +225,17 @@ class LeaseRenewer:
         """Read the log if it may have new entries, and renew the lease if that is due."""
         state = self.state
         due = self._clock() >= self._next_renewal
-        if not (self._news or due or self._acknowledgeable() > state.acknowledged):
+        received = self._rows.unasked_log(state.cache.position)
+        acknowledgeable = self._acknowledgeable()
+        if not (self._news or due or received or acknowledgeable > state.acknowledged):
             return
         await self._rows.get()
         if not state.registered:
             await self._register()
             due = True
-        elif self._news:
-            # Cleared before the log is read, so that a wake-up during the read causes another read.
-            self._news = False
-            began = self._clock()
-            log = await self._rows.read_log(state.cache.position)
+        elif self._news or received:
+            # A wake-up asks for a read that begins after it, so a log that was sent is too old.
+            log, began = received if received and not self._news else await self._read_log()
             if log.known and log.server != state.server:
                 # If this log were applied, reads of that server would be accepted under a lease
                 # from another one. Only a renewal can move the lease to it.
@@ -251,6 +255,12 @@ class LeaseRenewer:
             state.sweep(self._clock())
             if self._clock() >= self._next_detection and (row := await self._rows.own_row()):
                 await self._remove_dead(row)
+
+    async def _read_log(self) -> ReadLog:
+        # Cleared before the log is read, so that a wake-up during the read causes another read.
+        self._news = False
+        began = self._clock()
+        return ReadLog(await self._rows.read_log(self.state.cache.position), began)
 
     async def _register(self) -> None:
         self.registrations += 1
