@@ -26,11 +26,12 @@ __all__ = [
 
 # A log has at most 10,000 changes and tokens, of some 100 bytes each.
 LINE_BYTES_MAX: Final = 4 * 1024 * 1024
+_ENCODER: Final = json.JSONEncoder(separators=(",", ":"))
 
 
 def encode(message: dict[str, Any]) -> bytes:
     """Return a message as a line."""
-    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+    return _ENCODER.encode(message).encode() + b"\n"
 
 
 def decode(line: bytes) -> dict[str, Any]:

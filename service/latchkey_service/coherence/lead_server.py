@@ -33,6 +33,9 @@ __all__ = ["LeadServer"]
 ALIVE_LEASES = 1 / 24
 # As long as a statement may take, and a connection before it.
 REQUEST_SECONDS_MAX = 3.0
+# In leases: how much longer the lead's lease must be for its siblings to hear of it. A lead that
+# renews in order to acknowledge has a lease that is only a little longer, and they would all ask.
+LONGER_LEASES = 1 / 4
 # Questions that need no lease.
 WITHOUT_LEASE = ("hello", "release")
 # Far above the time between two looks at the stream.
@@ -115,11 +118,12 @@ class LeadServer:
 
     def on_news(self, changed: bool) -> None:  # noqa: FBT001 - called back
         """Tell the siblings that the log has news, and which, or that the lease was renewed."""
-        told = (self._renewer.state.lease_ends, self._renewer.in_doubt())
-        if not changed and told == self._told:
-            return
-        self._told = told
+        ends, in_doubt = self._renewer.state.lease_ends, self._renewer.in_doubt()
         if not changed:
+            longer = ends - self._told[0] >= self._renewer.state.lease_seconds * LONGER_LEASES
+            if not longer and in_doubt == self._told[1]:
+                return
+            self._told = (ends, in_doubt)
             line = encode({"news": "lease"})
             for connection in self._connections:
                 self._push(connection, line)

@@ -45,6 +45,10 @@ WAITED_SECONDS = 0.5
 # others read them rarely, in case all of those are dead.
 DETECTORS = 8
 OTHERS_DETECT_SECONDS = 60.0
+# In leases: a process renews the lease that its lead shares when this much of it is left, but after
+# this pause at least. The lead renews a little earlier than that, and its siblings then hear of it.
+EARLY_LEASES = 0.6
+SOON_LEASES = 1 / 12
 # A statement that takes longer suggests that Postgres does not answer.
 SLOW_SECONDS = 0.25
 # Reads of the log until one has begun after a wake-up, because an earlier one may be in progress.
@@ -289,6 +293,10 @@ class LeaseRenewer:
         if renewed:
             self._row_lost = False
             state.renew(began, acknowledgeable, ends)
+            if math.isfinite(ends):
+                # Some of a lease that another process shares has passed already.
+                soon, early = (state.lease_seconds * part for part in (SOON_LEASES, EARLY_LEASES))
+                self._next_renewal = min(self._next_renewal, max(began + soon, ends - early))
             self.renewals += 1
             self._succeed()
             # This also wakes clients whose grants wait for this lease.

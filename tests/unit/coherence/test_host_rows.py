@@ -34,10 +34,11 @@ class Renewer:
         self.scene = scene
         self.state = scene.state
         self.woken = self.reads = 0
+        self.doubts = False
         self.news: list[tuple[Position, str]] = []
 
     def in_doubt(self) -> bool:
-        return False
+        return self.doubts
 
     def renew_now(self) -> None: ...
 
@@ -361,6 +362,24 @@ async def test_a_sibling_need_not_ask_for_the_log(host: Host) -> None:
     assert host.acknowledgeable() == 5, "applied, and not yet confirmed"
     await host.renew()
     assert host.acknowledgeable() == 6
+
+
+async def test_siblings_hear_of_a_lease_that_is_much_longer(host: Host) -> None:
+    """A lead that renews in order to acknowledge does not make its siblings renew. Its regular
+    renewals do, and so does a change of its doubt about Postgres.
+    """
+    await host.register()
+    host.server.on_news(False)
+    await eventually(lambda: host.news == ["lease"], "the first lease")
+    for step, heard in ((LEASE_SECONDS / 5, 1), (LEASE_SECONDS / 5, 2), (LEASE_SECONDS / 5, 2)):
+        host.lead.now += step
+        host.lead.renew()
+        host.server.on_news(False)
+        await host.renew()
+        assert host.news == ["lease"] * heard
+    host.renewer.doubts = True
+    host.server.on_news(False)
+    await eventually(lambda: host.news == ["lease"] * 3, "the doubt")
 
 
 async def test_a_long_log_is_not_sent_unasked(host: Host) -> None:

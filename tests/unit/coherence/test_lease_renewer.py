@@ -33,6 +33,8 @@ class Rows:
         self.calls: list[object] = []
         self.unasked: ReadLog | None = None
         self.server = PRIMARY
+        # The end of the lease that the lead shares.
+        self.ends = math.inf
 
     async def get(self) -> None: ...
 
@@ -51,7 +53,7 @@ class Rows:
 
     async def renew(self, applied: Position, acknowledged: int, _report: Report) -> Renewal:
         self.calls.append(acknowledged)
-        return Renewal(True, Log(True, self.server, applied, ()), math.inf)
+        return Renewal(True, Log(True, self.server, applied, ()), self.ends)
 
     async def renewed(self, _state: object) -> None: ...
 
@@ -69,7 +71,8 @@ class Sibling:
         self.state: VerifierState[Any] = VerifierState(
             VerdictCache(10), ClientLeases(), LEASE_SECONDS
         )
-        self.renewer = LeaseRenewer(self.state, "ver_sibling", self.rows, lambda: 100.0)
+        self.now = 100.0
+        self.renewer = LeaseRenewer(self.state, "ver_sibling", self.rows, lambda: self.now)
 
     def send(self, sent: Log) -> None:
         """Send a log as the lead does."""
@@ -114,3 +117,18 @@ async def test_a_log_of_another_server_only_causes_a_renewal(sibling: Sibling) -
     await eventually(lambda: sibling.state.server == OTHER, "the renewal has moved the lease")
     assert sibling.rows.calls[0] == 5
     assert sibling.state.cache.position == at(5)
+
+
+@pytest.mark.parametrize(
+    ("left", "next_after"), [(3.0, 1.0), (2.5, 0.7), (1.9, 0.25), (0.1, 0.25), (math.inf, 1.0)]
+)
+async def test_a_lease_that_began_earlier_is_renewed_earlier(
+    sibling: Sibling, left: float, next_after: float
+) -> None:
+    """At the next renewal, 0.6 of the lease is left, whatever the lead has used of it already. A
+    lead that does not renew is not asked all the time.
+    """
+    sibling.rows.ends = sibling.now + left
+    sibling.renewer.renew_now()
+    await eventually(lambda: sibling.rows.calls, "the lease is renewed")
+    assert sibling.renewer._next_renewal - sibling.now == pytest.approx(next_after)
