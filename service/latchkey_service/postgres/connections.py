@@ -53,6 +53,10 @@ TRIAL_TIMEOUT_SECONDS = 0.5
 # One connection for each call in progress (`managed_calls.CONCURRENCY_LIMITS`), one for each
 # receipt being written (`management.CONFIRMING_MAX`), and two for background work.
 POOL_SIZE_MAX = 19
+# A pool closes a connection that it has not used for this long, so that a burst of calls does not
+# hold on to connections that other hosts may need. Below that, the next call would pay for a new
+# one too often.
+POOL_REST_SECONDS = 30.0
 # Attempts at a transaction that conflicts with others. The longest random pause between attempts
 # starts at the first delay and doubles up to the second. That takes about half a second in total,
 # enough for hundreds of transactions.
@@ -242,6 +246,7 @@ class Pool:
             connect=pool._connect,
             min_size=0,
             max_size=POOL_SIZE_MAX,
+            max_inactive_connection_lifetime=POOL_REST_SECONDS,
             connection_class=PlainConnection,
         )
         return pool
