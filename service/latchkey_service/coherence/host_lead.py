@@ -157,7 +157,9 @@ class HostLead:
         # Recorded before it is sent. The end is a reading of the common clock, so a lead that is
         # stopped between these lines shares no more than it has recorded.
         state.client_leases.grant(sibling.lease, confirmed, state.lease_ends)
-        return Renewal(True, log, state.lease_ends, state.log_read_began)
+        return Renewal(
+            renewed=True, log=log, ends=state.lease_ends, read_began=state.log_read_began
+        )
 
     def adopt(
         self,

@@ -107,8 +107,8 @@ class HostRows:
             await self._postgres.get()
 
     async def own_row(self) -> OwnRow | None:
-        """Return None: the lead looks for dead rows."""
-        return None
+        """Return the row in Postgres, or None: the lead looks for dead rows, unless it is away."""
+        return await self._postgres.own_row() if self._own else None
 
     async def register(self, *, acknowledge: bool) -> Registration:
         """Register with an empty cache (rule 2).

@@ -68,6 +68,9 @@ class Postgres:
 
     async def get(self) -> None: ...
 
+    async def own_row(self) -> RowId:
+        return self.row
+
     async def register(self, *, acknowledge: bool) -> Registration:
         self.calls.append(("register", acknowledge))
         self.row = RowId("ver_sibling", self.row.incarnation + 1)
@@ -286,6 +289,16 @@ async def test_a_sibling_survives_the_death_of_the_lead(host: Host) -> None:
     assert host.state.epoch == epoch
     assert host.state.lease_ends == server_lease_end(host.lead.now, LEASE_SECONDS) > ends
     assert host.rows.row == ("ver_sibling", 1)
+
+
+async def test_dead_rows_are_removed_while_the_lead_is_away(host: Host) -> None:
+    """Deletes would wait for the dead lead's row until there is another lead."""
+    await host.register()
+    await host.renew()
+    assert await host.rows.own_row() is None
+    await host.lead_dies()
+    await host.renew()
+    assert await host.rows.own_row() is not None
 
 
 async def test_a_silent_lead_is_left(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
