@@ -136,6 +136,9 @@ class HostLead:
 
         None if it is empty, long, or not known. The sibling then has to ask.
         """
+        if self._state.cache.position.revision - sibling.applied.revision > UNASKED_MAX:
+            # Each revision is a change. A sibling that is stopped may lack thousands.
+            return None
         log = self.log_after(sibling, sibling.applied)
         size = sum(1 + len(change.token_ids) for change in log.changes)
         if not 0 < size <= UNASKED_MAX:

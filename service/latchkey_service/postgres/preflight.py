@@ -239,7 +239,7 @@ async def few_connections(connection: "Connection", workers: int) -> str | None:
     )
     idle, most = workers * IDLE_CONNECTIONS, workers * ATTEMPTS_MAX
     sentence = (
-        f"Postgres allows {limit} connections, and {workers} workers hold {idle} when idle and "
+        f"Postgres allows {limit} connections, and {workers} workers may hold {idle} when idle and "
         f"open up to {most}; raise {name}, or lower LATCHKEY_WORKERS"
     )
     if limit < idle:

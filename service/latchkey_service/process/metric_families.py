@@ -62,7 +62,10 @@ FAMILIES: Final[Mapping[str, Family]] = {
     ),
     "latchkey_log_age_seconds": Family("gauge", (), "time since the log of deletions was read"),
     "latchkey_notifications": Family(
-        "gauge", ("state",), "1 for the state of notifications: unknown, arrive, silent, off"
+        "gauge",
+        ("state",),
+        "1 for the state of notifications: unknown (also if worker 0 receives them for this one), "
+        "arrive, silent, off",
     ),
     "latchkey_delete_wait_seconds": Family(
         "histogram",

@@ -138,7 +138,7 @@ async def rest(rests: Sequence[Callable[[], None]]) -> None:
 async def follow_peppers(table: VerifierTable, own_id: str, reports: fleet.Reports) -> None:
     """Warn if live verifiers lack a pepper that others create tokens with. Runs until cancelled.
 
-    Every worker warns, both those that lack the pepper and those that have it, because a person may
+    Every host warns, both those that lack the pepper and those that have it, because a person may
     read the log of only one host.
     """
     loop, log = asyncio.get_running_loop(), logger()

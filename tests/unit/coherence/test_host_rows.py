@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 from latchkey_coherence.lease import server_lease_end
-from latchkey_coherence.verdict_cache import NOWHERE, Position, VerdictCache
+from latchkey_coherence.verdict_cache import Position, VerdictCache
 from latchkey_service.coherence.client_leases import ClientLeases
-from latchkey_service.coherence.host_lead import UNASKED_MAX, HostLead, Renewal, UnaskedLog
+from latchkey_service.coherence.host_lead import UNASKED_MAX, HostLead, Renewal
 from latchkey_service.coherence.host_rows import HostRows
 from latchkey_service.coherence.lead_server import LeadServer
-from latchkey_service.coherence.log import Change, Log, Registration
+from latchkey_service.coherence.log import Log, Registration
 from latchkey_service.coherence.rows import RowId
 from latchkey_service.coherence.verifier_reports import Report
 from latchkey_service.coherence.verifier_state import VerifierState
@@ -277,10 +277,11 @@ async def test_a_lead_without_a_lease_does_not_move_siblings(host: Host) -> None
 
 async def test_a_sibling_survives_the_death_of_the_lead(host: Host) -> None:
     """Without its lead, a sibling gets a row that acknowledges nothing, keeps cache and lease, and
-    renews at once.
+    renews at once. It then looks for dead rows, such as that of the lead.
     """
     await host.register()
     await host.renew()
+    assert await host.rows.own_row() is None
     epoch, ends = host.state.epoch, host.state.lease_ends
     await host.lead_dies()
     host.lead.now += 0.5
@@ -288,17 +289,7 @@ async def test_a_sibling_survives_the_death_of_the_lead(host: Host) -> None:
     assert host.postgres.calls == [("register", False), ("renew", 5)]
     assert host.state.epoch == epoch
     assert host.state.lease_ends == server_lease_end(host.lead.now, LEASE_SECONDS) > ends
-    assert host.rows.row == ("ver_sibling", 1)
-
-
-async def test_dead_rows_are_removed_while_the_lead_is_away(host: Host) -> None:
-    """Deletes would wait for the dead lead's row until there is another lead."""
-    await host.register()
-    await host.renew()
-    assert await host.rows.own_row() is None
-    await host.lead_dies()
-    await host.renew()
-    assert await host.rows.own_row() is not None
+    assert host.rows.row == await host.rows.own_row() == ("ver_sibling", 1)
 
 
 async def test_a_silent_lead_is_left(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -440,34 +431,6 @@ async def test_a_log_from_a_lead_that_was_left_is_not_applied(host: Host) -> Non
     await eventually(lambda: "unasked log" in host.news, "the sibling has heard")
     host.rows._lead_is_gone()
     assert host.rows.unasked_log(host.state.cache.position) is None
-
-
-UNASKED = UnaskedLog(
-    at(5), Log(True, PRIMARY, at(7), (Change(at(6), ("a",)), Change(at(7), ("b",)))), 1.0
-)
-
-
-@pytest.mark.parametrize(
-    ("applied", "tokens"),
-    [
-        (at(5), ["a", "b"]),
-        (at(6), ["b"]),
-        (at(7), None),
-        (at(8), None),
-        (at(4), None),
-        (Position(5, 77), None),
-        (Position(6, 77), None),
-        (NOWHERE, None),
-    ],
-)
-def test_an_unasked_log_follows_only_its_own_positions(
-    applied: Position, tokens: list[str] | None
-) -> None:
-    """A sibling that has applied more, or has started over, applies the rest or nothing."""
-    log = UNASKED.following(applied)
-    found = log and [token for change in log.changes for token in change.token_ids]
-    assert found == tokens
-    assert log is None or log.head == at(7)
 
 
 async def test_what_the_row_reports(host: Host) -> None:

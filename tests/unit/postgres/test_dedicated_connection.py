@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from latchkey_coherence.lease import boottime
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.postgres.connections import IDLE_SECONDS, DedicatedConnection
 
@@ -12,7 +13,7 @@ class FakeConnection:
 
     def __init__(self) -> None:
         self.ended = self.broken = False
-        self.used_at: float | None = None
+        self.used_at = boottime()
 
     def is_closed(self) -> bool:
         return self.ended
