@@ -80,7 +80,7 @@ PAUSE_SECONDS = 0.1
 WARM_UP = 3
 CASE_SECONDS_MAX = 25.0
 CALL_SECONDS_MAX = 20.0
-# A host closes the connections that it does not need after half a minute.
+# After half a minute without use, a host closes its connections.
 REST_SETTLE_SECONDS, QUICK_REST_SETTLE_SECONDS = 40.0, 6.0
 REST_SECONDS, QUICK_REST_SECONDS = 15.0, 4.0
 # Workers that have just started test notifications and look for dead rows.

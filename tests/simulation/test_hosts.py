@@ -104,7 +104,7 @@ def adopt_what_is_behind(
 
 
 def send_only_what_is_new(self: HostLead, sibling: Record) -> UnaskedLog | None:
-    """Rule 3 broken, with the next one: the lead takes what it has sent for applied."""
+    """Breaks rule 3, with the next mutant: the lead assumes that what it has sent is applied."""
     unasked = unasked_log(self, sibling)
     if unasked is not None:
         sibling.applied = unasked.log.head

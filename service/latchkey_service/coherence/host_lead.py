@@ -33,8 +33,8 @@ from latchkey_service.coherence.verifier_state import VerifierState
 
 __all__ = ["UNASKED_MAX", "HostLead", "Renewal", "Sibling", "UnaskedLog"]
 
-# In changes and tokens. A sibling asks for a longer log: it is sent again with each change until
-# the sibling has confirmed it.
+# The longest log that is sent without a question, in changes and tokens. A sibling fetches a longer
+# one: the lead would send it again with each change until the sibling has confirmed it.
 UNASKED_MAX: Final = 100
 
 

@@ -38,7 +38,7 @@ class LeadConnection:
         self._silence_seconds = silence_seconds
         # Called with the kind of news: "log", "unasked log", "lease", "closing", or "gone".
         self._on_news = on_news
-        # The latest one. It contains earlier ones, as far as the lead knows that they are needed.
+        # The latest log that was sent. It repeats entries of earlier ones that are still needed.
         self._unasked: UnaskedLog | None = None
         # At most one answer, and the lines about its progress.
         self._lines: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()

@@ -118,7 +118,7 @@ class LeadServer:
             Path(self._path).unlink()  # noqa: ASYNC240 - takes microseconds
 
     def on_news(self, changed: bool) -> None:  # noqa: FBT001 - called back
-        """Tell the siblings that the log has news, and which, or that the lease was renewed."""
+        """Send the siblings new entries of the log, or the news that the lease was renewed."""
         ends, in_doubt = self._renewer.state.lease_ends, self._renewer.in_doubt()
         if not changed:
             longer = ends - self._told[0] >= self._renewer.state.lease_seconds * LONGER_LEASES
@@ -210,7 +210,7 @@ class LeadServer:
             return {"unavailable": True}
 
     def _answerable(self, request: dict[str, Any]) -> bool:
-        """Return whether Postgres is not needed for the answer."""
+        """Return whether this process can answer without Postgres."""
         if request["kind"] in WITHOUT_LEASE or self._rules.closing:
             return True
         return self._rules.ready(self._clock()) and self._to_read(request) is None

@@ -45,8 +45,8 @@ WAITED_SECONDS = 0.5
 # others read them rarely, in case all of those are dead.
 DETECTORS = 8
 OTHERS_DETECT_SECONDS = 60.0
-# In leases: a process renews the lease that its lead shares when this much of it is left, but after
-# this pause at least. The lead renews a little earlier than that, and its siblings then hear of it.
+# In leases: a sibling renews when this much of its lease is left, but not sooner than this pause
+# after its last renewal. The lead renews a little earlier, and its siblings then hear of it.
 EARLY_LEASES = 0.6
 SOON_LEASES = 1 / 12
 # A statement that takes longer suggests that Postgres does not answer.

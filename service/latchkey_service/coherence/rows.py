@@ -71,7 +71,7 @@ class Rows(Protocol):
         """Return the log after a position."""
 
     def unasked_log(self, applied: Position) -> ReadLog | None:
-        """Return a log after a position that has arrived without a question, once."""
+        """Return the log after a position if one was sent without a question. Once for each."""
 
     async def renew(self, applied: Position, acknowledged: int, report: Report) -> Renewal:
         """Renew the lease, acknowledge, and return the log after a position (rule 3)."""

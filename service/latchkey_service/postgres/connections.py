@@ -298,7 +298,7 @@ class Pool:
             try:
                 if self._is_trusted(session) and await answers(session):
                     return session
-                # A firewall may have dropped every idle one. Tests of each would delay callers.
+                # A firewall may have dropped every idle one. Testing each would delay callers.
                 self._doubted_until = max(self._doubted_until, boottime() - IDLE_SECONDS)
             except BaseException:
                 session.terminate()

@@ -108,7 +108,7 @@ async def test_a_log_that_was_sent_is_confirmed_without_a_question(sibling: Sibl
 
 
 async def test_a_wake_up_reads_the_log_although_one_was_sent(sibling: Sibling) -> None:
-    """The read begins after the wake-up. The log that was sent may lack what it is about."""
+    """The read begins after the wake-up. The log that was sent may be older."""
     sibling.renewer.wake()
     sibling.send(log(at(6), (at(6), "t")))
     assert await sibling.renewer.read_log_to(9, 200.0)
