@@ -92,7 +92,7 @@ class LeadServer:
             # Siblings that have given up root must be able to connect. The folder protects it.
             Path(self._path).chmod(0o777)  # noqa: ASYNC240 - takes microseconds
         except OSError as error:
-            self._log.warning("the lease is not shared", error=str(error))
+            self._log.warning("the lease is not shared", socket=self._path, error=str(error))
 
     def close_to_siblings(self) -> None:
         """Ask the siblings to take rows of their own, because this process will stop.
