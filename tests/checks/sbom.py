@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from cyclonedx.schema import SchemaVersion
-from cyclonedx.validation.json import JsonStrictValidator
 
 __all__ = ["OUTPUT", "bill", "problems"]
 
@@ -83,6 +82,9 @@ def bill(root: Path) -> dict[str, Any]:
 
 def problems(text: str) -> str | None:
     """Return what violates CycloneDX's schema, or None."""
+    # This import takes two seconds, and each process that runs tests imports this module.
+    from cyclonedx.validation.json import JsonStrictValidator
+
     error = JsonStrictValidator(SCHEMA).validate_str(text)
     return None if error is None else str(error)
 
