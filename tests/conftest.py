@@ -86,8 +86,11 @@ TESTS = Path(__file__).parent
 FAULTS = TESTS / "faults"
 # What starts first: groups, which one worker runs, and folders, those that take longest before the
 # others. A worker must not have a long one left when the others have finished.
-GROUPS_FIRST = ("faults", "browser", "recovery", "history", "failover", "soak")
+GROUPS_FIRST = ("computing", "faults", "browser", "recovery", "history", "failover", "soak")
 FIRST = (*GROUPS_FIRST, "fuzz", "integration", "contract", "console")
+# These only compute. One worker runs them at the beginning, while the tests of the others mostly
+# wait and leave a core idle. At the end, all tests compute.
+COMPUTING = {"model", "simulation"}
 # A browser takes more processor time than all unit tests. What the page sends and answers is tested
 # without one too.
 SLOW = {"one_browser": "drives a browser"}
@@ -118,7 +121,13 @@ def pytest_collection(session: pytest.Session) -> None:
     import_in_turn(session.config.args)
 
 
+# Before pytest-xdist reads the groups.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        folder = item.path.relative_to(TESTS).parts[0]
+        if folder in COMPUTING and item.get_closest_marker("slow") is None:
+            item.add_marker(pytest.mark.xdist_group("computing"))
     items.sort(key=_turn)
     for item in items:
         names = item.fixturenames if isinstance(item, pytest.Function) else ()
