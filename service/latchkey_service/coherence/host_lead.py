@@ -52,8 +52,6 @@ class UnaskedLog(NamedTuple):
     after: Position
     """The position that the sibling stated last."""
     log: Log
-    read_began: float
-    """When the lead began to read, on the clock of the host."""
 
     def following(self, applied: Position) -> Log | None:
         """Return the part after the position that the sibling has applied meanwhile.
@@ -127,7 +125,13 @@ class HostLead:
         changes = None
         if state.registered and sibling.incarnation == self.incarnation():
             changes = state.recent.after(applied)
-        return Log(changes is not None, state.server, state.cache.position, changes or ())
+        return Log(
+            changes is not None,
+            state.server,
+            state.cache.position,
+            changes or (),
+            read_began=state.log_read_began,
+        )
 
     def unasked_log(self, sibling: Sibling) -> UnaskedLog | None:
         """Return the log after the position that a sibling stated last.
@@ -138,7 +142,7 @@ class HostLead:
         size = sum(1 + len(change.token_ids) for change in log.changes)
         if not 0 < size <= UNASKED_MAX:
             return None
-        return UnaskedLog(sibling.applied, log, self._state.log_read_began)
+        return UnaskedLog(sibling.applied, log)
 
     def renew(self, sibling: Sibling, applied: Position, acknowledged: int) -> Renewal:
         """Share the lease, and record that (rules 3, 6 and 7). Requires `ready`.
