@@ -30,7 +30,6 @@ from functools import partial
 from typing import Any, Final, Protocol
 
 import grpc
-
 from pygrpc_native import EVENT_CANCEL, STREAM_CLOSED, STREAM_FULL
 
 from latchkey_service.errors import (
