@@ -49,7 +49,7 @@ async def main() -> None:
         return b""
 
     server = grpc.aio.server()
-    handler = grpc.unary_unary_rpc_method_handler(serve)
+    handler: Any = grpc.unary_unary_rpc_method_handler(serve)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("x", {"y": handler}),))
     port = server.add_insecure_port("[::]:0")
     await server.start()
