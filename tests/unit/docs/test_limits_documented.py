@@ -10,7 +10,13 @@ from latchkey_service.access.rates import DEFAULT_PER_SECOND
 from latchkey_service.coherence.use_reports import USES_IN_REPORT_MAX
 from latchkey_service.coherence.watch_sessions import WATCH_SESSIONS_MAX
 from latchkey_service.process.worker_watch import memory_max_bytes
-from latchkey_service.rpc import admission, managed_calls, refused_calls, streams
+from latchkey_service.rpc import (
+    admission,
+    maintenance_service,
+    managed_calls,
+    refused_calls,
+    streams,
+)
 from latchkey_service.settings.settings import Settings
 from latchkey_service.tokens.batched_lookup import BUSY, STANDING, WAITING_MAX
 from latchkey_service.tokens.fair_queue import SMALL_BYTES
@@ -237,6 +243,10 @@ ROWS: dict[str, tuple[tuple[str, ...], tuple[object, ...]]] = {
             managed_calls.CONCURRENCY_LIMITS["operator"][0] * admission.BURST,
         ),
     ),
+    "calls of `InvalidateAll`": (
+        ("tests/contract/test_maintenance.py::test_an_operator_in_a_loop_makes_no_verify_fail",),
+        (),
+    ),
     "importers' calls": (
         (ADMISSION + "test_released_slot_frees_capacity_but_call_still_counts",),
         (
@@ -424,3 +434,8 @@ def test_limits_of_envoy(limit: str, row: str, said: str) -> None:
     """The rows have the values of the documented configuration of Envoy."""
     assert limit in ENVOY_FILE
     assert said in rows()[row]
+
+
+def test_pause_between_invalidations() -> None:
+    """The page has the pause between two calls of InvalidateAll."""
+    assert f"{maintenance_service.PAUSE_SECONDS:g} s" in rows()["calls of `InvalidateAll`"]
