@@ -9,11 +9,11 @@ from latchkey_service.access.methods import METHODS
 from latchkey_service.access.rates import DEFAULT_PER_SECOND
 from latchkey_service.coherence.use_reports import USES_IN_REPORT_MAX
 from latchkey_service.coherence.watch_sessions import WATCH_SESSIONS_MAX
+from latchkey_service.fair_queue import SMALL_BYTES
 from latchkey_service.process.worker_watch import memory_max_bytes
 from latchkey_service.rpc import admission, managed_calls, refused_calls, streams
 from latchkey_service.settings.settings import Settings
 from latchkey_service.tokens.batched_lookup import BUSY, STANDING, WAITING_MAX
-from latchkey_service.tokens.fair_queue import SMALL_BYTES
 from latchkey_service.tokens.usage import USES_PENDING_MAX
 from latchkey_service.transport import (
     connection_shares,
@@ -31,7 +31,7 @@ HOSTILE = "tests/integration/transport/test_hostile_peers.py::"
 PROCESS = "tests/integration/process/test_limits.py::"
 ENVOY = "tests/integration/transport/test_envoy.py::"
 NATIVE = "tests/unit/transport/test_native.py::"
-LANES = "tests/unit/transport/test_native_lanes.py::"
+LANES = "tests/unit/transport/test_native_queues.py::"
 ADMISSION = "tests/unit/rpc/test_admission.py::"
 FAIR = "tests/unit/rpc/test_fair_admission.py::"
 SESSIONS = "tests/unit/coherence/test_watch_sessions.py::"
