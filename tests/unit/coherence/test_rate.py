@@ -170,7 +170,7 @@ def test_share_belongs_to_one_limit() -> None:
 
 @dataclass
 class Verifier:
-    """A server process or a client library, with a clock of its own."""
+    """A server process or a client library, with its own clock."""
 
     rate: float
     offset: float
