@@ -22,7 +22,7 @@ from tests.helpers.waiting import WAIT_SECONDS
 
 # Of 23 planted faults, the explicit examples find 22. Random ones found the other with the third at
 # the latest, with four seeds.
-EXAMPLES = 15
+EXAMPLES = 10
 # Without the explicit examples, some faults need dozens of random ones.
 EXAMPLES_LONG = 60
 # What random examples find is in the management of tokens, which is the same for both transports. A
