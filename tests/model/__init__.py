@@ -73,6 +73,8 @@ guarantee:
     python -m tests.model                   # states, seconds, and steps to each violation
     python -m tests.model "counted from"    # the steps, for broken rules with that name
 
+**What only it shows**: that the rules suffice in every order of steps, and that each is needed.
+
 **What it does not show**: that the code follows the rules, and that Postgres behaves as assumed.
 The model has one token (and changes that name another) and one Delete, and T is two or three ticks.
 
