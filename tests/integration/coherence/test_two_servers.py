@@ -1,8 +1,8 @@
 """Two servers on one database: a deleted token is dead on both when Delete returns.
 
-Only here and in `tests/contract`, the quick tests run the SQL and the messages that the classes rely
-on: the parts that are proved one by one elsewhere work together, on a real Postgres without faults.
-`tests/history` and `tests/faults` add the faults.
+Here and in `tests/contract`, the parts that are proved one by one elsewhere work together, on a
+real Postgres without faults. Of the quick tests, only these run the SQL and the messages that the
+classes rely on. `tests/history` and `tests/faults` add the faults.
 """
 
 import asyncio
