@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Annotated, Final, Self, TypeVar
 
+from latchkey_coherence.identifiers import ACCOUNT_ID
 from latchkey_coherence.redaction import redact
 from pydantic import (
     AfterValidator,
@@ -45,7 +46,6 @@ from pydantic import (
 from latchkey_service.access.credentials import DIGEST
 from latchkey_service.access.methods import METHODS, ROLES
 from latchkey_service.access.rates import RateLimits, limits_for
-from latchkey_service.identifiers import ACCOUNT_ID
 from latchkey_service.lifetime import NO_RULES, Lifetime, LifetimeRules, duration_in
 
 __all__ = [
