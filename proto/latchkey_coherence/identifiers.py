@@ -1,4 +1,4 @@
-"""The format of account ids, which other services choose, and of token ids, which Latchkey makes."""
+"""The format of account ids, which other services choose, and of Latchkey's token ids. Pure."""
 
 import re
 from typing import Final
