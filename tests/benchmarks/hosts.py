@@ -80,9 +80,8 @@ PAUSE_SECONDS = 0.1
 WARM_UP = 3
 CASE_SECONDS_MAX = 25.0
 CALL_SECONDS_MAX = 20.0
-# A host closes connections that it does not need after 5 s, and asyncpg's pool after minutes. What
-# a host holds in between is the higher figure.
-REST_SETTLE_SECONDS, QUICK_REST_SETTLE_SECONDS = 20.0, 6.0
+# A host closes the connections that it does not need after half a minute.
+REST_SETTLE_SECONDS, QUICK_REST_SETTLE_SECONDS = 40.0, 6.0
 REST_SECONDS, QUICK_REST_SECONDS = 15.0, 4.0
 # Workers that have just started test notifications and look for dead rows.
 CASE_SETTLE_SECONDS, CASE_REST_SECONDS = 5.0, 4.0
@@ -196,8 +195,6 @@ def measure(
             return stack.enter_context(processes.latchkey(scratch, name, settings, both))
 
         servers = {mode: serve(mode, mode, WORKERS) for mode in MODES}
-        if rest:
-            time.sleep(QUICK_REST_SETTLE_SECONDS if quick else REST_SETTLE_SECONDS)
         if any(case.verifiers < WORKERS for case in cases):
             servers["two"] = serve("two", "each", 2)
         samples = {case: Samples() for case in cases}
@@ -208,6 +205,8 @@ def measure(
                 _say(f"Out of time: {number - 1} rounds")
                 break
             if rest:
+                # Each round has just deleted tokens on these hosts.
+                time.sleep(QUICK_REST_SETTLE_SECONDS if quick else REST_SETTLE_SECONDS)
                 _at_rest(databases, rest, QUICK_REST_SECONDS if quick else REST_SECONDS)
             # Forwards and backwards in turn.
             for case in cases if number % 2 else cases[::-1]:

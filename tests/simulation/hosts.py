@@ -1,13 +1,14 @@
 """A host whose processes share one row: a lead and its siblings. The shipped rules decide.
 
 One step does the same as the service's loops between two awaits (`host_rows.py`, `lead_server.py`).
-Questions to the lead wait, or are lost. The lead stalls, and answers old questions later.
+Questions to the lead wait, or are lost. The lead stalls, and answers old questions later. The logs
+that it sends without a question are delayed, reordered and lost.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-from latchkey_service.coherence.host_lead import HostLead, Renewal
+from latchkey_service.coherence.host_lead import HostLead, Renewal, UnaskedLog
 from latchkey_service.coherence.host_lead import Sibling as Record
 from latchkey_service.coherence.log import Log, Registration
 
@@ -25,6 +26,8 @@ SHARING = [
 class Lead(Server):
     """The process with the row of the host."""
 
+    world: "HostWorld"
+
     def __init__(self, world: "HostWorld", name: str) -> None:
         super().__init__(world, name)
         self.clock = world.host_clock
@@ -39,6 +42,23 @@ class Lead(Server):
     def receive_reply(self) -> None:
         if not self.stalled:
             super().receive_reply()
+
+    def _apply(self, log: Log, began: float) -> None:
+        super()._apply(log, began)
+        for sibling in self.world.siblings if self.world.sends_logs else ():
+            connection = sibling.connection
+            if connection is not None and connection.lead is self:
+                self._send_log(sibling, connection)
+
+    def _send_log(self, sibling: "Sibling", connection: "Connection") -> None:
+        unasked = self.rules.unasked_log(connection.record)
+        if unasked is None:
+            return
+        chance = self.world.random.random()
+        if chance < 0.5:
+            sibling.hear(connection, unasked)
+        elif chance < 0.9:
+            self.world.send(lambda: sibling.hear(connection, unasked))
 
     def stop(self) -> None:
         self.rules.closing = True
@@ -72,11 +92,21 @@ class Sibling(Server):
         self.shared = self.own = False
         # The question that waits for an answer.
         self.asked: object | None = None
+        # The latest log that the lead has sent without a question.
+        self.unasked: UnaskedLog | None = None
+
+    def hear(self, connection: Connection, unasked: UnaskedLog) -> None:
+        """Receive a log from the lead that this process uses, and apply it now or later."""
+        if connection is self.connection and self.shared:
+            self.unasked = unasked
+            if self.asked is None and self.world.random.random() < 0.5:
+                self._apply_unasked()
 
     def renew_once(self, *, news: bool = False) -> None:
         state = self.state
         if self.reply is not None or self.asked is not None:
             return
+        self._apply_unasked()
         if not state.registered:
             clear = state.client_leases.floor(self.clock()) is None
             if not self.own and (self.shared or clear) and self.connect():
@@ -98,6 +128,16 @@ class Sibling(Server):
             self._register_and_keep_the_cache()
         else:
             super().renew_once(news=news)
+
+    def _apply_unasked(self) -> None:
+        unasked, self.unasked = self.unasked, None
+        if unasked is None or not self.shared or not self.state.registered:
+            return
+        log = unasked.following(self.state.cache.position)
+        # As in the service, only a renewal may move the lease to another server.
+        if log is not None and log.server == self.state.server:
+            self._apply(log, unasked.read_began)
+            self.world.count("applied without a question")
 
     def connect(self) -> bool:
         """Return whether there is a lead to ask."""
@@ -283,8 +323,12 @@ def _renew(lead: Lead, record: Record, applied: Any, acknowledged: int) -> Renew
 class HostWorld(World):
     """A world in which the first two processes share the row of the first one."""
 
-    def __init__(self, random: Any, *, timelines: bool | None = None) -> None:
+    def __init__(
+        self, random: Any, *, timelines: bool | None = None, sends_logs: bool = False
+    ) -> None:
         super().__init__(random, timelines=timelines)
+        # Whether the lead sends logs without a question.
+        self.sends_logs = sends_logs
         self.kinds += SHARING
         self.host_clock = Clock(self)
         alone = self.servers[:1]

@@ -191,7 +191,10 @@ class Deletions:
     """What `Client.delete_all` deleted or, with `dry_run`, would delete."""
 
     count: int
-    """How many tokens this call deleted. With `dry_run`: how many match."""
+    """How many tokens this call deleted. With `dry_run`: how many match.
+
+    The library repeats a call that the service cannot confirm. This is the number of the last
+    attempt, so it may lack tokens that an earlier attempt deleted. The receipt covers these too."""
     tokens: tuple[Token, ...] = ()
     """With `dry_run`: the first 500 of them, the oldest first."""
     receipt: "Receipt | None" = None

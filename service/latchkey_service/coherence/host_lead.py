@@ -13,21 +13,29 @@ Why this is sufficient (rules 3 and 7):
   that the sibling and its clients have not confirmed, until that lease has ended.
 - While the sibling has no lease on record, the row may acknowledge more than the sibling has
   applied. Then neither the sibling nor a client of it answers.
+- A log that is sent before the sibling asks extends no lease and confirms nothing. The sibling
+  applies it only after a position that it contains, mark included, so it skips no change and
+  follows no other history (rule 12).
 
 Owns the records of siblings, as leases in `client_leases`. The socket belongs to `lead_server`.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from latchkey_coherence.verdict_cache import Position
+from latchkey_coherence.verdict_cache import NOWHERE, Position
 
 from latchkey_service.coherence.client_leases import ClientLease
 from latchkey_service.coherence.log import Log, Registration, Server
 from latchkey_service.coherence.verifier_state import VerifierState
 
-__all__ = ["HostLead", "Renewal", "Sibling"]
+__all__ = ["UNASKED_MAX", "HostLead", "Renewal", "Sibling", "UnaskedLog"]
+
+# In changes and tokens. A sibling asks for a longer log: it is sent again with each change until
+# the sibling has confirmed it.
+UNASKED_MAX: Final = 100
 
 
 class Renewal(NamedTuple):
@@ -38,17 +46,43 @@ class Renewal(NamedTuple):
     ends: float = -math.inf
 
 
+class UnaskedLog(NamedTuple):
+    """A log that the lead sends as soon as it has read it. It spares a sibling the question."""
+
+    after: Position
+    """The position that the sibling stated last."""
+    log: Log
+    read_began: float
+    """When the lead began to read, on the clock of the host."""
+
+    def following(self, applied: Position) -> Log | None:
+        """Return the part after the position that the sibling has applied meanwhile.
+
+        None if nothing follows, or if this log does not contain that position: the sibling has
+        started over, perhaps on another history.
+        """
+        log = self.log
+        if applied == self.after:
+            return log
+        for place, change in enumerate(log.changes[:-1], 1):
+            if change.position == applied:
+                return dataclasses.replace(log, changes=log.changes[place:])
+        return None
+
+
 class Sibling:
     """The record of one connection of a sibling. A sibling that reconnects gets another one: what
     it had on record before stays until it has ended.
     """
 
-    __slots__ = ("incarnation", "lease")
+    __slots__ = ("applied", "incarnation", "lease")
 
     def __init__(self, name: str = "") -> None:
         self.lease = ClientLease(name, is_process=True)
         self.incarnation = 0
         """The registration of the lead under which the sibling has registered. 0: under none."""
+        self.applied = NOWHERE
+        """The position that the sibling stated last."""
 
 
 class HostLead:
@@ -77,7 +111,7 @@ class HostLead:
         """
         state = self._state
         sibling.incarnation = self.incarnation()
-        position = state.cache.position
+        position = sibling.applied = state.cache.position
         acknowledged = position.revision if acknowledge else 0
         state.client_leases.confirm(sibling.lease, acknowledged)
         return Registration(position, acknowledged, state.server)
@@ -89,10 +123,22 @@ class HostLead:
         over, and delays the confirmation of deletions, and so must its siblings (rules 8 and 12).
         """
         state = self._state
+        sibling.applied = applied
         changes = None
         if state.registered and sibling.incarnation == self.incarnation():
             changes = state.recent.after(applied)
         return Log(changes is not None, state.server, state.cache.position, changes or ())
+
+    def unasked_log(self, sibling: Sibling) -> UnaskedLog | None:
+        """Return the log after the position that a sibling stated last.
+
+        None if it is empty, long, or not known. The sibling then has to ask.
+        """
+        log = self.log_after(sibling, sibling.applied)
+        size = sum(1 + len(change.token_ids) for change in log.changes)
+        if not 0 < size <= UNASKED_MAX:
+            return None
+        return UnaskedLog(sibling.applied, log, self._state.log_read_began)
 
     def renew(self, sibling: Sibling, applied: Position, acknowledged: int) -> Renewal:
         """Share the lease, and record that (rules 3, 6 and 7). Requires `ready`.
@@ -136,7 +182,7 @@ class HostLead:
             or acknowledged < state.cache.position.revision
         ):
             return False
-        sibling.incarnation = self.incarnation()
+        sibling.incarnation, sibling.applied = self.incarnation(), applied
         # Until both leases have ended: that of the sibling's row, too.
         state.client_leases.grant(sibling.lease, acknowledged, ends)
         return True

@@ -1,6 +1,9 @@
 """The lines between the lead of a host and its siblings: JSON objects, one a line.
 
 Both ends are the same release: the supervisor starts them. Owns the conversion of logs.
+
+A line without a question is news: "log" if the log has new entries, with these if they are few;
+"lease" if the lead's lease has changed, or its doubt about Postgres; "closing" if it will stop.
 """
 
 import json
@@ -8,17 +11,27 @@ from typing import Any, Final
 
 from latchkey_coherence.verdict_cache import Position
 
+from latchkey_service.coherence.host_lead import UnaskedLog
 from latchkey_service.coherence.log import Change, Log, Server
 
-__all__ = ["LINE_BYTES_MAX", "decode", "encode", "log_of", "log_out"]
+__all__ = [
+    "LINE_BYTES_MAX",
+    "decode",
+    "encode",
+    "log_of",
+    "log_out",
+    "news_of_log",
+    "unasked_log_of",
+]
 
 # A log has at most 10,000 changes and tokens, of some 100 bytes each.
 LINE_BYTES_MAX: Final = 4 * 1024 * 1024
+_ENCODER: Final = json.JSONEncoder(separators=(",", ":"))
 
 
 def encode(message: dict[str, Any]) -> bytes:
     """Return a message as a line."""
-    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+    return _ENCODER.encode(message).encode() + b"\n"
 
 
 def decode(line: bytes) -> dict[str, Any]:
@@ -50,3 +63,22 @@ def log_of(message: dict[str, Any]) -> Log:
             for revision, mark, token_ids in message["changes"]
         ),
     )
+
+
+def news_of_log(unasked: UnaskedLog | None) -> dict[str, Any]:
+    """Return the news that the log has new entries, with these if there is a log to send."""
+    if unasked is None:
+        return {"news": "log"}
+    return {
+        "news": "log",
+        "after": unasked.after,
+        "log": log_out(unasked.log),
+        "read_began": unasked.read_began,
+    }
+
+
+def unasked_log_of(news: dict[str, Any]) -> UnaskedLog | None:
+    """Return the log of such news, if any. Raises KeyError, TypeError and ValueError."""
+    if "log" not in news:
+        return None
+    return UnaskedLog(Position(*news["after"]), log_of(news["log"]), float(news["read_began"]))

@@ -8,7 +8,13 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
-from latchkey_service.coherence.host_messages import LINE_BYTES_MAX, decode, encode
+from latchkey_service.coherence.host_lead import UnaskedLog
+from latchkey_service.coherence.host_messages import (
+    LINE_BYTES_MAX,
+    decode,
+    encode,
+    unasked_log_of,
+)
 from latchkey_service.errors import NO_ANSWER, StoreUnavailable
 
 __all__ = ["LeadConnection", "LeadGone"]
@@ -30,8 +36,10 @@ class LeadConnection:
     ) -> None:
         self._reader, self._writer = reader, writer
         self._silence_seconds = silence_seconds
-        # Called with the kind of news: "log", "lease", "closing", or "gone".
+        # Called with the kind of news: "log", "unasked log", "lease", "closing", or "gone".
         self._on_news = on_news
+        # The latest one. It contains earlier ones, as far as the lead knows that they are needed.
+        self._unasked: UnaskedLog | None = None
         # At most one answer, and the lines about its progress.
         self._lines: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         self._task = asyncio.create_task(self._read(), name="lead reader")
@@ -77,6 +85,11 @@ class LeadConnection:
             if "alive" not in answer:
                 return answer
 
+    def take_unasked(self) -> UnaskedLog | None:
+        """Return the log that the lead has sent without a question, once."""
+        unasked, self._unasked = self._unasked, None
+        return unasked
+
     def release(self) -> None:
         """Send the lead that this process answers no longer under its lease. Does not wait."""
         with contextlib.suppress(LeadGone):
@@ -95,13 +108,19 @@ class LeadConnection:
 
     async def _read(self) -> None:
         try:
-            with contextlib.suppress(ValueError, OSError):
+            with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
                 while line := await self._reader.readline():
                     message = decode(line)
                     if "news" in message:
-                        self._on_news(message["news"])
+                        self._hear(message)
                     else:
                         self._lines.put_nowait(message)
         finally:
             self._lines.put_nowait(None)
         self._on_news("gone")
+
+    def _hear(self, message: dict[str, Any]) -> None:
+        kind = message["news"]
+        if kind == "log" and (unasked := unasked_log_of(message)):
+            self._unasked, kind = unasked, "unasked log"
+        self._on_news(kind)

@@ -12,12 +12,13 @@ from typing import Any
 
 from latchkey_coherence.verdict_cache import Position
 
-from latchkey_service.coherence.host_lead import HostLead, Sibling
+from latchkey_service.coherence.host_lead import HostLead, Sibling, UnaskedLog
 from latchkey_service.coherence.host_messages import (
     LINE_BYTES_MAX,
     decode,
     encode,
     log_out,
+    news_of_log,
 )
 from latchkey_service.coherence.lease_renewer import LeaseRenewer
 from latchkey_service.coherence.log import Server
@@ -32,6 +33,11 @@ __all__ = ["LeadServer"]
 ALIVE_LEASES = 1 / 24
 # As long as a statement may take, and a connection before it.
 REQUEST_SECONDS_MAX = 3.0
+# In leases: how much longer the lead's lease must be for its siblings to hear of it. A lead that
+# renews in order to acknowledge has a lease that is only a little longer, and they would all ask.
+LONGER_LEASES = 1 / 4
+# Questions that need no lease.
+WITHOUT_LEASE = ("hello", "release")
 # Far above the time between two looks at the stream.
 STOP_SECONDS_MAX = 0.5
 # A sibling that does not read gets no more news.
@@ -94,7 +100,7 @@ class LeadServer:
         """
         self._rules.closing = True
         for connection in self._connections:
-            self._push(connection, {"news": "closing"})
+            self._push(connection, encode({"news": "closing"}))
 
     async def stop(self) -> None:
         """Close all connections."""
@@ -111,13 +117,24 @@ class LeadServer:
             Path(self._path).unlink()  # noqa: ASYNC240 - takes microseconds
 
     def on_news(self, changed: bool) -> None:  # noqa: FBT001 - called back
-        """Tell the siblings that the log has news, or that the lease was renewed."""
-        told = (self._renewer.state.lease_ends, self._renewer.in_doubt())
-        if not changed and told == self._told:
+        """Tell the siblings that the log has news, and which, or that the lease was renewed."""
+        ends, in_doubt = self._renewer.state.lease_ends, self._renewer.in_doubt()
+        if not changed:
+            longer = ends - self._told[0] >= self._renewer.state.lease_seconds * LONGER_LEASES
+            if not longer and in_doubt == self._told[1]:
+                return
+            self._told = (ends, in_doubt)
+            line = encode({"news": "lease"})
+            for connection in self._connections:
+                self._push(connection, line)
             return
-        self._told = told
+        # Mostly the same for all siblings.
+        lines: dict[UnaskedLog | None, bytes] = {}
         for connection in self._connections:
-            self._push(connection, {"news": "log" if changed else "lease"})
+            unasked = self._rules.unasked_log(connection.sibling)
+            if unasked not in lines:
+                lines[unasked] = encode(news_of_log(unasked))
+            self._push(connection, lines[unasked])
 
     def reports(self) -> list[SiblingReport]:
         """Return the siblings with a lease, for people."""
@@ -150,7 +167,7 @@ class LeadServer:
         try:
             while line := await reader.readline():
                 request = decode(line)
-                answer = await self._alive_until(self._answer(connection, request), writer)
+                answer = await self._respond(connection, request)
                 if writer.is_closing():
                     break
                 writer.write(encode(answer))
@@ -165,16 +182,17 @@ class LeadServer:
             writer.close()
 
     async def _alive_until(
-        self, work: Coroutine[Any, Any, dict[str, Any]], writer: asyncio.StreamWriter
-    ) -> dict[str, Any]:
-        """Return the answer, and report meanwhile that this process works on it."""
+        self, work: Coroutine[Any, Any, object], writer: asyncio.StreamWriter
+    ) -> None:
+        """Await the work, and report meanwhile that this process does it."""
         task = asyncio.create_task(work, name="sibling request")
         try:
             while True:
                 seconds = self._renewer.state.lease_seconds * ALIVE_LEASES
                 done, _ = await asyncio.wait({task}, timeout=seconds)
                 if done:
-                    return task.result()
+                    task.result()
+                    return
                 if writer.is_closing():
                     # The sibling has gone, or this process stops.
                     raise ConnectionResetError
@@ -182,7 +200,45 @@ class LeadServer:
         finally:
             task.cancel()
 
-    async def _answer(self, connection: _Connection, request: dict[str, Any]) -> dict[str, Any]:
+    async def _respond(self, connection: _Connection, request: dict[str, Any]) -> dict[str, Any]:
+        try:
+            if not self._answerable(request):
+                await self._alive_until(self._make_answerable(request), connection.writer)
+            return self._answer(connection, request)
+        except LatchkeyError:
+            return {"unavailable": True}
+
+    def _answerable(self, request: dict[str, Any]) -> bool:
+        """Return whether Postgres is not needed for the answer."""
+        if request["kind"] in WITHOUT_LEASE or self._rules.closing:
+            return True
+        return self._rules.ready(self._clock()) and self._to_read(request) is None
+
+    async def _make_answerable(self, request: dict[str, Any]) -> None:
+        """Wait for the lease, and read the log if a sibling may know more than this process.
+
+        Raises as `LeaseRenewer.wait_for_lease` and `read_log_to`.
+        """
+        deadline = self._clock() + REQUEST_SECONDS_MAX
+        if not self._rules.ready(self._clock()):
+            await self._renewer.wait_for_lease(deadline)
+        if (revision := self._to_read(request)) is not None:
+            await self._renewer.read_log_to(revision, deadline)
+
+    def _to_read(self, request: dict[str, Any]) -> int | None:
+        """Return the revision that a sibling may know and this process may not, if any.
+
+        A sibling asks for the log when it knows of a new revision. The read begins after the
+        question.
+        """
+        if request["kind"] == "register":
+            return None
+        applied = Position(*request["applied"])
+        level = request["kind"] == "log" and applied == self._renewer.state.cache.position
+        return applied.revision + level if level or self._rules.behind(applied) else None
+
+    def _answer(self, connection: _Connection, request: dict[str, Any]) -> dict[str, Any]:
+        """Answer without a wait: the lease is recorded and shared as it is now."""
         sibling, kind = connection.sibling, request["kind"]
         if kind == "hello":
             connection.identity = request["identity"]
@@ -196,32 +252,19 @@ class LeadServer:
             return {"ok": True}
         if self._rules.closing:
             return {"closing": True}
-        try:
-            return await self._answer_under_lease(connection, request)
-        except LatchkeyError:
-            return {"unavailable": True}
+        return self._answer_under_lease(connection, request)
 
-    async def _answer_under_lease(
+    def _answer_under_lease(
         self, connection: _Connection, request: dict[str, Any]
     ) -> dict[str, Any]:
         rules, sibling, renewer = self._rules, connection.sibling, self._renewer
-        state, deadline = renewer.state, self._clock() + REQUEST_SECONDS_MAX
+        if request["kind"] == "log":
+            return {"log": log_out(rules.log_after(sibling, Position(*request["applied"])))}
         if not rules.ready(self._clock()):
-            await renewer.wait_for_lease(deadline)
+            return {"unavailable": True}
         if request["kind"] == "register":
             return {"registration": rules.register(sibling, acknowledge=request["acknowledge"])}
         applied = Position(*request["applied"])
-        level = request["kind"] == "log" and applied == state.cache.position
-        if level or rules.behind(applied):
-            # A sibling that asks for the log knows of a revision that this process may not have
-            # read. The read begins after the question.
-            await renewer.read_log_to(applied.revision + level, deadline)
-        if request["kind"] == "log":
-            return {"log": log_out(rules.log_after(sibling, applied))}
-        # From here on without a wait: the lease is recorded and shared as it is now.
-        if not rules.ready(self._clock()):
-            return {"unavailable": True}
-        before = (sibling.lease.confirmed, sibling.lease.ends)
         if request["kind"] == "adopt":
             adopted = rules.adopt(
                 sibling,
@@ -235,9 +278,9 @@ class LeadServer:
                 # For people: the row counts this sibling from now on.
                 renewer.renew_now()
             return {"adopted": adopted, "row": self._row()}
-        connection.report = request["report"]
+        connection.report, before = request["report"], sibling.lease.confirmed
         renewed, log, ends = rules.renew(sibling, applied, request["acknowledged"])
-        if before[0] != sibling.lease.confirmed:
+        if before != sibling.lease.confirmed:
             renewer.wake_to_acknowledge()
         return {
             "renewed": renewed,
@@ -251,10 +294,10 @@ class LeadServer:
     def _row(self) -> tuple[str, int]:
         return self._own_id, self._rules.incarnation()
 
-    def _push(self, connection: _Connection, message: dict[str, Any]) -> None:
+    def _push(self, connection: _Connection, line: bytes) -> None:
         writer = connection.writer
         # uvloop raises RuntimeError for a write after the other end has closed.
         if not writer.is_closing() and (
             writer.transport.get_write_buffer_size() < UNREAD_BYTES_MAX
         ):
-            writer.write(encode(message))
+            writer.write(line)

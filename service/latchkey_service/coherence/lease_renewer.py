@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from latchkey_service.coherence.ack_rules import DeadVerifierDetector
-from latchkey_service.coherence.rows import RowId, Rows
+from latchkey_service.coherence.rows import ReadLog, RowId, Rows
 from latchkey_service.coherence.verifier_state import Log, VerifierState
 from latchkey_service.coherence.verifier_table import OwnRow, Report, SiblingReport
 from latchkey_service.errors import (
@@ -45,6 +45,10 @@ WAITED_SECONDS = 0.5
 # others read them rarely, in case all of those are dead.
 DETECTORS = 8
 OTHERS_DETECT_SECONDS = 60.0
+# In leases: a process renews the lease that its lead shares when this much of it is left, but after
+# this pause at least. The lead renews a little earlier than that, and its siblings then hear of it.
+EARLY_LEASES = 0.6
+SOON_LEASES = 1 / 12
 # A statement that takes longer suggests that Postgres does not answer.
 SLOW_SECONDS = 0.25
 # Reads of the log until one has begun after a wake-up, because an earlier one may be in progress.
@@ -129,6 +133,10 @@ class LeaseRenewer:
         10).
         """
         self._news = True
+        self._woken.set()
+
+    def wake_to_apply(self) -> None:
+        """Apply a log that the lead of this host has sent."""
         self._woken.set()
 
     def wake_to_acknowledge(self) -> None:
@@ -221,17 +229,17 @@ class LeaseRenewer:
         """Read the log if it may have new entries, and renew the lease if that is due."""
         state = self.state
         due = self._clock() >= self._next_renewal
-        if not (self._news or due or self._acknowledgeable() > state.acknowledged):
+        received = self._rows.unasked_log(state.cache.position)
+        acknowledgeable = self._acknowledgeable()
+        if not (self._news or due or received or acknowledgeable > state.acknowledged):
             return
         await self._rows.get()
         if not state.registered:
             await self._register()
             due = True
-        elif self._news:
-            # Cleared before the log is read, so that a wake-up during the read causes another read.
-            self._news = False
-            began = self._clock()
-            log = await self._rows.read_log(state.cache.position)
+        elif self._news or received:
+            # A wake-up asks for a read that begins after it, so a log that was sent is too old.
+            log, began = received if received and not self._news else await self._read_log()
             if log.known and log.server != state.server:
                 # If this log were applied, reads of that server would be accepted under a lease
                 # from another one. Only a renewal can move the lease to it.
@@ -251,6 +259,12 @@ class LeaseRenewer:
             state.sweep(self._clock())
             if self._clock() >= self._next_detection and (row := await self._rows.own_row()):
                 await self._remove_dead(row)
+
+    async def _read_log(self) -> ReadLog:
+        # Cleared before the log is read, so that a wake-up during the read causes another read.
+        self._news = False
+        began = self._clock()
+        return ReadLog(await self._rows.read_log(self.state.cache.position), began)
 
     async def _register(self) -> None:
         self.registrations += 1
@@ -279,6 +293,10 @@ class LeaseRenewer:
         if renewed:
             self._row_lost = False
             state.renew(began, acknowledgeable, ends)
+            if math.isfinite(ends):
+                # Some of a lease that another process shares has passed already.
+                soon, early = (state.lease_seconds * part for part in (SOON_LEASES, EARLY_LEASES))
+                self._next_renewal = min(self._next_renewal, max(began + soon, ends - early))
             self.renewals += 1
             self._succeed()
             # This also wakes clients whose grants wait for this lease.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     Connection = asyncpg.Connection[asyncpg.Record]
 
-__all__ = ["PostgresRows", "RowId", "Rows"]
+__all__ = ["PostgresRows", "ReadLog", "RowId", "Rows"]
 
 # A stop does not wait for a database that hangs: the row expires by itself.
 REMOVE_SECONDS = 1.0
@@ -34,6 +34,13 @@ class RowId(NamedTuple):
 
     id: str
     incarnation: int
+
+
+class ReadLog(NamedTuple):
+    """A log, and the clock before it was read."""
+
+    log: Log
+    began: float
 
 
 class Rows(Protocol):
@@ -62,6 +69,9 @@ class Rows(Protocol):
 
     async def read_log(self, applied: Position) -> Log:
         """Return the log after a position."""
+
+    def unasked_log(self, applied: Position) -> ReadLog | None:
+        """Return a log after a position that has arrived without a question, once."""
 
     async def renew(self, applied: Position, acknowledged: int, report: Report) -> Renewal:
         """Renew the lease, acknowledge, and return the log after a position (rule 3)."""
@@ -120,6 +130,9 @@ class PostgresRows:
     async def read_log(self, applied: Position) -> Log:
         """Read the log from Postgres."""
         return await (await self.own_row()).read_log(applied)
+
+    def unasked_log(self, applied: Position) -> None:
+        """Return None: Postgres sends no log."""
 
     async def renew(self, applied: Position, acknowledged: int, report: Report) -> Renewal:
         """Renew the row, with the host that the statement is sent to."""

@@ -41,8 +41,8 @@ __all__ = [
     "translate_errors",
 ]
 
-# Our statements take about a millisecond. After two seconds without an answer, the database is
-# frozen or unreachable, and an error helps the caller more than a longer wait.
+# Statements take about a millisecond. After two seconds without an answer, the database is frozen
+# or unreachable, and an error helps the caller more than a longer wait.
 STATEMENT_TIMEOUT_SECONDS = 2.0
 CONNECT_TIMEOUT_SECONDS = 1.0
 # A connection that was idle for longer is tested before use: if a firewall has dropped it, a
@@ -53,9 +53,10 @@ TRIAL_TIMEOUT_SECONDS = 0.5
 # One connection for each call in progress (`managed_calls.CONCURRENCY_LIMITS`), one for each
 # receipt being written (`management.CONFIRMING_MAX`), and two for background work.
 POOL_SIZE_MAX = 19
-# Attempts at a transaction that conflicts with others. The longest random pause between attempts
-# starts at the first delay and doubles up to the second. That takes about half a second in total,
-# enough for hundreds of transactions.
+# The pool closes connections that were idle for this long: other hosts may need them.
+POOL_REST_SECONDS = 30.0
+# Attempts at a transaction that conflicts with others. The longest random pause starts at the first
+# delay and doubles up to the second: half a second in total, enough for hundreds of transactions.
 CONFLICT_ATTEMPTS = 14
 CONFLICT_DELAY_SECONDS = 0.008
 CONFLICT_DELAY_SECONDS_MAX = 0.1
@@ -229,7 +230,7 @@ class Pool:
     def __init__(self, connector: Connector) -> None:
         self._connector = connector
         self._pool: asyncpg.Pool
-        # Increases when the existing connections may lead to the wrong server.
+        # Rises when existing connections may lead to the wrong server.
         self._generation = 0
         # The pool replaces connections that were last used before this time.
         self._doubted_until = -math.inf
@@ -242,6 +243,7 @@ class Pool:
             connect=pool._connect,
             min_size=0,
             max_size=POOL_SIZE_MAX,
+            max_inactive_connection_lifetime=POOL_REST_SECONDS,
             connection_class=PlainConnection,
         )
         return pool
@@ -424,9 +426,8 @@ def require_durable_commit(session: "_Session") -> Iterator[None]:
 def retry_on_conflict(method: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
     """Repeat a transaction that was rolled back because of a conflict (SQLSTATE 40xxx).
 
-    Conflicts are rare under READ COMMITTED. They are common under SERIALIZABLE, the only level of
-    some engines that speak Postgres' protocol. The rollback undid the whole transaction, so
-    repeating it is safe.
+    Conflicts are common under SERIALIZABLE, the only level of some engines that speak Postgres'
+    protocol. The rollback undid the whole transaction, so repeating it is safe.
     """
 
     @functools.wraps(method)

@@ -93,6 +93,8 @@ class HostSharing:
         def on_news(kind: str) -> None:
             if kind == "log":
                 renewer().wake()
+            elif kind == "unasked log":
+                renewer().wake_to_apply()
             else:
                 renewer().renew_now()
 

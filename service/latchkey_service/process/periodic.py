@@ -41,8 +41,9 @@ __all__ = [
 # The check for health is a query. While renewals and look-ups succeed, it is rare. If one has
 # failed, or a renewal is slow, the check follows within LOOK_SECONDS.
 PROBE_SECONDS = 5.0
-# For workers that share a lease, so that an idle one keeps no connection for it.
-PROBE_SECONDS_SHARED = 60.0
+# For workers that share a lease, so that an idle one keeps no connection for it. Without it, a host
+# would open one for each worker, all at the same time, once a minute.
+PROBE_SECONDS_SHARED = 600.0
 LOOK_SECONDS = 0.5
 PROBE_SECONDS_WHILE_DOWN = 0.1
 PROBE_TIMEOUT_SECONDS = 1.0

@@ -232,9 +232,9 @@ class Settings(BaseSettings):
         "on", description="on or off: LISTEN and NOTIFY, which let a Delete return in milliseconds"
     )
     host_lease: Literal["each", "shared"] = Field(
-        "each",
-        description="each or shared; shared: the workers of this host have one lease together, for "
-        "fleets of more than some 20 workers",
+        "shared",
+        description="shared or each; shared: the workers of this host have one lease and one row "
+        "together, and need fewer connections to Postgres; each: each worker has its own",
     )
     drain_seconds: float = Field(
         0.1,

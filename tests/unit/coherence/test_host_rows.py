@@ -2,18 +2,18 @@
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from latchkey_coherence.lease import server_lease_end
-from latchkey_coherence.verdict_cache import Position, VerdictCache
+from latchkey_coherence.verdict_cache import NOWHERE, Position, VerdictCache
 from latchkey_service.coherence.client_leases import ClientLeases
-from latchkey_service.coherence.host_lead import HostLead, Renewal
+from latchkey_service.coherence.host_lead import UNASKED_MAX, HostLead, Renewal, UnaskedLog
 from latchkey_service.coherence.host_rows import HostRows
 from latchkey_service.coherence.lead_server import LeadServer
-from latchkey_service.coherence.log import Log, Registration
+from latchkey_service.coherence.log import Change, Log, Registration
 from latchkey_service.coherence.rows import RowId
 from latchkey_service.coherence.verifier_reports import Report
 from latchkey_service.coherence.verifier_state import VerifierState
@@ -34,10 +34,11 @@ class Renewer:
         self.scene = scene
         self.state = scene.state
         self.woken = self.reads = 0
+        self.doubts = False
         self.news: list[tuple[Position, str]] = []
 
     def in_doubt(self) -> bool:
-        return False
+        return self.doubts
 
     def renew_now(self) -> None: ...
 
@@ -268,12 +269,11 @@ async def test_a_silent_lead_is_left(host: Host, monkeypatch: pytest.MonkeyPatch
     await host.register()
     await host.renew()
 
-    async def hang(work: Coroutine[Any, Any, Any], *_: object) -> dict[str, Any]:
-        work.close()
+    async def hang(*_: object) -> dict[str, Any]:
         await host.reader_gone.wait()
         raise ConnectionResetError
 
-    monkeypatch.setattr(host.server, "_alive_until", hang)
+    monkeypatch.setattr(host.server, "_respond", hang)
     host.rows._lead._silence_seconds = 0.05  # type: ignore[union-attr]
     assert await host.renew()
     assert host.postgres.calls == [("register", False), ("renew", 5)]
@@ -342,6 +342,95 @@ async def test_a_sibling_that_is_behind_does_not_return(host: Host) -> None:
     assert not host.rows.shared, "a Delete may still read the row"
     await host.renew()
     assert host.rows.shared
+
+
+async def test_a_sibling_need_not_ask_for_the_log(host: Host) -> None:
+    """The lead sends new entries at once. Those that follow the sibling's position can be applied,
+    once, and confirmed with the next renewal.
+    """
+    await host.register()
+    await host.renew()
+    host.lead.apply((at(6), "t"))
+    host.server.on_news(True)
+    await eventually(lambda: "unasked log" in host.news, "the sibling has heard")
+    log, began = host.rows.unasked_log(host.state.cache.position)  # type: ignore[misc]
+    assert [change.position for change in log.changes] == [at(6)]
+    assert began == host.lead.state.log_read_began
+    assert host.rows.unasked_log(host.state.cache.position) is None
+    assert host.renewer.reads == 0
+    host.state.apply(log, began)
+    assert host.acknowledgeable() == 5, "applied, and not yet confirmed"
+    await host.renew()
+    assert host.acknowledgeable() == 6
+
+
+async def test_siblings_hear_of_a_lease_that_is_much_longer(host: Host) -> None:
+    """A lead that renews in order to acknowledge does not make its siblings renew. Its regular
+    renewals do, and so does a change of its doubt about Postgres.
+    """
+    await host.register()
+    host.server.on_news(False)
+    await eventually(lambda: host.news == ["lease"], "the first lease")
+    for step, heard in ((LEASE_SECONDS / 5, 1), (LEASE_SECONDS / 5, 2), (LEASE_SECONDS / 5, 2)):
+        host.lead.now += step
+        host.lead.renew()
+        host.server.on_news(False)
+        await host.renew()
+        assert host.news == ["lease"] * heard
+    host.renewer.doubts = True
+    host.server.on_news(False)
+    await eventually(lambda: host.news == ["lease"] * 3, "the doubt")
+
+
+async def test_a_long_log_is_not_sent_unasked(host: Host) -> None:
+    """The lead sends a log at most as long as `UNASKED_MAX`; a sibling asks for a longer one."""
+    await host.register()
+    await host.renew()
+    host.lead.apply(*((at(6 + number), "t") for number in range(UNASKED_MAX)))
+    host.server.on_news(True)
+    await eventually(lambda: "log" in host.news, "the sibling has heard")
+    assert host.rows.unasked_log(host.state.cache.position) is None
+    log = await host.rows.read_log(host.state.cache.position)
+    assert len(log.changes) == UNASKED_MAX
+
+
+async def test_a_log_from_a_lead_that_was_left_is_not_applied(host: Host) -> None:
+    """Once a sibling has left the lead, its lease follows Postgres, so logs of the lead end."""
+    await host.register()
+    await host.renew()
+    host.lead.apply((at(6), "t"))
+    host.server.on_news(True)
+    await eventually(lambda: "unasked log" in host.news, "the sibling has heard")
+    host.rows._lead_is_gone()
+    assert host.rows.unasked_log(host.state.cache.position) is None
+
+
+UNASKED = UnaskedLog(
+    at(5), Log(True, PRIMARY, at(7), (Change(at(6), ("a",)), Change(at(7), ("b",)))), 1.0
+)
+
+
+@pytest.mark.parametrize(
+    ("applied", "tokens"),
+    [
+        (at(5), ["a", "b"]),
+        (at(6), ["b"]),
+        (at(7), None),
+        (at(8), None),
+        (at(4), None),
+        (Position(5, 77), None),
+        (Position(6, 77), None),
+        (NOWHERE, None),
+    ],
+)
+def test_an_unasked_log_follows_only_its_own_positions(
+    applied: Position, tokens: list[str] | None
+) -> None:
+    """A sibling that has applied more, or has started over, applies the rest or nothing."""
+    log = UNASKED.following(applied)
+    found = log and [token for change in log.changes for token in change.token_ids]
+    assert found == tokens
+    assert log is None or log.head == at(7)
 
 
 async def test_what_the_row_reports(host: Host) -> None:

@@ -1,0 +1,134 @@
+"""The lease renewer of a sibling applies the logs that its lead sends without a question."""
+
+import asyncio
+import math
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from latchkey_coherence.verdict_cache import Position, VerdictCache
+from latchkey_service.coherence.client_leases import ClientLeases
+from latchkey_service.coherence.host_lead import Renewal
+from latchkey_service.coherence.lease_renewer import LeaseRenewer
+from latchkey_service.coherence.log import Log, Registration, Server
+from latchkey_service.coherence.rows import ReadLog, RowId
+from latchkey_service.coherence.verifier_state import VerifierState
+from latchkey_service.coherence.verifier_table import Report
+
+from tests.helpers.positions import at
+from tests.helpers.waiting import WAIT_SECONDS, eventually
+from tests.unit.coherence.scene import LEASE_SECONDS, PRIMARY, log
+
+OTHER = Server("7000", "00000002")
+
+
+class Rows:
+    """A row at a lead, with the calls in order. Logs that are read reach position 9."""
+
+    row = RowId("ver_lead", 1)
+    in_doubt = False
+    address = "db"
+
+    def __init__(self) -> None:
+        self.calls: list[object] = []
+        self.unasked: ReadLog | None = None
+        self.server = PRIMARY
+        # The end of the lease that the lead shares.
+        self.ends = math.inf
+
+    async def get(self) -> None: ...
+
+    async def own_row(self) -> None: ...
+
+    async def register(self, *, acknowledge: bool) -> Registration:
+        return Registration(at(5), 5 if acknowledge else 0, PRIMARY)
+
+    async def read_log(self, applied: Position) -> Log:
+        self.calls.append("read")
+        return log(at(9), (at(9), "t"))
+
+    def unasked_log(self, _applied: Position) -> ReadLog | None:
+        unasked, self.unasked = self.unasked, None
+        return unasked
+
+    async def renew(self, applied: Position, acknowledged: int, _report: Report) -> Renewal:
+        self.calls.append(acknowledged)
+        return Renewal(True, Log(True, self.server, applied, ()), self.ends)
+
+    async def renewed(self, _state: object) -> None: ...
+
+    def failed(self, error: Exception) -> None:
+        raise error
+
+    async def leave(self, *, remove: bool) -> None: ...
+
+
+class Sibling:
+    """A renewer with a lease, whose next renewal is far away."""
+
+    def __init__(self) -> None:
+        self.rows = Rows()
+        self.state: VerifierState[Any] = VerifierState(
+            VerdictCache(10), ClientLeases(), LEASE_SECONDS
+        )
+        self.now = 100.0
+        self.renewer = LeaseRenewer(self.state, "ver_sibling", self.rows, lambda: self.now)
+
+    def send(self, sent: Log) -> None:
+        """Send a log as the lead does."""
+        self.rows.unasked = ReadLog(sent, 99.0)
+        self.renewer.wake_to_apply()
+
+
+@pytest.fixture
+async def sibling() -> AsyncIterator[Sibling]:
+    sibling = Sibling()
+    task = asyncio.create_task(sibling.renewer.run())
+    await eventually(sibling.renewer.has_lease, "the sibling has a lease")
+    await eventually(lambda: sibling.renewer._busy_since == math.inf, "the renewer rests")
+    sibling.rows.calls.clear()
+    async with asyncio.timeout(WAIT_SECONDS):
+        yield sibling
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_log_that_was_sent_is_confirmed_without_a_question(sibling: Sibling) -> None:
+    """It is applied, and the next renewal confirms it. The log is not read."""
+    sibling.send(log(at(6), (at(6), "t")))
+    await eventually(lambda: 6 in sibling.rows.calls, "the revision is confirmed")
+    assert sibling.rows.calls == [6]
+    assert sibling.state.cache.position == at(6)
+
+
+async def test_a_wake_up_reads_the_log_although_one_was_sent(sibling: Sibling) -> None:
+    """The read begins after the wake-up. The log that was sent may lack what it is about."""
+    sibling.renewer.wake()
+    sibling.send(log(at(6), (at(6), "t")))
+    assert await sibling.renewer.read_log_to(9, 200.0)
+    assert "read" in sibling.rows.calls
+    assert sibling.state.cache.position == at(9)
+
+
+async def test_a_log_of_another_server_only_causes_a_renewal(sibling: Sibling) -> None:
+    """Only a renewal may move the lease to another server (rule 3)."""
+    sibling.rows.server = OTHER
+    sibling.send(log(at(6), (at(6), "t"), server=OTHER))
+    await eventually(lambda: sibling.state.server == OTHER, "the renewal has moved the lease")
+    assert sibling.rows.calls[0] == 5
+    assert sibling.state.cache.position == at(5)
+
+
+@pytest.mark.parametrize(
+    ("left", "next_after"), [(3.0, 1.0), (2.5, 0.7), (1.9, 0.25), (0.1, 0.25), (math.inf, 1.0)]
+)
+async def test_a_lease_that_began_earlier_is_renewed_earlier(
+    sibling: Sibling, left: float, next_after: float
+) -> None:
+    """At the next renewal, 0.6 of the lease is left, whatever the lead has used of it already. A
+    lead that does not renew is not asked all the time.
+    """
+    sibling.rows.ends = sibling.now + left
+    sibling.renewer.renew_now()
+    await eventually(lambda: sibling.rows.calls, "the lease is renewed")
+    assert sibling.renewer._next_renewal - sibling.now == pytest.approx(next_after)
