@@ -33,7 +33,8 @@ from latchkey_service.process.wiring import ended, running
 from latchkey_service.process.worker_watch import beat
 from latchkey_service.secret_format import Keyring
 from latchkey_service.settings import logs
-from latchkey_service.settings.settings import READY, Settings, from_json
+from latchkey_service.settings.loading import READY, from_json
+from latchkey_service.settings.settings import Settings
 from latchkey_service.settings.webhook_secrets import WebhookError
 from latchkey_service.tokens import pepper_file
 from latchkey_service.transport import tls
@@ -219,9 +220,9 @@ async def _serve(
     # Runs until the end, because calls continue during the shutdown.
     beating = asyncio.create_task(beat(), name="beat")
     beating.add_done_callback(partial(ended, fail))
-    # Also runs until the end, because a revoked right must not remain for calls that continue. It
-    # starts now, because otherwise the worker would first serve with a policy that changed while it
-    # started.
+    # This task runs until the end, too, because a revoked right must not remain for calls that
+    # continue. It starts now, because otherwise the worker would first serve with a policy that
+    # changed while it started.
     policies = _Policies(handed, policy, send_metrics)
     taking = asyncio.create_task(take_policies(), name="take_policies")
     taking.add_done_callback(partial(ended, fail))

@@ -40,8 +40,8 @@ from latchkey_service.errors import (
     TimeoutMalformed,
     Unavailable,
 )
+from latchkey_service.fair_queue import SMALL_BYTES
 from latchkey_service.settings.logs import logger
-from latchkey_service.tokens.fair_queue import SMALL_BYTES
 from latchkey_service.transport.native_queues import (
     ALONE_SECONDS,
     OPEN_IN_TURN,

@@ -9,6 +9,7 @@ from latchkey_service.access.methods import METHODS
 from latchkey_service.access.rates import DEFAULT_PER_SECOND
 from latchkey_service.coherence.use_reports import USES_IN_REPORT_MAX
 from latchkey_service.coherence.watch_sessions import WATCH_SESSIONS_MAX
+from latchkey_service.fair_queue import SMALL_BYTES
 from latchkey_service.process.worker_watch import memory_max_bytes
 from latchkey_service.rpc import (
     admission,
@@ -19,7 +20,6 @@ from latchkey_service.rpc import (
 )
 from latchkey_service.settings.settings import Settings
 from latchkey_service.tokens.batched_lookup import BUSY, STANDING, WAITING_MAX
-from latchkey_service.tokens.fair_queue import SMALL_BYTES
 from latchkey_service.tokens.usage import USES_PENDING_MAX
 from latchkey_service.transport import (
     connection_shares,
@@ -39,7 +39,7 @@ ENVOY = "tests/integration/transport/test_envoy.py::"
 ENVOY_IDLE = "tests/integration/transport/test_envoy_idle.py::test_idle_connections_end"
 ENVOY_FILE = (ROOT / "docs/envoy.yaml").read_text("utf-8")
 NATIVE = "tests/unit/transport/test_native.py::"
-LANES = "tests/unit/transport/test_native_lanes.py::"
+LANES = "tests/unit/transport/test_native_queues.py::"
 ADMISSION = "tests/unit/rpc/test_admission.py::"
 FAIR = "tests/unit/rpc/test_fair_admission.py::"
 SESSIONS = "tests/unit/coherence/test_watch_sessions.py::"

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import pygrpc_native.aio
 import pytest
-from latchkey_service.tokens import queue_limit
+from latchkey_service import queue_limit
 from latchkey_service.transport import native, native_queues
 from latchkey_service.transport.native_stop import Closable
 from pygrpc_native import STREAM_CLOSED, STREAM_FULL, STREAM_SENT
