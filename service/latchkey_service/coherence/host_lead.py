@@ -91,7 +91,7 @@ class HostLead:
         # The incarnation of the lead's row.
         self.incarnation = incarnation
         self.closing = False
-        """Whether siblings have to take rows of their own, because this process will stop."""
+        """Whether siblings have to take their own rows, because this process will stop."""
 
     def ready(self, now: float) -> bool:
         """Return whether there is a lease to share."""
@@ -193,6 +193,6 @@ class HostLead:
 
     def release(self, sibling: Sibling) -> None:
         """Forget a sibling that answers no longer under a lease of this process: it has stopped, or
-        has a row of its own, which was renewed.
+        has its own row, which was renewed.
         """
         self._state.client_leases.release(sibling.lease)
