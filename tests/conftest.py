@@ -157,7 +157,7 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Add the stacks of all tasks to the report of a test that exceeded its time limit."""
     report = yield
-    # pytest-timeout prints the stacks of threads, and raises no exception of its own type.
+    # pytest-timeout prints the stacks of threads, and does not raise a particular exception.
     if call.excinfo is not None and "from pytest-timeout" in str(call.excinfo.value):
         report.sections.append(("tasks when the time was up", task_stacks()))
     return report

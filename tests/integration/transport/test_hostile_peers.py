@@ -266,12 +266,18 @@ async def test_anonymous_calls_do_not_delay_known_callers(
             known = (("authorization", f"Bearer {credential('verifier')}"),)
             stub = pb_grpc.TokenServiceStub(channel)
             where = (target, ca) if listener == "tls" else (address, None)
-            with flooding(where[0], connections=20, ca=where[1]):
+
+            async def verified() -> bool:
+                request = pb.VerifyRequest(secret="x")
+                return (await outcome(stub.Verify(request, metadata=known, timeout=2))).ok
+
+            # More calls at once than releases of grpcio from 1.82 on let wait.
+            with flooding(where[0], connections=100, ca=where[1]):
                 await eventually(lambda: "CALLER_ANONYMOUS" in one.err, "they are refused")
+                # The first calls of all connections at once may take long on a busy machine.
+                await eventually(verified, "the first burst is over")
                 for _ in range(100):
-                    request = pb.VerifyRequest(secret="x")
-                    found = await outcome(stub.Verify(request, metadata=known, timeout=2))
-                    assert found.ok, found
+                    assert await verified()
                     await asyncio.sleep(0.01)
         assert len(one.worker_pids) == 1
 

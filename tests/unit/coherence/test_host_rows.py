@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 from latchkey_coherence.lease import server_lease_end
-from latchkey_coherence.verdict_cache import NOWHERE, Position, VerdictCache
+from latchkey_coherence.verdict_cache import Position, VerdictCache
 from latchkey_service.coherence.client_leases import ClientLeases
-from latchkey_service.coherence.host_lead import UNASKED_MAX, HostLead, Renewal, UnaskedLog
+from latchkey_service.coherence.host_lead import UNASKED_MAX, HostLead, Renewal
 from latchkey_service.coherence.host_rows import HostRows
 from latchkey_service.coherence.lead_server import LeadServer
-from latchkey_service.coherence.log import Change, Log, Registration
+from latchkey_service.coherence.log import Log, Registration
 from latchkey_service.coherence.rows import RowId
 from latchkey_service.coherence.verifier_reports import Report
 from latchkey_service.coherence.verifier_state import VerifierState
@@ -176,6 +176,18 @@ async def test_a_sibling_shares_the_lease_of_the_lead(host: Host) -> None:
     assert host.lead.state.lease_ends - 0.01 < host.state.lease_ends < host.lead.state.lease_ends
     assert host.rows.row == ("ver_lead", 1)
     assert host.postgres.calls == []
+
+
+async def test_the_age_of_the_log_is_that_of_the_lead(host: Host) -> None:
+    """A sibling's log is as old as the lead's. A client that is ahead of both is reset only after
+    the lead has read the log again.
+    """
+    await host.register()
+    host.lead.apply((at(6), "t"))
+    began = host.lead.state.log_read_began
+    host.lead.now += 0.5
+    await host.renew()
+    assert host.state.log_read_began == began < host.lead.now
 
 
 async def test_the_lead_acknowledges_with_its_siblings(host: Host) -> None:
@@ -353,12 +365,12 @@ async def test_a_sibling_need_not_ask_for_the_log(host: Host) -> None:
     host.lead.apply((at(6), "t"))
     host.server.on_news(True)
     await eventually(lambda: "unasked log" in host.news, "the sibling has heard")
-    log, began = host.rows.unasked_log(host.state.cache.position)  # type: ignore[misc]
+    log = host.rows.unasked_log(host.state.cache.position)
+    assert log is not None
     assert [change.position for change in log.changes] == [at(6)]
-    assert began == host.lead.state.log_read_began
     assert host.rows.unasked_log(host.state.cache.position) is None
     assert host.renewer.reads == 0
-    host.state.apply(log, began)
+    host.state.apply(log, host.lead.now)
     assert host.acknowledgeable() == 5, "applied, and not yet confirmed"
     await host.renew()
     assert host.acknowledgeable() == 6
@@ -403,34 +415,6 @@ async def test_a_log_from_a_lead_that_was_left_is_not_applied(host: Host) -> Non
     await eventually(lambda: "unasked log" in host.news, "the sibling has heard")
     host.rows._lead_is_gone()
     assert host.rows.unasked_log(host.state.cache.position) is None
-
-
-UNASKED = UnaskedLog(
-    at(5), Log(True, PRIMARY, at(7), (Change(at(6), ("a",)), Change(at(7), ("b",)))), 1.0
-)
-
-
-@pytest.mark.parametrize(
-    ("applied", "tokens"),
-    [
-        (at(5), ["a", "b"]),
-        (at(6), ["b"]),
-        (at(7), None),
-        (at(8), None),
-        (at(4), None),
-        (Position(5, 77), None),
-        (Position(6, 77), None),
-        (NOWHERE, None),
-    ],
-)
-def test_an_unasked_log_follows_only_its_own_positions(
-    applied: Position, tokens: list[str] | None
-) -> None:
-    """A sibling that has applied more, or has started over, applies the rest or nothing."""
-    log = UNASKED.following(applied)
-    found = log and [token for change in log.changes for token in change.token_ids]
-    assert found == tokens
-    assert log is None or log.head == at(7)
 
 
 async def test_what_the_row_reports(host: Host) -> None:
