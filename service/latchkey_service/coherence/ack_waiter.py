@@ -132,6 +132,11 @@ class AckWaiter:
         finally:
             self._waits.pop(future, None)
 
+    def rest(self) -> None:
+        """Close the connection if no Delete has used it for a while."""
+        if self._poller is None:
+            self._connection.rest(self._clock())
+
     async def close(self) -> None:
         """Stop. Close the waiter. No Delete may be waiting."""
         tasks = [task for task in (self._poller, self._announcer) if task is not None]

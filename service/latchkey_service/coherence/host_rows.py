@@ -33,8 +33,8 @@ from latchkey_service.settings.logs import logger
 
 __all__ = ["HostRows"]
 
-# In leases. A lead that works on a request sends a line four times as often. Renewals come each
-# third of a lease, so half of the lease is left for a row of the sibling's own.
+# In leases. A lead that works on a request sends a line four times as often. A sibling renews when
+# 0.6 of its lease is left (`lease_renewer.EARLY_LEASES`), so 0.4 is left for a row in Postgres.
 SILENT_LEASES = 1 / 6
 # In leases: between attempts to move back to the lead.
 RETURN_LEASES = 1 / 2
@@ -107,8 +107,8 @@ class HostRows:
             await self._postgres.get()
 
     async def own_row(self) -> OwnRow | None:
-        """Return None: the lead looks for dead rows."""
-        return None
+        """Return the row in Postgres, or None: the lead looks for dead rows, unless it is away."""
+        return await self._postgres.own_row() if self._own else None
 
     async def register(self, *, acknowledge: bool) -> Registration:
         """Register with an empty cache (rule 2).
@@ -132,7 +132,7 @@ class HostRows:
         return registration
 
     async def read_log(self, applied: Position) -> Log:
-        """Return the log after a position."""
+        """Return the log after a position, from a read of Postgres that begins after this call."""
         if self._shared and self._lead is not None:
             try:
                 answer = await self._lead.ask({"kind": "log", "applied": applied})
@@ -167,7 +167,8 @@ class HostRows:
                 self._row = RowId(*answer["row"]) if answer["renewed"] else None
                 self.in_doubt, self.address = answer["in_doubt"], answer["database_host"]
                 ends = answer["ends"] - CLOCK_MARGIN_SECONDS
-                return Renewal(answer["renewed"], log_of(answer["log"]), ends)
+                log = log_of(answer["log"])
+                return Renewal(answer["renewed"], log, ends, answer["read_began"])
         if not self._own:
             # It acknowledges nothing, so every Delete waits for the renewal below.
             await self._postgres.register(acknowledge=False)

@@ -6,6 +6,7 @@ Owns the socket, its connections and what a sibling reports for people. The rule
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -225,17 +226,19 @@ class LeadServer:
         if (revision := self._to_read(request)) is not None:
             await self._renewer.read_log_to(revision, deadline)
 
-    def _to_read(self, request: dict[str, Any]) -> int | None:
+    def _to_read(self, request: dict[str, Any]) -> float | None:
         """Return the revision that a sibling may know and this process may not, if any.
 
-        A sibling asks for the log when it knows of a new revision. The read begins after the
+        A sibling asks for the log when it knows of a new revision, but not of which: one that this
+        process has read since may be an earlier one. Infinite, so the read begins after the
         question.
         """
         if request["kind"] == "register":
             return None
+        if request["kind"] == "log":
+            return math.inf
         applied = Position(*request["applied"])
-        level = request["kind"] == "log" and applied == self._renewer.state.cache.position
-        return applied.revision + level if level or self._rules.behind(applied) else None
+        return applied.revision if self._rules.behind(applied) else None
 
     def _answer(self, connection: _Connection, request: dict[str, Any]) -> dict[str, Any]:
         """Answer without a wait: the lease is recorded and shared as it is now."""
@@ -279,13 +282,14 @@ class LeadServer:
                 renewer.renew_now()
             return {"adopted": adopted, "row": self._row()}
         connection.report, before = request["report"], sibling.lease.confirmed
-        renewed, log, ends = rules.renew(sibling, applied, request["acknowledged"])
+        renewed, log, ends, read_began = rules.renew(sibling, applied, request["acknowledged"])
         if before != sibling.lease.confirmed:
             renewer.wake_to_acknowledge()
         return {
             "renewed": renewed,
             "log": log_out(log),
             "ends": ends,
+            "read_began": read_began,
             "row": self._row(),
             "in_doubt": renewer.in_doubt(),
             "database_host": self._database_host(),

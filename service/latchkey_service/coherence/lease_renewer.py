@@ -51,8 +51,6 @@ EARLY_LEASES = 0.6
 SOON_LEASES = 1 / 12
 # A statement that takes longer suggests that Postgres does not answer.
 SLOW_SECONDS = 0.25
-# Reads of the log until one has begun after a wake-up, because an earlier one may be in progress.
-READS_OF_LOG_MAX = 2
 
 
 class LeaseRenewer:
@@ -169,14 +167,16 @@ class LeaseRenewer:
                 self._woken.set()
             await self._wait(self._renewed, deadline)
 
-    async def read_log_to(self, revision: int, deadline: float) -> bool:
+    async def read_log_to(self, revision: float, deadline: float) -> bool:
         """Read the log, and return whether it reaches `revision` (rule 12).
 
-        If it does not, the revision belongs to another history. If it does, the revision may still
-        belong to another history. Raises StoreUnavailable if the log cannot be read, Overloaded if
-        too many calls wait, and Unavailable at `deadline`, seconds on the process's clock.
+        Returns False only after a read that began after this call: then the revision belongs to
+        another history. If it does, the revision may still belong to another history. Raises
+        StoreUnavailable if the log cannot be read, Overloaded if too many calls wait, and
+        Unavailable at `deadline`, seconds on the process's clock.
         """
-        for _ in range(READS_OF_LOG_MAX):
+        asked = self._clock()
+        while True:
             if self._clock() < self._retry_at:
                 raise StoreUnavailable(NO_ANSWER)
             self.wake()
@@ -185,7 +185,8 @@ class LeaseRenewer:
             await self._wait(self._read, deadline)
             if self.state.cache.position.revision >= revision:
                 return True
-        return False
+            if self.state.log_read_began >= asked:
+                return False
 
     async def _wait(self, shared: "asyncio.Future[None]", deadline: float) -> None:
         if self._waiting >= WAITING_MAX:
@@ -235,8 +236,8 @@ class LeaseRenewer:
             return
         await self._rows.get()
         if not state.registered:
+            due, self._news = True, False
             await self._register()
-            due = True
         elif self._news or received:
             # A wake-up asks for a read that begins after it, so a log that was sent is too old.
             began = self._clock()
@@ -283,13 +284,13 @@ class LeaseRenewer:
         # Set before the statement, so that a slow renewal does not delay the next one. After a
         # failure, `_fail` decides when to try again.
         self._next_renewal = began + state.lease_seconds / 3
-        self._news = False
-        renewed, log, ends = await self._rows.renew(
-            state.cache.position,
-            acknowledgeable,
-            self._report(acknowledgeable),
+        news, self._news = self._news, False
+        renewed, log, ends, read_began = await self._rows.renew(
+            state.cache.position, acknowledgeable, self._report(acknowledgeable)
         )
-        changed = state.apply(log, began)
+        # The lead of a host has read the log earlier, and a wake-up asks for a later read.
+        self._news |= news and read_began < began
+        changed = state.apply(log, min(began, read_began))
         if renewed:
             self._row_lost = False
             state.renew(began, acknowledgeable, ends)

@@ -41,8 +41,7 @@ __all__ = [
     "translate_errors",
 ]
 
-# Statements take about a millisecond. After two seconds without an answer, the database is frozen
-# or unreachable, and an error helps the caller more than a longer wait.
+# Statements take about a millisecond. After two seconds, an error helps more than a longer wait.
 STATEMENT_TIMEOUT_SECONDS = 2.0
 CONNECT_TIMEOUT_SECONDS = 1.0
 # A connection that was idle for longer is tested before use: if a firewall has dropped it, a
@@ -53,8 +52,8 @@ TRIAL_TIMEOUT_SECONDS = 0.5
 # One connection for each call in progress (`managed_calls.CONCURRENCY_LIMITS`), one for each
 # receipt being written (`management.CONFIRMING_MAX`), and two for background work.
 POOL_SIZE_MAX = 19
-# The pool closes connections that were idle for this long: other hosts may need them.
-POOL_REST_SECONDS = 30.0
+# Connections that were idle for this long are closed: other hosts may need them.
+REST_SECONDS = 30.0
 # Attempts at a transaction that conflicts with others. The longest random pause starts at the first
 # delay and doubles up to the second: half a second in total, enough for hundreds of transactions.
 CONFLICT_ATTEMPTS = 14
@@ -156,8 +155,7 @@ class Connector:
             probes = [task for task, kind in self._attempts.items() if kind is Attempt.PROBE]
             if not (self.breaker.half_open and probes):
                 raise StoreUnavailable(NO_ANSWER) from self._failure
-            # Takes at most one connect time-out per host.
-            await asyncio.wait(probes)
+            await asyncio.wait(probes)  # at most one connect time-out per host
         # A separate task, because the circuit breaker needs the result even if the caller leaves.
         # Otherwise impatient callers would start one attempt after another.
         task = asyncio.create_task(
@@ -243,7 +241,7 @@ class Pool:
             connect=pool._connect,
             min_size=0,
             max_size=POOL_SIZE_MAX,
-            max_inactive_connection_lifetime=POOL_REST_SECONDS,
+            max_inactive_connection_lifetime=REST_SECONDS,
             connection_class=PlainConnection,
         )
         return pool
@@ -300,8 +298,7 @@ class Pool:
             try:
                 if self._is_trusted(session) and await answers(session):
                     return session
-                # A firewall that dropped this connection may have dropped every idle one. Testing
-                # each would make each of the next callers wait.
+                # A firewall may have dropped every idle one. Tests of each would delay callers.
                 self._doubted_until = max(self._doubted_until, boottime() - IDLE_SECONDS)
             except BaseException:
                 session.terminate()
@@ -324,8 +321,7 @@ class DedicatedConnection:
 
     def __init__(self, connect: "Callable[[], Awaitable[Connection]]") -> None:
         self._connect = connect
-        # The connection as it is, without a test.
-        self.current: Connection | None = None
+        self.current: Connection | None = None  # without a test
 
     async def get(self) -> "Connection":
         """Return a connection that answers. Raises StoreUnavailable."""
@@ -335,6 +331,11 @@ class DedicatedConnection:
             self.drop()
         self.current = connection = await self._connect()
         return connection
+
+    def rest(self, now: float) -> None:
+        """Close the connection if it was idle for long. `now` is a reading of `boottime`."""
+        if now - getattr(self.current, "used_at", now) > REST_SECONDS:
+            self.drop()
 
     def drop(self) -> None:
         """Close the connection at once: its server may be frozen, or its state unknown."""
@@ -351,9 +352,8 @@ async def answers(connection: "_Session") -> bool:
     """
     if connection.is_closed():
         return False
-    # Not isinstance: for asyncpg, every connection is an instance of this class.
-    used_at = getattr(connection, "used_at", None)
-    if used_at is not None and boottime() - used_at > IDLE_SECONDS:
+    now = boottime()
+    if now - getattr(connection, "used_at", now) > IDLE_SECONDS:
         try:
             await connection.execute("SELECT 1", timeout=TRIAL_TIMEOUT_SECONDS)
         except CONNECT_ERRORS:

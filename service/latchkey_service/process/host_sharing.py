@@ -91,11 +91,10 @@ class HostSharing:
             return self._postgres
 
         def on_news(kind: str) -> None:
-            if kind == "log":
-                renewer().wake()
-            elif kind == "unasked log":
+            if kind == "unasked log":
                 renewer().wake_to_apply()
             else:
+                # A renewal returns all that the lead has read, without a question to Postgres.
                 renewer().renew_now()
 
         identity = self._identity

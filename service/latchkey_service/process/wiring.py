@@ -312,7 +312,7 @@ async def running(
         ),
         log_counts_regularly(counts, gauges),
         *announcements.background(),
-        *host.rests([lookup.rest, imported_lookup.rest]),
+        *host.rests([lookup.rest, imported_lookup.rest, rates.draws.rest, ack_waiter.rest]),
         *host.upkeep(
             lambda: [
                 follow_peppers(table, identity.id, server.metrics.pepper_reports),

@@ -65,9 +65,6 @@ BATCH_BOUNDS = (1, 2, 5, 10, 25, 50, 100, 250, 500, 1_000)
 SECONDS_BOUNDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2)
 # The cache rarely starts over, and hardly ever twice within one round trip.
 READS_MAX = 3
-# An idle connection is closed after this time, in a worker that shares its lease. A new one costs
-# the next look-up some milliseconds.
-REST_SECONDS = 10.0
 # Longest delay between a deadline and its error. Calls reserve more than that for their answer.
 EXPIRY_CHECK_SECONDS = 0.02
 
@@ -342,9 +339,7 @@ class _LookupConnection:
 
     def rest(self, now: float) -> None:
         """Close the connection if it was idle for long. `now` is a reading of `boottime`."""
-        used_at = getattr(self._connection.current, "used_at", now)
-        if now - used_at > REST_SECONDS:
-            self.drop()
+        self._connection.rest(now)
 
     def drop(self) -> None:
         """Close the connection. A batch under way gets an error."""

@@ -118,6 +118,11 @@ class RateDraws:
         """Close the connection, which leads to the wrong server."""
         self._connection.drop()
 
+    def rest(self) -> None:
+        """Close the connection if nobody has used it for a while."""
+        if self._worker is None:
+            self._connection.rest(self._clock())
+
     async def close(self) -> None:
         """Stop. Waiting callers get StoreUnavailable."""
         self._closed = True

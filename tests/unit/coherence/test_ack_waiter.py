@@ -7,12 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from latchkey_coherence.lease import boottime
 from latchkey_service.coherence import ack_waiter
 from latchkey_service.coherence.ack_rules import Acknowledgements, VerifierRow
 from latchkey_service.coherence.ack_waiter import AckWaiter
 from latchkey_service.coherence.rows import RowId
 from latchkey_service.coherence.verifier_table import Rows
 from latchkey_service.errors import NotConfirmed
+from latchkey_service.postgres.connections import REST_SECONDS
 
 from tests.helpers.positions import at
 from tests.helpers.waiting import eventually
@@ -26,6 +28,8 @@ class Scene:
     def __init__(self) -> None:
         self.rows: list[VerifierRow] = []
         self.looks = 0
+        self.now = 100.0
+        self.closed = 0
         self.rows_complete_at = -math.inf
         self.own_row: RowId | None = RowId(OWN, 1)
         unused: Any = SimpleNamespace()
@@ -33,14 +37,17 @@ class Scene:
             unused,
             self._connect,
             lambda: None,
-            lambda: 100.0,
+            lambda: self.now,
             lambda: self.rows_complete_at,
             lambda: self.own_row,
             notify=False,
         )
 
     async def _connect(self) -> Any:
-        return SimpleNamespace(is_closed=lambda: False, terminate=lambda: None)
+        def terminate() -> None:
+            self.closed += 1
+
+        return SimpleNamespace(is_closed=lambda: False, terminate=terminate, used_at=boottime())
 
     async def read_rows(self, _connection: object, positions: set[Any]) -> Rows:
         self.looks += 1
@@ -97,3 +104,24 @@ async def test_the_wait_is_measured_by_its_result(scene: Scene) -> None:
     scene.rows = [VerifierRow(OWN, 1, 1, 7, 3.0, clients_outwaited=1)]
     await waiting
     assert sum(seconds[ack_waiter.OUTWAITED].counts) == 1
+
+
+async def test_an_idle_connection_is_closed(scene: Scene) -> None:
+    """A worker that has confirmed a Delete gives its connection back later, and not while another
+    Delete waits.
+    """
+    scene.rows = [VerifierRow(OWN, 1, 1, 5, 3.0)]
+    await scene.ack_waiter.wait(at(5), math.inf)
+    await eventually(lambda: scene.ack_waiter._poller is None, "the poller has ended")
+    scene.ack_waiter.rest()
+    assert scene.closed == 0
+    waiting = asyncio.create_task(scene.ack_waiter.wait(at(6), math.inf))
+    await scene.looked()
+    scene.now = boottime() + REST_SECONDS + 1.0
+    scene.ack_waiter.rest()
+    assert scene.closed == 0
+    scene.rows = [VerifierRow(OWN, 1, 1, 6, 3.0)]
+    await waiting
+    await eventually(lambda: scene.ack_waiter._poller is None, "the poller has ended")
+    scene.ack_waiter.rest()
+    assert scene.closed == 1

@@ -68,6 +68,9 @@ class Postgres:
 
     async def get(self) -> None: ...
 
+    async def own_row(self) -> RowId:
+        return self.row
+
     async def register(self, *, acknowledge: bool) -> Registration:
         self.calls.append(("register", acknowledge))
         self.row = RowId("ver_sibling", self.row.incarnation + 1)
@@ -141,8 +144,10 @@ class Host:
         """Renew as the lease renewer does. Return whether the lease was renewed."""
         began, state = self.lead.now, self.state
         acknowledged = state.acknowledgeable(began)
-        renewed, log, ends = await self.rows.renew(state.cache.position, acknowledged, report)
-        state.apply(log, began)
+        renewed, log, ends, read_began = await self.rows.renew(
+            state.cache.position, acknowledged, report
+        )
+        state.apply(log, min(began, read_began))
         if renewed:
             state.renew(began, acknowledged, ends)
             await self.rows.renewed(state)
@@ -226,6 +231,28 @@ async def test_a_sibling_reads_the_log_through_the_lead(host: Host) -> None:
     assert [change.token_ids for change in log.changes] == [("t",)]
 
 
+async def test_a_question_for_the_log_is_answered_after_a_read(host: Host) -> None:
+    """The lead reads Postgres' log even if it knows something new for the sibling: the sibling may
+    have seen a later revision, and would take it for another history's.
+    """
+    await host.register()
+    await host.renew()
+    host.lead.apply((at(6), "t"))
+    host.renewer.news = [(at(7), "u")]
+    log = await host.rows.read_log(at(5))
+    assert [change.position for change in log.changes] == [at(6), at(7)]
+
+
+async def test_a_renewal_says_when_the_lead_read_the_log(host: Host) -> None:
+    """A renewal at the lead reads nothing, so it proves nothing about later revisions."""
+    await host.register()
+    host.lead.apply()
+    read_began = host.lead.now
+    host.lead.now += 1.0
+    await host.renew()
+    assert host.state.log_read_began == read_began
+
+
 @pytest.mark.parametrize("position", [at(9), Position(5, 77)])
 async def test_an_unknown_position_is_not_renewed(host: Host, position: Position) -> None:
     """A sibling on another history gets no lease, and what it confirms does not count."""
@@ -274,6 +301,16 @@ async def test_a_sibling_survives_the_death_of_the_lead(host: Host) -> None:
     assert host.state.epoch == epoch
     assert host.state.lease_ends == server_lease_end(host.lead.now, LEASE_SECONDS) > ends
     assert host.rows.row == ("ver_sibling", 1)
+
+
+async def test_dead_rows_are_removed_while_the_lead_is_away(host: Host) -> None:
+    """Deletes would wait for the dead lead's row until there is another lead."""
+    await host.register()
+    await host.renew()
+    assert await host.rows.own_row() is None
+    await host.lead_dies()
+    await host.renew()
+    assert await host.rows.own_row() is not None
 
 
 async def test_a_silent_lead_is_left(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,11 @@ class Rows:
         self.server = PRIMARY
         # The end of the lease that the lead shares.
         self.ends = math.inf
+        # When the lead read the log.
+        self.read_began = 99.0
+        # Whether reads of the log may end.
+        self.may_read = asyncio.Event()
+        self.may_read.set()
 
     async def get(self) -> None: ...
 
@@ -45,6 +50,7 @@ class Rows:
 
     async def read_log(self, applied: Position) -> Log:
         self.calls.append("read")
+        await self.may_read.wait()
         return log(at(9), (at(9), "t"))
 
     def unasked_log(self, _applied: Position) -> Log | None:
@@ -53,7 +59,7 @@ class Rows:
 
     async def renew(self, applied: Position, acknowledged: int, _report: Report) -> Renewal:
         self.calls.append(acknowledged)
-        return Renewal(True, Log(True, self.server, applied, ()), self.ends)
+        return Renewal(True, Log(True, self.server, applied, ()), self.ends, self.read_began)
 
     async def renewed(self, _state: object) -> None: ...
 
@@ -108,6 +114,36 @@ async def test_a_wake_up_reads_the_log_although_one_was_sent(sibling: Sibling) -
     assert await sibling.renewer.read_log_to(9, 200.0)
     assert "read" in sibling.rows.calls
     assert sibling.state.cache.position == at(9)
+
+
+async def test_a_renewal_at_the_lead_is_no_read(sibling: Sibling) -> None:
+    """A wake-up during a read of the log causes another read, although a renewal comes between:
+    the lead answers that from its memory.
+    """
+    rows, renewer = sibling.rows, sibling.renewer
+    rows.may_read.clear()
+    renewer.wake()
+    await eventually(lambda: rows.calls, "the first read")
+    renewer.renew_now()
+    renewer.wake()
+    rows.may_read.set()
+    await eventually(lambda: rows.calls.count("read") == 2, "the second read")
+    assert rows.calls[1] != "read"
+
+
+async def test_a_revision_is_missing_only_after_a_later_read(sibling: Sibling) -> None:
+    """A read that began before the question does not prove that a revision does not exist."""
+    rows, renewer = sibling.rows, sibling.renewer
+    rows.may_read.clear()
+    renewer.wake()
+    await eventually(lambda: rows.calls, "the first read")
+    sibling.now += 0.1
+    asked = asyncio.create_task(renewer.read_log_to(10, 200.0))
+    await asyncio.sleep(0)
+    rows.may_read.set()
+    assert not await asked
+    assert rows.calls.count("read") == 2
+    assert sibling.state.log_read_began == sibling.now
 
 
 async def test_a_log_of_another_server_only_causes_a_renewal(sibling: Sibling) -> None:
