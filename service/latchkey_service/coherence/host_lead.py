@@ -44,8 +44,6 @@ class Renewal(NamedTuple):
     renewed: bool
     log: Log
     ends: float = -math.inf
-    read_began: float = math.inf
-    """When another process of this host began to read the log. Infinite: this one has read it."""
 
 
 class UnaskedLog(NamedTuple):
@@ -156,14 +154,12 @@ class HostLead:
         if not log.known:
             # It was about another history.
             state.client_leases.confirm(sibling.lease, 0)
-            return Renewal(renewed=False, log=log, read_began=state.log_read_began)
+            return Renewal(renewed=False, log=log)
         confirmed = min(acknowledged, applied.revision)
         # Recorded before it is sent. The end is a reading of the common clock, so a lead that is
         # stopped between these lines shares no more than it has recorded.
         state.client_leases.grant(sibling.lease, confirmed, state.lease_ends)
-        return Renewal(
-            renewed=True, log=log, ends=state.lease_ends, read_began=state.log_read_began
-        )
+        return Renewal(renewed=True, log=log, ends=state.lease_ends)
 
     def adopt(
         self,

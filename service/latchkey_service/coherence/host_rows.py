@@ -167,8 +167,7 @@ class HostRows:
                 self._row = RowId(*answer["row"]) if answer["renewed"] else None
                 self.in_doubt, self.address = answer["in_doubt"], answer["database_host"]
                 ends = answer["ends"] - CLOCK_MARGIN_SECONDS
-                log = log_of(answer["log"])
-                return Renewal(answer["renewed"], log, ends, answer["read_began"])
+                return Renewal(answer["renewed"], log_of(answer["log"]), ends)
         if not self._own:
             # It acknowledges nothing, so every Delete waits for the renewal below.
             await self._postgres.register(acknowledge=False)

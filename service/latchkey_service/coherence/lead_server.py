@@ -282,14 +282,13 @@ class LeadServer:
                 renewer.renew_now()
             return {"adopted": adopted, "row": self._row()}
         connection.report, before = request["report"], sibling.lease.confirmed
-        renewed, log, ends, read_began = rules.renew(sibling, applied, request["acknowledged"])
+        renewed, log, ends = rules.renew(sibling, applied, request["acknowledged"])
         if before != sibling.lease.confirmed:
             renewer.wake_to_acknowledge()
         return {
             "renewed": renewed,
             "log": log_out(log),
             "ends": ends,
-            "read_began": read_began,
             "row": self._row(),
             "in_doubt": renewer.in_doubt(),
             "database_host": self._database_host(),

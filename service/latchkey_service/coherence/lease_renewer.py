@@ -285,12 +285,12 @@ class LeaseRenewer:
         # failure, `_fail` decides when to try again.
         self._next_renewal = began + state.lease_seconds / 3
         news, self._news = self._news, False
-        renewed, log, ends, read_began = await self._rows.renew(
+        renewed, log, ends = await self._rows.renew(
             state.cache.position, acknowledgeable, self._report(acknowledgeable)
         )
         # The lead of a host has read the log earlier, and a wake-up asks for a later read.
-        self._news |= news and read_began < began
-        changed = state.apply(log, min(began, read_began))
+        self._news |= news and log.read_began < began
+        changed = state.apply(log, began)
         if renewed:
             self._row_lost = False
             state.renew(began, acknowledgeable, ends)

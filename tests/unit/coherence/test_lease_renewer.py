@@ -59,7 +59,8 @@ class Rows:
 
     async def renew(self, applied: Position, acknowledged: int, _report: Report) -> Renewal:
         self.calls.append(acknowledged)
-        return Renewal(True, Log(True, self.server, applied, ()), self.ends, self.read_began)
+        read = Log(True, self.server, applied, (), read_began=self.read_began)
+        return Renewal(True, read, self.ends)
 
     async def renewed(self, _state: object) -> None: ...
 
