@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import itertools
@@ -23,7 +24,6 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.postgres import connections
 from latchkey_service.postgres.embedded_cluster import EmbeddedPostgres
-from latchkey_service.postgres.migrate import bundled, migrate
 from latchkey_service.settings.settings import Settings
 from latchkey_service.tokens import pepper_file as pepper_files
 from latchkey_service.tokens.token_store import TokenStore
@@ -31,6 +31,7 @@ from latchkey_service.tokens.token_store import TokenStore
 from tests.helpers.databases import drop_database
 from tests.helpers.fork_server import Forked, commands
 from tests.helpers.forked_service import forks_services
+from tests.helpers.made_cluster import copy_cluster, keep_cluster
 from tests.helpers.programs import INSTALLS
 from tests.helpers.scratch import SCRATCH
 from tests.helpers.servers import (
@@ -38,7 +39,6 @@ from tests.helpers.servers import (
     TRANSPORTS,
     Create,
     clone_template,
-    execute,
     make_settings,
     serving,
     with_database,
@@ -86,11 +86,16 @@ TESTS = Path(__file__).parent
 FAULTS = TESTS / "faults"
 # What starts first: groups, which one worker runs, and folders, those that take longest before the
 # others. A worker must not have a long one left when the others have finished.
-GROUPS_FIRST = ("faults", "browser", "recovery", "history", "failover", "soak")
+GROUPS_FIRST = ("computing", "faults", "browser", "recovery", "history", "failover", "soak")
 FIRST = (*GROUPS_FIRST, "fuzz", "integration", "contract", "console")
+# These only compute. One worker runs them at the beginning, while the tests of the others mostly
+# wait and leave a core idle. At the end, all tests compute.
+COMPUTING = {"model", "simulation"}
 # A browser takes more processor time than all unit tests. What the page sends and answers is tested
 # without one too.
 SLOW = {"one_browser": "drives a browser"}
+# Each server gives its clients a second, and then waits for Postgres.
+CLOSE_SECONDS_MAX = WAIT_SECONDS + 10.0
 # Fixtures that install a program where it is missing.
 INSTALLING = {"axe", "grpcurl", "one_browser", "pgbouncer", "signed"}
 _numbers = itertools.count(1)
@@ -103,9 +108,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Start the fork servers. The workers of pytest-xdist share those of the process that starts
-    the workers: importing all modules takes seconds."""
+    """Start the fork servers, and make room for a cluster of Postgres to copy. The workers of
+    pytest-xdist share those of the process that starts the workers: importing all modules takes
+    seconds, and so does making a cluster."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
+        config.add_cleanup(keep_cluster())
         config.add_cleanup(run_fork_servers())
 
 
@@ -114,7 +121,13 @@ def pytest_collection(session: pytest.Session) -> None:
     import_in_turn(session.config.args)
 
 
+# Before pytest-xdist reads the groups.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        folder = item.path.relative_to(TESTS).parts[0]
+        if folder in COMPUTING and item.get_closest_marker("slow") is None:
+            item.add_marker(pytest.mark.xdist_group("computing"))
     items.sort(key=_turn)
     for item in items:
         names = item.fixturenames if isinstance(item, pytest.Function) else ()
@@ -144,7 +157,7 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Add the stacks of all tasks to the report of a test that exceeded its time limit."""
     report = yield
-    # pytest-timeout prints the stacks of threads, and raises no exception of its own type.
+    # pytest-timeout prints the stacks of threads, and does not raise a particular exception.
     if call.excinfo is not None and "from pytest-timeout" in str(call.excinfo.value):
         report.sections.append(("tasks when the time was up", task_stacks()))
     return report
@@ -201,6 +214,7 @@ def latchkey(scratch: Path, forked: Forked) -> Path:
 @pytest.fixture(scope="session")
 def postgres_url(scratch: Path) -> Iterator[str]:
     """URL of a Postgres that belongs to this test process."""
+    copy_cluster(scratch / "data")
     postgres = EmbeddedPostgres(scratch / "data")
     url = postgres.start()
     yield url
@@ -208,12 +222,9 @@ def postgres_url(scratch: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-async def template_url(postgres_url: str) -> str:
+def template_url(postgres_url: str) -> str:
     """A migrated database from which fresh ones are cloned: faster than migrating each."""
-    await execute(postgres_url, f"CREATE DATABASE {TEMPLATE}")
-    url = with_database(postgres_url, TEMPLATE)
-    await migrate(url, bundled())
-    return url
+    return with_database(postgres_url, TEMPLATE)
 
 
 @pytest.fixture
@@ -268,29 +279,35 @@ async def shared_servers(
     started: dict[
         tuple[str, float, str | None], tuple[str, asyncpg.Connection[asyncpg.Record]]
     ] = {}
-    async with contextlib.AsyncExitStack() as stack:
+    stacks: list[contextlib.AsyncExitStack] = []
 
-        async def shared(
-            transport: str, lease_seconds: float = 3.0, imported_prefixes: str | None = None
-        ) -> tuple[str, asyncpg.Connection[asyncpg.Record]]:
-            key = (transport, lease_seconds, imported_prefixes)
-            if key not in started:
-                name = f"shared_{transport}_{len(started)}"
-                url = await clone_template(postgres_url, name)
-                connection = await asyncpg.connect(url)
-                stack.push_async_callback(connection.close)
-                settings = make_settings(url, pepper_file, transport)
-                settings = settings.model_copy(
-                    update={
-                        "lease_seconds": lease_seconds,
-                        "imported_prefixes": imported_prefixes,
-                    }
-                )
-                address = await stack.enter_async_context(serving(settings))
-                started[key] = (address, connection)
-            return started[key]
+    async def shared(
+        transport: str, lease_seconds: float = 3.0, imported_prefixes: str | None = None
+    ) -> tuple[str, asyncpg.Connection[asyncpg.Record]]:
+        key = (transport, lease_seconds, imported_prefixes)
+        if key not in started:
+            name = f"shared_{transport}_{len(started)}"
+            url = await clone_template(postgres_url, name)
+            stacks.append(contextlib.AsyncExitStack())
+            connection = await asyncpg.connect(url)
+            stacks[-1].push_async_callback(connection.close)
+            settings = make_settings(url, pepper_file, transport)
+            settings = settings.model_copy(
+                update={
+                    "lease_seconds": lease_seconds,
+                    "imported_prefixes": imported_prefixes,
+                }
+            )
+            address = await stacks[-1].enter_async_context(serving(settings))
+            started[key] = (address, connection)
+        return started[key]
 
-        yield shared
+    yield shared
+    # At once, because each may wait for its clients.
+    ends = asyncio.gather(*(stack.aclose() for stack in stacks))
+    done, _ = await asyncio.wait({ends}, timeout=CLOSE_SECONDS_MAX)
+    assert done, f"the shared servers do not end; all tasks:\n{task_stacks()}"
+    await ends
 
 
 @pytest.fixture

@@ -7,5 +7,6 @@ and compute leases with the functions of `lease`. Begin with `verdict_cache.py`.
 Owns no clock and no connection, and imports only the standard library. "Rule N" means rule N of
 docs/protocol.md.
 
-`names.py` has nothing to do with caches: it is what service and clients share besides.
+`identifiers.py`, `names.py` and `redaction.py` have nothing to do with caches. Service and clients
+share them, too.
 """

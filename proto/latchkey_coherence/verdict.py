@@ -25,7 +25,7 @@ __all__ = [
 
 # Each part has at most 31 characters, so that the largest list fits into a few kilobytes.
 PERMISSION: Final = re.compile(r"[a-z0-9_.-]{1,31}:([a-z0-9_.-]{1,31}|\*)")
-# "ffff:ffff:ffff:ffff:ffff:ffff:255.255.255.255". A longer text is no address.
+# "ffff:ffff:ffff:ffff:ffff:ffff:255.255.255.255". A longer text is not an address.
 _ADDRESS_LENGTH_MAX: Final = 45
 
 

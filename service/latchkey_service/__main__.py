@@ -13,7 +13,7 @@ if __name__ == "__main__":
     gc.disable()
     sys.modules.setdefault("rich", None)  # type: ignore[arg-type]  # blocks the import
 
-from latchkey_service.settings import settings as settings_module
+from latchkey_service.settings import loading
 
 USAGE = """\
 usage: python -m latchkey_service [serve | config [--json] | policy ... | dev-ca ... |
@@ -35,7 +35,7 @@ usage: python -m latchkey_service [serve | config [--json] | policy ... | dev-ca
 """
 
 
-# Commands with arguments of their own: the module and the function of each.
+# Commands that parse their own arguments: the module and the function of each.
 _TOOLS = {
     "audit": ("latchkey_service.process.commands", "audit_command"),
     "doctor": ("latchkey_service.process.doctor", "run"),
@@ -62,8 +62,8 @@ def main(arguments: list[str]) -> int:
 
             _collect_garbage()
             return worker.main()
-        settings = settings_module.load()
-    except settings_module.ConfigError as error:
+        settings = loading.load()
+    except loading.ConfigError as error:
         print(f"latchkey: invalid settings:\n{error}", file=sys.stderr)  # noqa: T201
         return 2
     if arguments in ([], ["serve"]):
@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> int:
         _collect_garbage()
         return supervisor.run(settings)
     if command == "config" and arguments[1:] in ([], ["--json"]):
-        rows = settings_module.describe(settings)
+        rows = loading.describe(settings)
         if arguments[1:]:
             print(json.dumps({name: value for name, value, _, _ in rows}, indent=2))  # noqa: T201
         else:

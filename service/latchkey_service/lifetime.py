@@ -21,7 +21,10 @@ DURATION_MAX: Final = timedelta(days=36_500)
 
 
 class Lifetime(NamedTuple):
-    """A limit. `max_ttl` None: tokens may live for any time, but maybe not without an expiry."""
+    """A limit on how long tokens live. `max_ttl` None: any time.
+
+    `require_expiry` rejects a token without an expiry even then.
+    """
 
     max_ttl: timedelta | None = None
     require_expiry: bool = False

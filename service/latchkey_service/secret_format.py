@@ -44,7 +44,6 @@ __all__ = [
     "checksum",
     "contains_secret",
     "hint_of",
-    "redact_secrets",
 ]
 
 ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -75,13 +74,16 @@ CREDENTIAL_LENGTH = len(CREDENTIAL_PREFIX) + 1 + BODY_DIGITS + CHECKSUM_DIGITS
 # Finds overlapping matches too: "alk_…" contains "lk_…".
 _SHAPES_WITHIN = [re.compile(rf"(?=({shape}))") for shape in (_SHAPE.pattern, CREDENTIAL_SHAPE)]
 # A secret in one letter case, whose checksum is wrong. Almost all of it has leaked: it takes 2**36
-# attempts to find the lost letter cases, and the checksum shows offline which ones are right. The
-# letter beyond "f" tells it from a hash in hexadecimal digits.
+# attempts to find the lost letter cases, and the checksum shows offline which ones are right. White
+# space may break it. The prefix alone is consumed, so that matches may overlap.
 _ONE_CASE = re.compile(
-    r"[a-z]{2,10}_(?=[0-9a-f]*[g-z])(?:[0-9a-z]{57}|(?<=lkc_)[0-9a-z]{49})(?![0-9a-z])"
+    r"[a-z]{2,10}_(?=((?<=lkc_)(?:[0-9a-z]\s*){48}[0-9a-z]|(?:[0-9a-z]\s*){56}[0-9a-z])"
+    r"(?![0-9a-z]))"
 )
-# Matches a secret or the beginning of one in any letter case, to redact it.
-_SECRET_PART = re.compile(rf"([A-Za-z]{{2,10}}_)[0-9A-Za-z]{{{BODY_DIGITS},}}")
+# Tells a secret in one letter case from a hash in hexadecimal digits.
+_BEYOND_HEX = re.compile(r"[g-z]")
+# Into how many pieces a secret is broken. More of them are words that happen to have its length.
+_PIECES_MAX = 3
 _BODY_END = -(TAG_DIGITS + CHECKSUM_DIGITS)
 # Reading digits in pairs and without a loop takes a third of the time.
 _PAIRS = {a + b: x * 62 + y for x, a in enumerate(ALPHABET) for y, b in enumerate(ALPHABET)}
@@ -219,18 +221,20 @@ def contains_secret(text: str) -> bool:
     """Return whether `text` contains the secret of a token or a caller's credential.
 
     Recognises them by shape and checksum, whatever characters surround them. In lower or upper
-    case, it recognises them by their shape alone.
+    case, it recognises them by their shape alone, also if they are broken into a few lines.
     """
     return any(
         checksum(match[1][:-CHECKSUM_DIGITS]) == match[1][-CHECKSUM_DIGITS:]
         for shape in _SHAPES_WITHIN
         for match in shape.finditer(text)
-    ) or any(_ONE_CASE.search(each) for each in (text, text.swapcase()))
+    ) or any(map(_contains_one_case, (text, text.swapcase())))
 
 
-def redact_secrets(text: str) -> str:
-    """Return `text` with everything that looks like a secret reduced to its prefix."""
-    return _SECRET_PART.sub(r"\1…", text)
+def _contains_one_case(text: str) -> bool:
+    return any(
+        len(match[1].split()) <= _PIECES_MAX and _BEYOND_HEX.search(match[1])
+        for match in _ONE_CASE.finditer(text)
+    )
 
 
 def _tag(digest: bytes) -> int:

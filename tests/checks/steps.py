@@ -74,7 +74,7 @@ def command(*words: str, cwd: Path = ROOT, seconds: float = STEP_SECONDS) -> Out
         except subprocess.TimeoutExpired:
             return failed(f"{words[0]} did not finish within {seconds:g} s")
         finally:
-            # Also after Ctrl-C, which reaches only the group of the terminal.
+            # Ctrl-C reaches only the group of the terminal, so this is needed after it, too.
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
     if process.returncode == 0:

@@ -1,6 +1,6 @@
 """The Python client passes the conformance cases, and clients that break a rule fail them.
 
-This is the only place that states what a client does with each message.
+This is the only place that states what a client does with each message, in any language.
 """
 
 from __future__ import annotations

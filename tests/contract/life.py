@@ -10,15 +10,16 @@ from google.protobuf import field_mask_pb2
 from google.protobuf.timestamp_pb2 import Timestamp
 from latchkey_proto.v1 import token_service_pb2 as pb
 
-from tests.contract.life_model import Model, WrongAcceptError, hint_of
+from tests.contract.life_model import LIMITED_CALLS, Model, WrongAcceptError, hint_of
 from tests.contract.life_records import Traces, code_of, reason_of
 from tests.helpers.imported_keys import imported_key, sha256_of
 from tests.helpers.waiting import eventually
 
-__all__ = ["ACCOUNTS", "PERMISSIONS", "Life"]
+__all__ = ["ACCOUNTS", "LABELS", "PERMISSIONS", "Life"]
 
 ACCOUNTS = ("acme", "globex")
 PERMISSIONS = ("orders:read", "orders:write", "orders:*")
+LABELS: tuple[dict[str, str], ...] = ({"env": "prod", "team": "a"}, {"env": "dev"}, {})
 # How far in the future an expiry lies. A busy machine may need longer to handle the call.
 EXPIRY_SECONDS = (0.04, 0.4, 4.0)
 
@@ -150,23 +151,35 @@ class Life:
         result: pb.ImportResult = answer.results[0]
         return result
 
+    async def rotate_on_first_use(self, token: Model, lost: int) -> None:
+        """Rotate such that the next verify of the new secret ends the older ones."""
+        # With two such secrets, the audit log may have one entry for both first uses or two.
+        if token.unused not in {secret for secret, works in token.secrets if works}:
+            await self.rotate_once(token, grace=False, lost=lost, first_use=True)
+
     async def rotate(self, token: Model, grace: bool, lost: int, times: int) -> None:
         for _ in range(times if grace else 1):
             await self.rotate_once(token, grace, lost)
 
-    async def rotate_once(self, token: Model, grace: bool, lost: int) -> None:
-        request = pb.RotateRequest(**self.named(token), request_id=str(uuid.uuid4()))
+    async def rotate_once(
+        self, token: Model, grace: bool, lost: int, *, first_use: bool = False
+    ) -> None:
+        request = pb.RotateRequest(
+            **self.named(token), request_id=str(uuid.uuid4()), retire_on_first_use=first_use
+        )
         if grace:
             request.grace.seconds = 3600
         working = sum(works for _, works in token.secrets)
         answers = [await self.call("Rotate", token.account, request) for _ in range(1 + lost)]
         if token.deleted:
             assert set(answers) == {grpc.StatusCode.NOT_FOUND}
-        elif grace and working >= 5:
+        elif (grace or first_use) and working >= 5:
             assert set(answers) == {grpc.StatusCode.FAILED_PRECONDITION}
         else:
-            older = [(secret, works and grace) for secret, works in token.secrets]
+            older = [(secret, works and (grace or first_use)) for secret, works in token.secrets]
             token.secrets = [(a.secret, a is answers[-1]) for a in reversed(answers)] + older
+            if first_use:
+                token.unused = answers[-1].secret
 
     async def update(self, token: Model, path: str, value: Any) -> None:
         attribute = {"allowed_networks": "networks"}.get(path, path)
@@ -201,6 +214,23 @@ class Life:
             ):
                 # It may have narrowed the token, so the answer proves that this is in effect.
                 assert answer.receipt.HasField("effective_time")
+
+    async def limit(self, token: Model, on: bool) -> None:
+        """Give the token a rate limit, or lift it. Another one later has the same bucket."""
+        request = pb.UpdateRequest(
+            **self.named(token), update_mask=field_mask_pb2.FieldMask(paths=["rate_limit"])
+        )
+        if on:
+            request.token.rate_limit.count, request.token.rate_limit.burst = 1, LIMITED_CALLS
+            request.token.rate_limit.period.seconds = 3600
+        narrows = on and not token.limited
+        answer = await self.call("Update", token.account, request, changes=token.limited is not on)
+        if token.deleted:
+            assert answer is grpc.StatusCode.NOT_FOUND
+        else:
+            token.limited = on
+            assert answer.token.HasField("rate_limit") is on
+            assert answer.receipt.HasField("effective_time") or not narrows
 
     async def switch(self, token: Model, on: bool) -> None:
         request = (pb.EnableRequest if on else pb.DisableRequest)(**self.named(token))
@@ -306,11 +336,17 @@ class Life:
         assert answer.receipt.HasField("effective_time")
         token.deleted = True
 
-    async def delete_all(self, account: str, writers: bool) -> None:
+    async def delete_all(self, account: str, writers: bool, labels: dict[str, str]) -> None:
         request = pb.DeleteAllRequest(account_id=self.account(account))
+        if labels:
+            request.filter.label.update(labels)
         if writers:
             request.filter.scope = pb.SCOPE_WRITE
-        chosen = [t for t in self.live(account) if not writers or t.scope == pb.SCOPE_WRITE]
+        chosen = [
+            t
+            for t in self.live(account)
+            if (not writers or t.scope == pb.SCOPE_WRITE) and labels.items() <= t.labels.items()
+        ]
         answer = await self.stub.DeleteAll(request, timeout=9)
         assert answer.count == len(chosen)
         for token in chosen:
@@ -357,13 +393,20 @@ class Life:
             ):
                 found = pb.Verdict.Name(answer.verdict).removeprefix("VERDICT_")
                 expected = token.verdict(secret, scope, address, required)
-                if found == "VALID" != expected:
+                spent = token.limited and token.calls_left < LIMITED_CALLS
+                if token.limited and token.calls_left == 0 and expected == "VALID":
+                    expected = "RATE_LIMITED"
+                if found == "VALID" != expected and secret not in token.ending:
                     raise WrongAcceptError(expected, replace(token, secrets=[]))
                 assert answer.token.id == token.id
-                if found == "VALID":
-                    token.uses += 1
-                    token.used_secrets.add(secret)
-                agree = agree and found == expected
+                if found == "VALID" and token.accepted(secret):
+                    self.traces.call(self.account(token.account), "RetireSecrets", token.id)
+                # A process that was paused may have lost calls of the limit.
+                lost = found == "RATE_LIMITED" and expected == "VALID" and spent
+                agree = agree and (found == expected or lost)
+        if agree:
+            for token in self.tokens:
+                token.ending.clear()
         return agree
 
     async def check_lists(self) -> None:
@@ -374,6 +417,9 @@ class Life:
                 (t.id, t.name, t.scope, tuple(t.permissions), tuple(t.allowed_networks))
                 for t in reversed(listed)
             ] == [(t.id, t.name, t.scope, t.permissions, t.networks) for t in self.live(account)]
+            assert [(dict(t.labels), t.HasField("rate_limit")) for t in reversed(listed)] == [
+                (t.labels, t.limited) for t in self.live(account)
+            ]
             for shown, token in zip(reversed(listed), self.live(account), strict=True):
                 hints = [
                     hint_of(secret)

@@ -4,7 +4,10 @@ from dataclasses import dataclass, field
 
 from tests.helpers.imported_keys import IMPORTED_PREFIX
 
-__all__ = ["Model", "WrongAcceptError", "hint_of"]
+__all__ = ["LIMITED_CALLS", "Model", "WrongAcceptError", "hint_of"]
+
+# The burst of the rate limit that a token may have. It fills again only after an hour.
+LIMITED_CALLS = 4
 
 
 class WrongAcceptError(Exception):
@@ -27,8 +30,16 @@ class Model:
     expired: bool = False
     # Whether it holds its name. An expired token loses it to the next one that wants it.
     named: bool = True
+    labels: dict[str, str] = field(default_factory=dict)
+    limited: bool = False
+    # Calls of its rate limit that it has not spent.
+    calls_left: int = LIMITED_CALLS
     # Newest first, each with whether it works.
     secrets: list[tuple[str, bool]] = field(default_factory=list)
+    # The secret whose first use will end the older ones.
+    unused: str | None = None
+    # Those that a first use ends, in a moment.
+    ending: set[str] = field(default_factory=set)
     # The secret with which it was imported.
     imported: str | None = None
     # Those that were reported as leaked while they had not ended.
@@ -52,6 +63,20 @@ class Model:
         if not all(p in self.permissions or "orders:*" in self.permissions for p in required):
             return "INSUFFICIENT_PERMISSIONS"
         return "VALID"
+
+    def accepted(self, secret: str) -> bool:
+        """Count a verify that was VALID. Return whether it was the first use that ends others."""
+        self.uses += 1
+        self.used_secrets.add(secret)
+        self.calls_left -= self.limited
+        if secret != self.unused:
+            return False
+        self.unused = None
+        position = [one for one, _ in self.secrets].index(secret)
+        older = {one for one, works in self.secrets[position + 1 :] if works}
+        self.ending |= older
+        self.secrets = [(one, works and one not in older) for one, works in self.secrets]
+        return bool(older)
 
 
 def hint_of(secret: str) -> str:

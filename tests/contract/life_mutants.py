@@ -129,6 +129,57 @@ def networks_do_not_narrow(patch: Patch) -> None:
     patch.setattr(lifecycle, "narrows", otherwise)
 
 
+def labels_are_merged(patch: Patch) -> None:
+    """Update of the labels keeps those that it does not name."""
+    _updates(patch, lambda old, new: new._replace(labels={**old.labels, **new.labels}))
+
+
+def labels_do_not_choose(patch: Patch) -> None:
+    """DeleteAll ignores the labels of its filter."""
+
+    def without(selected: Any, *arguments: Any) -> str:
+        return condition_of(replace(selected, labels=None), *arguments)
+
+    patch.setattr("latchkey_service.tokens.bulk_store.condition_of", without)
+
+
+def limits_are_never_lifted(patch: Patch) -> None:
+    """Update without a rate limit leaves the one that the token has."""
+    _updates(patch, lambda old, new: new._replace(rate_limit=new.rate_limit or old.rate_limit))
+
+
+def limits_do_not_narrow(patch: Patch) -> None:
+    """Update of the rate limit does not wait for verifiers."""
+    narrows = changes.narrows
+
+    def otherwise(old: Any, new: Any) -> bool:
+        return narrows(old._replace(rate_limit=None), new._replace(rate_limit=None))
+
+    patch.setattr(lifecycle, "narrows", otherwise)
+
+
+def first_use_ends_all_but_the_newest(patch: Patch) -> None:
+    """The first use of a secret ends this one too, if there is a newer one."""
+    retiring = TokenChanger._retiring
+
+    def more(self: Any, state: Any, _ordinal: int) -> Any:
+        return retiring(self, state, state.newest_ordinal)
+
+    patch.setattr(TokenChanger, "_retiring", more)
+
+
+def a_lost_first_use_is_forgotten(patch: Patch) -> None:
+    """A retry of Rotate with retirement at first use returns a secret without it."""
+    minting = TokenChanger._minting
+
+    def without(self: Any, state: Any, *arguments: Any, **options: Any) -> Any:
+        again = any(s.record.retire_on_first_use for s in state.secrets)
+        options["retire_on_first_use"] = options["retire_on_first_use"] and not again
+        return minting(self, state, *arguments, **options)
+
+    patch.setattr(TokenChanger, "_minting", without)
+
+
 def disabled_tokens_are_spared(patch: Patch) -> None:
     """DeleteAll does not delete disabled tokens."""
 
@@ -178,7 +229,7 @@ def absent_secrets_stay_absent(patch: Patch) -> None:
 
 
 def imports_tell_of_other_accounts(patch: Patch) -> None:
-    """Import names the token that has the secret, whosever it is."""
+    """Import names the token that has the secret, even that of another account."""
     compare = importing._compare
 
     def telling(new: Any, present: Any) -> Any:
@@ -262,6 +313,12 @@ MUTANTS = (
     networks_are_never_cleared,
     scope_clears_permissions,
     networks_do_not_narrow,
+    labels_are_merged,
+    labels_do_not_choose,
+    limits_are_never_lifted,
+    limits_do_not_narrow,
+    first_use_ends_all_but_the_newest,
+    a_lost_first_use_is_forgotten,
     disabled_tokens_are_spared,
     expiry_before_disabling,
     a_sixth_secret,

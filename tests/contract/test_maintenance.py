@@ -30,6 +30,8 @@ LEASE_SECONDS = 1.0
 # A call waits for one lease at most; a busy machine adds the rest.
 CALL_SECONDS_MAX = 5.0
 METHOD = "/latchkey.v1.MaintenanceService/InvalidateAll"
+# Without a pause between the calls of an operator, a fifth of them fail.
+LOOP_VERIFIES = 100
 
 
 async def invalidate_all(address: str, **options: Any) -> pb.Receipt:
@@ -232,3 +234,32 @@ async def test_a_restored_database_learns_the_pepper_again(
             created = await make_token(address)
             assert await connection.fetchval("SELECT array_agg(id) FROM pepper") == known
         assert await verdict(address, created.secret) == pb.VERDICT_VALID
+
+
+async def test_an_operator_in_a_loop_makes_no_verify_fail(own_address: str) -> None:
+    """While an operator calls InvalidateAll as often as it can, each verify is answered."""
+    token = await make_token(own_address)
+    stop = False
+
+    async def loop(channel: grpc.aio.Channel) -> int:
+        stub: Any = maintenance_pb_grpc.MaintenanceServiceStub(channel)
+        count = 0
+        while not stop:
+            await stub.InvalidateAll(maintenance_pb.InvalidateAllRequest(), timeout=WAIT_SECONDS)
+            count += 1
+        return count
+
+    async with grpc.aio.insecure_channel(own_address, options=CHANNEL_OPTIONS) as channel:
+        stub: Any = pb_grpc.TokenServiceStub(channel)
+        loops = [asyncio.create_task(loop(channel)) for _ in range(4)]
+        try:
+            for _ in range(LOOP_VERIFIES):
+                answer = await stub.Verify(
+                    pb.VerifyRequest(secret=token.secret), timeout=WAIT_SECONDS
+                )
+                assert answer.verdict == pb.VERDICT_VALID
+                await asyncio.sleep(0.01)
+        finally:
+            stop = True
+            counts = await asyncio.gather(*loops)
+        assert sum(counts) >= 2

@@ -18,13 +18,14 @@ from latchkey_service.settings.settings import Settings
 
 from tests.helpers.callers import policy_text, write_server_files
 from tests.helpers.calls import CHANNEL_OPTIONS
-from tests.helpers.metrics import read
+from tests.helpers.metrics import Reading, read
 from tests.helpers.servers import serving_as
 from tests.helpers.waiting import eventually
 from tests.helpers.watch_client import watching
 
 SERVICE = "latchkey.v1.TokenService"
-LEASE_SECONDS = 0.6
+# A Delete has to commit within it, on a busy machine, for the deletion to wait for a client.
+LEASE_SECONDS = 1.5
 
 
 @pytest.fixture
@@ -101,8 +102,14 @@ async def test_unknown_paths_share_one_label(server: Server) -> None:
 async def test_deletions_and_the_lease(server: Server, stub: Any) -> None:
     """A Delete raises the revisions, and its wait is measured; the lease is renewed meanwhile."""
     created = await create(stub, "first")
-    before = read(server)
-    assert 0 < before.get("latchkey_lease_remaining_seconds") <= LEASE_SECONDS
+
+    def leased() -> Reading | None:
+        # On a busy machine, a renewal of this short lease may come late.
+        now = read(server)
+        return now if now.get("latchkey_lease_remaining_seconds") > 0 else None
+
+    before: Reading = await eventually(leased, "a lease")
+    assert before.get("latchkey_lease_remaining_seconds") <= LEASE_SECONDS
     assert before.get("latchkey_log_age_seconds") < LEASE_SECONDS
     assert before.get("latchkey_registrations_total") == 1
     await stub.Delete(pb.DeleteRequest(account_id="acme", id=created.token.id), timeout=5)

@@ -310,7 +310,7 @@ async def test_callers_cannot_force_recording(settings: Settings) -> None:
 
 
 async def test_shares_without_a_parent(settings: Settings) -> None:
-    """By default, managed calls without a trace are recorded in one of their own, and verifies are
+    """By default, managed calls without a trace are recorded in a new one, and verifies are
     not."""
     async with (
         recording(settings) as recorded,

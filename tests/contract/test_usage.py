@@ -161,7 +161,7 @@ async def test_a_running_client_reports(
                 usage = await client.get_usage(ACCOUNT, created.token.id)
                 return [sum(caller.days.values()) for caller in usage] == [expected]
 
-            # A message about the lease, at most a second and a half later, has the writer look.
+            # The writer looks at each message about the lease. The next one is at most 1.5 s away.
             await eventually(reported, f"{uses} uses")
         (usage,) = await client.get_usage(ACCOUNT, created.token.id)
         token = await client.get(ACCOUNT, created.token.id)

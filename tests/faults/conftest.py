@@ -5,17 +5,16 @@ from pathlib import Path
 
 import pytest
 import structlog
-from latchkey_service.postgres.migrate import bundled, migrate
 
 from tests.helpers.breakable_postgres import BreakablePostgres
-from tests.helpers.databases import session
+from tests.helpers.made_cluster import copy_cluster
 from tests.helpers.postgres_node import Template, make_template
-from tests.helpers.servers import TEMPLATE, with_database
 
 
 @pytest.fixture(scope="session")
 def postgres(scratch: Path) -> Iterator[BreakablePostgres]:
     """A Postgres for these tests alone. A test that breaks it also restores it."""
+    copy_cluster(scratch / "breakable")
     postgres = BreakablePostgres(scratch / "breakable")
     postgres.start()
     yield postgres
@@ -26,16 +25,6 @@ def postgres(scratch: Path) -> Iterator[BreakablePostgres]:
 def postgres_url(postgres: BreakablePostgres) -> str:
     """Its URL, the same after each restart."""
     return postgres.start()
-
-
-@pytest.fixture(scope="session")
-async def template_url(postgres_url: str) -> str:
-    """A migrated database on that Postgres, from which each test's database is cloned."""
-    async with session(postgres_url) as connection:
-        await connection.execute(f"CREATE DATABASE {TEMPLATE}")
-    url = with_database(postgres_url, TEMPLATE)
-    await migrate(url, bundled())
-    return url
 
 
 @pytest.fixture(scope="session")

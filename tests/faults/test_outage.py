@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import os
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,14 +149,23 @@ async def test_known_tokens_verify_while_the_lease_lasts(
     question = pb.VerifyRequest(secret=token.secret)
     assert (await stub.Verify(question, timeout=5)).verdict == pb.VERDICT_VALID
 
+    late: list[float] = []
+
     async def silent() -> bool:
+        began = time.monotonic() - broken
         end = await outcome(stub.Verify(question, timeout=2))
         assert end.ok or (end.code is UNAVAILABLE and end.retry_info)
+        # No renewal has begun since the outage, and a verify begins before the server judges it. So
+        # this holds on a busy machine too.
+        if end.ok and began > LEASE_SECONDS:
+            late.append(began)
         return not end.ok
 
     async with postgres.broken_by(fault) as bring_back:
+        broken = time.monotonic()
         assert (await stub.Verify(question, timeout=2)).verdict == pb.VERDICT_VALID
-        await eventually(silent, "the lease has run out", LEASE_SECONDS + SLACK_SECONDS)
+        await eventually(silent, "the lease has run out")
+        assert not late
         ends = await asyncio.gather(*(outcome(stub.Verify(question)) for _ in range(100)))
         assert {(end.code, end.retry_info) for end in ends} == {(UNAVAILABLE, True)}
         assert max(end.seconds for end in ends) < ANSWER_SECONDS_MAX

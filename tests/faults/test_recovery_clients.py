@@ -31,7 +31,7 @@ pytestmark = [
 # As many as one process can run beside the service on a busy machine of two cores.
 CLIENTS = 60
 LEASE_SECONDS = 2.0
-# Long enough that the client takes streams without a grant for stuck, repeatedly.
+# Long enough for a client to give up several streams that bring no grant.
 OUTAGE_SECONDS = 10.0
 # Time until all answer from their caches again: within one second on an idle machine. Shorter than
 # the time that a client needs if it does not notice.

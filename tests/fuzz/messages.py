@@ -29,7 +29,7 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_service.audit.audit_table import Filter
 from latchkey_service.process.server import Server
 from latchkey_service.process.wiring import running
-from latchkey_service.rpc.lenient_parsing import parse_non_utf8
+from latchkey_service.rpc.non_utf8_parsing import parse_non_utf8
 from latchkey_service.secret_format import Keyring
 from latchkey_service.settings import logs
 from latchkey_service.settings.settings import Settings

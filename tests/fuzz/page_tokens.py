@@ -10,9 +10,9 @@ import struct
 from collections.abc import Iterable
 from datetime import UTC, datetime
 
+from latchkey_coherence.identifiers import TOKEN_ID
 from latchkey_service.audit.audit_table import Cursor, Filter
 from latchkey_service.errors import InvalidArgument
-from latchkey_service.identifiers import TOKEN_ID
 from latchkey_service.rpc import audit_service
 from latchkey_service.tokens import page_tokens
 

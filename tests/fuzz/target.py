@@ -62,7 +62,7 @@ TARGETS = {
     "page-tokens": Entry("page_tokens", "nothing", "page tokens of tokens and of the audit log"),
     "policy": Entry("policy_file", "nothing", "policy file: a Policy, or an error with its line"),
     "headers": Entry("headers", "nothing", "authorization and x-forwarded-client-cert"),
-    "lenient": Entry("lenient_verify", "nothing", "Verifies whose secret is not text"),
+    "non-utf8": Entry("non_utf8_verify", "nothing", "Verifies whose secret is not text"),
     "messages-native": Entry("messages", "postgres", "every method's message", ("native",)),
     "messages-grpcio": Entry("messages", "postgres", "every method's message", ("grpcio",)),
     "http2-native": Entry("http2", "native", "frames, floods and rapid resets", (False,)),

@@ -37,7 +37,7 @@ INPUTS_MIN = {
     "page-tokens": 400,
     "policy": 24,
     "headers": 200,
-    "lenient": 800,
+    "non-utf8": 800,
     "messages-native": 20,
     "messages-grpcio": 20,
     "http2-native": 8,
@@ -156,7 +156,7 @@ def test_a_corpus_is_kept_small(tmp_path: Path) -> None:
     old.write_bytes(b"\0\x0a\x02\xff\xfe")
     for number in range(100):
         (kept / f"more of the same {number}").write_bytes(b"\0\x0a\x02ab" + b"\x10\x01" * number)
-    before, after = campaign.keep("lenient", tmp_path / "work", {}, kept)
+    before, after = campaign.keep("non-utf8", tmp_path / "work", {}, kept)
     assert before == 100
     assert 1 <= after <= 10
     assert len(list(kept.iterdir())) == after + 1

@@ -1,4 +1,4 @@
-"""A client without a credential that calls as often as it can. A process of its own.
+"""A client without a credential that calls as often as it can. Runs as a separate process.
 
 `python -m tests.helpers.anonymous_flood ADDRESS CONNECTIONS CALLS SECONDS PATH [CA_FILE]` keeps
 CALLS calls open on each of its connections, and prints how many were answered. With a CA file it

@@ -6,12 +6,12 @@ as it is, which costs much less than a tracer. It measures the processes of pyte
 line tools, services and consoles that tests fork (`fork_server.py`).
 
 Each process saves the lines that it has seen when it ends, unless it is killed. The process that
-reports unites them. The settings are in pyproject.toml (`[tool.slipcover]`).
+reports unites them. The probes are added once for all processes (`probed_code.py`). The settings
+are in pyproject.toml (`[tool.slipcover]`).
 """
 
 from __future__ import annotations
 
-import ast
 import io
 import json
 import os
@@ -20,12 +20,15 @@ import tempfile
 import tomllib
 from collections.abc import Generator
 from pathlib import Path
-from types import CodeType
+from types import CodeType, ModuleType
 from typing import Any, Final
 
 import pytest
-from slipcover import FileMatcher, ImportManager, Slipcover, branch, print_coverage
+from slipcover import FileMatcher, ImportManager, Slipcover, print_coverage
 from slipcover.importer import SlipcoverLoader
+
+from tests.helpers.probed_code import ProbedCode
+from tests.helpers.shared_compilation import in_turn
 
 __all__ = ["FOLDER", "Measurement", "folder"]
 
@@ -55,6 +58,7 @@ class Measurement:
         self._folder = folder
         settings = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["tool"]["slipcover"]
         sources = [str(root / source) for source in settings["source"]]
+        self._sources = sources
         self.floor = float(settings["fail-under"])
         self._slipcover = Slipcover(
             branch=settings["branch"],
@@ -63,10 +67,24 @@ class Measurement:
             d_miss_threshold=_PASSES_MAX,
         )
         self._imports = ImportManager(self._slipcover, FileMatcher(sources=sources))
+        self._code = ProbedCode(self._slipcover, folder, _PASSES_MAX)
 
     def start(self) -> None:
         self._imports.__enter__()
-        SlipcoverLoader.get_code = _code_of_program
+
+        def code_of(loader: SlipcoverLoader, _name: str) -> CodeType:
+            # Of a module that runs as a program (`runpy`) too, which SlipCover would not measure.
+            return self._code.of(loader.origin)
+
+        def execute(loader: SlipcoverLoader, module: ModuleType) -> None:
+            exec(self._code.of(loader.origin), module.__dict__)  # noqa: S102 - as each loader does
+
+        SlipcoverLoader.get_code, SlipcoverLoader.exec_module = code_of, execute
+
+    def prepare(self, number: int, count: int) -> None:
+        """Prepare all modules together with other processes; this is process `number` of
+        `count`."""
+        self._code.prepare(in_turn(self._modules(), number, count))
 
     def forked(self) -> None:
         """Forget what the parent has seen, which saves that itself."""
@@ -94,16 +112,12 @@ class Measurement:
                 # A branch is a pair of lines.
                 seen = (tuple(line) if isinstance(line, list) else line for line in lines)
                 self._slipcover.all_seen[name].update(seen)
+        self._code.count(self._modules())
         coverage: Coverage = self._slipcover.get_coverage()
         return coverage
 
-
-def _code_of_program(loader: SlipcoverLoader, name: str) -> CodeType:
-    """Return the code of a module that runs as a program (`runpy`), which SlipCover would not
-    measure."""
-    tree = branch.preinstrument(ast.parse(loader.origin.read_bytes()))
-    code: CodeType = loader.sci.instrument(compile(tree, str(loader.origin), "exec"))
-    return code
+    def _modules(self) -> list[Path]:
+        return sorted(path for source in self._sources for path in Path(source).rglob("*.py"))
 
 
 def percent_of_branches(summary: Coverage) -> float:
@@ -126,6 +140,9 @@ class _Plugin:
         if runs:
             os.environ.pop(_PLUGINS, None)
             self._measurement.start()
+        if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+            count = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+            self._measurement.prepare(int(worker.removeprefix("gw")), count)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:

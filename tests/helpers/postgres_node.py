@@ -78,7 +78,7 @@ class Template:
         self.own_account: Final = OsAccount(os.geteuid(), os.getegid())
         self.own_programs: Final = reachable_programs(folder, self.own_account)
         self.password: Final = secrets.token_hex(16)
-        """Of the roles `latchkey` and `postgres`."""
+        """The password of the roles `latchkey` and `postgres`."""
 
 
 async def make_template(folder: Path) -> Template:

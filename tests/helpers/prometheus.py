@@ -30,7 +30,9 @@ def _install() -> None:
 def promtool(*arguments: str) -> tuple[int, str]:
     """Run promtool, and return its exit code and output; install it where possible."""
     _install()
-    return run(("promtool", *arguments), PROMTOOL_SECONDS, {"PATH": "/usr/bin:/usr/local/bin"})
+    # Collecting garbage less often saves a third of its processor time.
+    variables = {"PATH": "/usr/bin:/usr/local/bin", "GOGC": "400"}
+    return run(("promtool", *arguments), PROMTOOL_SECONDS, variables)
 
 
 class Prometheus:

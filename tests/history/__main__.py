@@ -6,7 +6,7 @@ returned VALID although it began after the token's Delete had returned. It also 
 few calls or faults to be conclusive. The scenarios of `scenarios.py` run first: each exposes the
 absence of one coherence rule.
 
-This is the only check of the whole product, with its processes, sockets and clocks.
+Only this checks the whole product, with its processes, sockets and clocks.
 
 With `--failover` the run uses a pair of Postgres servers with synchronous replication, and the
 faults are failovers. With `--patroni` Patroni runs the servers.

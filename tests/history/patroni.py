@@ -57,7 +57,7 @@ SWITCHOVER_SECONDS_MAX: Final = 60.0
 END_SECONDS_MAX: Final = 40.0
 # In addition to the service's connections: those of Patroni and the standbys.
 _PROGRAMS: Final = ("pg_ctl", "pg_basebackup", "pg_rewind", "pg_controldata", "pg_isready")
-# Patroni before 3.1, which Debian 12 has, does not tell streaming apart.
+# Patroni before 3.1, which Debian 12 has, reports a streaming standby as running.
 _FOLLOWS: Final = ("streaming", "running")
 
 

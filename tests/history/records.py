@@ -66,18 +66,18 @@ class Outcome(enum.IntEnum):
     """The outcome of a call."""
 
     FAILED = 0
-    """With an error. Of a change that means: not confirmed, though it may stand."""
+    """The call ended with an error. A change is then not confirmed, though it may be committed."""
     VALID = 1
     REFUSED = 2
     """Any other verdict."""
     DONE = 3
-    """Of a Create, an Import or a Get."""
+    """A Create, an Import or a Get succeeded."""
     CONFIRMED = 4
-    """Of a change: the receipt has the time since which the token has been dead everywhere."""
+    """A change succeeded, and its receipt says since when the token has been dead everywhere."""
     COMMITTED = 5
-    """Of a change with `no_wait`: the token may not be dead everywhere yet."""
+    """A change with `no_wait` succeeded: the token may not be dead everywhere yet."""
     NOT_FOUND = 6
-    """Of a change or a Get: the service does not know the token."""
+    """A change or a Get failed, because the service does not know the token."""
 
 
 class Record(NamedTuple):

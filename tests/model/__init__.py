@@ -40,7 +40,8 @@ and ρ the largest difference between clock rates.
 7.  A server acknowledges a revision in its row once it has applied it, and each recorded grant has
     expired or its client has confirmed the revision.
 8.  Delete answers when every existing row has acknowledged its revision, or T(1+ρ) after its
-    commit. When called again, it makes another durable commit and waits again.
+    commit. When called again, it makes another durable commit and waits again. A change that finds
+    itself made waits only after a durable commit on a history with the position of that read.
 9.  A watcher that has seen a row's `renewal` unchanged for T(1+ρ) may remove the row, if `renewal`
     is still the same. A server that shuts down removes its own row once it has stopped answering
     and no client holds a sub-lease of it. A row belongs to one process, and a new process never
@@ -72,13 +73,16 @@ guarantee:
     python -m tests.model                   # states, seconds, and steps to each violation
     python -m tests.model "counted from"    # the steps, for broken rules with that name
 
+**What only it shows**: that the rules suffice in every order of steps, and that each is needed.
+
 **What it does not show**: that the code follows the rules, and that Postgres behaves as assumed.
 The model has one token (and changes that name another) and one Delete, and T is two or three ticks.
 
 **Other changes that narrow a token** (Update, Disable, Rotate, RetireSecrets, RevokeSecret and
-DeleteAll) are not modelled, because they do not differ from Delete here. Each takes a revision,
-names its tokens in the log and waits by rule 8, and a verdict that was read before it is outdated
-for the same reasons. What it changes does not matter: a cache drops all that it knows of a named
-token. The one difference is that a later change may make the token VALID again. Then VALID is right
-from that change's commit on, and the guarantee for the narrowing says nothing about it.
+DeleteAll) differ from Delete in two ways. A call that is repeated reads the token first, and
+confirms the change that it finds there: histories.py has that. And a later change may make the
+token VALID again. Then VALID is right from that change's commit on, and the guarantee for the
+narrowing says nothing about it. Otherwise they are the same: each takes a revision, names its
+tokens in the log and waits by rule 8, and a verdict that was read before it is outdated for the
+same reasons. What it changes does not matter: a cache drops all that it knows of a named token.
 """

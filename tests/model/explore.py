@@ -16,7 +16,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 __all__ = [
@@ -76,6 +76,14 @@ class Model:
     world: Any
     # How to print a field's special values in a trace: {"delete": {-1: "not begun"}}.
     names: Mapping[str, Mapping[Any, str]]
+
+    def without(self, left_out: Collection[str]) -> Model:
+        """Return the model in which these actions never happen.
+
+        Each order of events in it is also one of the whole model, and so is each violation.
+        """
+        kept = [action for action in self.actions if action.__name__ not in left_out]
+        return replace(self, actions=kept)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
-"""Two databases with different histories, one server process, and one Delete.
+"""Two databases with different histories, one server process, and one change that narrows.
 
-Rules 3, 4, 5, 8, 9 and 12. The old primary may show commits that its standby never received: their
-wait for the standby was cancelled, or crash recovery made them visible. The promoted standby
-continues from what it received, so the two databases may give one revision to different changes.
-The old primary stays up. Every statement of the process and of the deleter may reach either
-database at any time, so the model need not track connections.
+Rules 3, 4, 5, 8, 9 and 12. The change is a Delete, or another one: these differ if the call is
+repeated. The old primary may show commits that its standby never received: their wait for the
+standby was cancelled, or crash recovery made them visible. The promoted standby continues from what
+it received, so the two databases may give one revision to different changes. The old primary stays
+up. Every statement of the process and of the deleter may reach either database at any time, so the
+model need not track connections.
 
 A log is a string, with a letter for each change: `o` and `O` were made on the old primary, `n` and
 `N` on the new one, and the capitals are the deletion. No letter occurs twice in one log. A position
@@ -22,74 +23,39 @@ Simplifications. Each allows more orders of events than the service, or is equiv
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
-from tests.model.explore import Action, Model, Violation, replaced_quickly
-
-OLD, NEW = 0, 1
-# The standby: follows the old primary, is disconnected, or is the primary.
-FOLLOWING, CUT_OFF, PROMOTED = range(3)
-NO_ROW = -1
-BEFORE, ANSWERED = -1, -2  # Delete; in between, the ticks still to wait
-UNREGISTERED = None
-IDLE = -1
-DELETION = ("O", "N")
-OTHER = ("o", "n")
-
-GUARANTEE = "Delete had answered before this verify began, and it answers VALID"
-
-
-@replaced_quickly
-class Database(NamedTuple):
-    """What readers of a database see."""
-
-    log: str = ""
-    row: int = NO_ROW  # acknowledged_revision of the process
-    quiet: int = 0  # ticks until the row has gone unrenewed for T
-
-
-class Lookup(NamedTuple):
-    """A look-up in progress: sent, or answered and not yet received."""
-
-    read: str | None = None  # the log in the snapshot that showed the token
-    began: int = 0  # the revision applied when it was sent
-    late: bool = False  # Delete had answered before the verify that sent it began
-    joined: bool = False  # a verify that began after Delete's answer shares it
-
-
-@replaced_quickly
-class State(NamedTuple):
-    """The complete state at one instant."""
-
-    standby: int = FOLLOWING
-    databases: tuple[Database, Database] = (Database(), Database())
-    delete: int = BEFORE
-    # The process.
-    applied: str | None = UNREGISTERED
-    cache: bool = False  # holds VALID
-    lease: int = 0
-    lookup: Lookup | None = None
-    renewal: int = IDLE  # only where a renewal is two statements: the rest of its lease
-    log_read: bool = False  # only where a renewal is two statements
-
-
-@dataclass(frozen=True)
-class World:
-    """The parameters of a run."""
-
-    broken: frozenset[str]
-    ticks: int
-    others: tuple[str, ...]  # changes of another token that may happen
-    backup: bool  # what is durable on the old primary may be missing on the new one
+from tests.model.explore import Action, Model, Violation
+from tests.model.histories_state import (
+    ANSWERED,
+    BEFORE,
+    CUT_OFF,
+    DELETION,
+    FOLLOWING,
+    GUARANTEE,
+    IDLE,
+    NAMES,
+    NEW,
+    NO_ROW,
+    OLD,
+    OTHER,
+    PROMOTED,
+    UNREGISTERED,
+    Database,
+    Lookup,
+    State,
+    World,
+)
 
 
 def model(
     *broken: str, ticks: int = 1, others: tuple[str, ...] = OTHER, backup: bool = False
 ) -> Model:
     """Return the model, with the rules named in `broken` broken."""
-    actions = ACTIONS + AGAINST_THE_RULES if broken else ACTIONS
+    # With another rule broken, repeated calls would only add states.
+    repeats = REPEATS if all("repeated" in rule for rule in broken) else ()
+    actions = (*ACTIONS, *repeats, *(AGAINST_THE_RULES if broken else ()))
     return Model(State(), actions, World(frozenset(broken), ticks, others, backup), NAMES)
 
 
@@ -135,7 +101,8 @@ def changes_another(s: State, w: World) -> Iterator[State]:
 def deletes(s: State, w: World) -> Iterator[State]:
     """Delete commits and begins to wait; one that commits but is not durable fails (rule 8).
 
-    When called again for a deleted token, it makes another durable commit.
+    When called again for a deleted token, it makes another durable commit in the same statement.
+    The other changes read first: see `finds_change`.
     """
     if s.delete == ANSWERED:
         return
@@ -145,7 +112,32 @@ def deletes(s: State, w: World) -> Iterator[State]:
             continue
         after = s if deletion(log) else written(s, x, log=log + letter)
         again = after is s and "8 a retry trusts a deletion that is not durable" in w.broken
-        yield after._replace(delete=w.ticks) if durable(s, x, w) or again else after
+        # A repeated call that has found the deletion can do no more from now on than this one.
+        confirmed = after._replace(delete=w.ticks, found=False)
+        yield confirmed if durable(s, x, w) or again else after
+
+
+def finds_change(s: State, w: World) -> Iterator[State]:
+    """A repeated call reads a change that the old primary has made, and not durably (rule 8).
+
+    A durable change stays durable, so reading it first allows nothing that `deletes` does not.
+    """
+    old = s.databases[OLD].log
+    if s.delete == BEFORE and not s.found and deletion(old) and not durable(s, OLD, w):
+        confirms = "8 a repeated change is confirmed from what it reads" in w.broken
+        yield s._replace(delete=w.ticks) if confirms else s._replace(found=True)
+
+
+def settles(s: State, w: World) -> Iterator[State]:
+    """It makes a durable commit on a history with that change, and begins to wait (rule 8)."""
+    if not s.found:
+        return
+    old = s.databases[OLD].log
+    read = old[: old.find("O") + 1]
+    for x, database in enumerate(s.databases):
+        anywhere = "8 a repeated change is confirmed on any history" in w.broken
+        if durable(s, x, w) and (database.log.startswith(read) or anywhere):
+            yield s._replace(delete=w.ticks, found=False)
 
 
 def answers_by_acknowledgement(s: State, w: World) -> Iterator[State]:
@@ -227,7 +219,7 @@ def dies(s: State, _: World) -> Iterator[State]:
     """The process dies. Its rows are removed at once, which lets Delete answer sooner."""
     old, new = s.databases
     databases = (Database(old.log), Database(new.log))
-    yield State(s.standby, databases, s.delete)
+    yield State(s.standby, databases, s.delete, s.found)
 
 
 # ---- Against the rules: a renewal in two statements ----
@@ -419,18 +411,11 @@ ACTIONS: tuple[Action, ...] = (
     time_passes,
 )
 
+# A call that is repeated, and reads first.
+REPEATS: tuple[Action, ...] = (finds_change, settles)
+
 # These actions occur only where rules are broken.
 AGAINST_THE_RULES = (reads_clock, reads_log_to_renew, updates_row)
 
 # The actions of normal operation, which must be enough for Delete to end by acknowledgement.
 HEALTHY = (registers, renews, answers_by_acknowledgement)
-
-NAMES: Mapping[str, Mapping[Any, str]] = {
-    "standby": {FOLLOWING: "following", CUT_OFF: "cut off", PROMOTED: "promoted"},
-    "row": {NO_ROW: "none"},
-    "delete": {BEFORE: "not begun", ANSWERED: "answered"},
-    "applied": {UNREGISTERED: "unregistered", "": "nothing"},
-    "log": {"": "empty"},
-    "read": {None: "not yet", "": "nothing"},
-    "renewal": {IDLE: "idle"},
-}

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 from tests.model.explore import Action, Model, Violation, replaced_quickly
-from tests.model.histories import CUT_OFF, FOLLOWING, NEW, OLD, OTHER, PROMOTED, UNREGISTERED
+from tests.model.histories_state import CUT_OFF, FOLLOWING, NEW, OLD, OTHER, PROMOTED, UNREGISTERED
 
 T = TypeVar("T")
 

@@ -41,6 +41,12 @@ def test_always_can() -> None:
     assert always_can(states, (fills,), 9, lambda s: s == Jugs(0, 0)) not in {None, Jugs(0, 0)}
 
 
+def test_without() -> None:
+    """A model without an action reaches only what the other actions reach."""
+    assert explore(jugs()).states == 4
+    assert explore(jugs().without({"empties"})).taken.keys() == {"fills"}
+
+
 def test_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """The exploration of a model that grows without bound fails before it fills the memory."""
     monkeypatch.setattr(explorer, "STATES_MAX", 3)

@@ -46,7 +46,7 @@ def test_kept(kept: Kept) -> None:
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.name)
 def test_broken(broken: Broken) -> None:
     """If a rule is broken, the explorer finds a violation, and the shortest trace has the known
-    length.
+    length. The model has only those incidents that the violation needs.
     """
     # The lemma is internal to the model: a broken rule must violate a promise to users.
     found = explore(broken.model, but=[LEMMA])

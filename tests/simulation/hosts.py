@@ -136,7 +136,7 @@ class Sibling(Server):
         log = unasked.following(self.state.cache.position)
         # As in the service, only a renewal may move the lease to another server.
         if log is not None and log.server == self.state.server:
-            self._apply(log, unasked.read_began)
+            self._apply(log, self.clock())
             self.world.count("applied without a question")
 
     def connect(self) -> bool:

@@ -1,4 +1,7 @@
-"""No schedule of faults makes the shipped classes accept a dead token, and each rule is needed."""
+"""No schedule of faults makes the shipped classes accept a dead token, and each rule is needed.
+
+Only here, the classes of servers and clients meet in orders of events that nobody wrote down.
+"""
 
 import contextlib
 import math
@@ -8,9 +11,6 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from latchkey_coherence.verdict_cache import Position, VerdictCache
 from latchkey_service.coherence import ack_rules, verifier_state
 from latchkey_service.coherence.ack_rules import (
@@ -23,7 +23,7 @@ from latchkey_service.coherence.verifier_state import Change, Log, VerifierState
 from latchkey_service.coherence.watch_sessions import Grant, WatchSession
 
 from tests.simulation.database import Database
-from tests.simulation.world import KINDS, World
+from tests.simulation.world import World
 
 STEPS = 250
 # Tens of thousands of seeds passed when this was written. Each run checks this many.
@@ -61,32 +61,6 @@ def test_no_stale_answer_under_any_schedule() -> None:
         "shut down",
     ):
         assert counts[what] > SEEDS / 2, counts
-
-
-class AnyOrder(RuleBasedStateMachine):
-    """The same for schedules that Hypothesis chooses, and shortens if they fail."""
-
-    @initialize(seed=st.integers(0, 10_000))
-    def begin(self, seed: int) -> None:
-        self.world = World(Random(seed))  # noqa: S311 - a schedule, not a secret
-
-    @rule(kind=st.sampled_from(KINDS))
-    def step(self, kind: str) -> None:
-        self.world.step(kind)
-
-    @invariant()
-    def nothing_stale(self) -> None:
-        if hasattr(self, "world"):
-            assert not self.world.stale
-
-
-AnyOrder.TestCase.settings = settings(
-    max_examples=60,
-    stateful_step_count=60,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
-test_in_any_order = AnyOrder.TestCase
 
 
 def store_any_read(self: VerdictCache[Any], key: bytes, entry: Any, position: Position) -> bool:

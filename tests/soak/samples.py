@@ -43,7 +43,7 @@ class Samples:
         self.taken: list[float] = []
         """When each sample was complete, in seconds as in `series`."""
         self.cpu_seconds = 0.0
-        """Of the service and its Postgres, since their start."""
+        """Processor time of the service and its Postgres since their start."""
         self._service = service
         self._database_url = database_url
         self._began = time.monotonic()

@@ -27,7 +27,7 @@ class Limit:
 
     absolute: float
     share: float
-    """As a share of the series' median."""
+    """The rise as a share of the series' median."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from latchkey_service.secret_format import (
     Secret,
     contains_secret,
     hint_of,
-    redact_secrets,
 )
 
 PEPPER = Pepper(bytes(range(32)))
@@ -112,15 +111,6 @@ def test_a_callers_credential_is_found_too(before, after):
     text = credentials.mint(lambda size: bytes(range(size))).reveal()
     assert contains_secret(before + text + after)
     assert not contains_secret(before + text[:-1] + after)
-    assert text not in redact_secrets(f"{before}{text}{after}")
-
-
-@pytest.mark.parametrize("convert", [str.lower, str.upper])
-def test_a_secret_in_one_letter_case_is_redacted(convert):
-    """Almost nothing of a credential is left in a message if it was converted to one letter
-    case."""
-    text = convert(credentials.mint(lambda size: bytes(range(size))).reveal())
-    assert redact_secrets(f"unknown key {text!r}") == f"unknown key '{convert('lkc_')}…'"
 
 
 def test_rotated_peppers_still_verify():

@@ -8,7 +8,8 @@ import enum
 from collections.abc import Iterable
 from typing import Any
 
-from latchkey_cli.secrets import redact
+from latchkey_coherence.redaction import redact
+
 from latchkey_cli.text import visible
 
 __all__ = ["ClosedPipe", "Exit", "Failure", "worst"]

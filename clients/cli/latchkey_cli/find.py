@@ -24,7 +24,7 @@ __all__ = ["find"]
 LIMIT: Final = 50
 # The service's maximum, for the fewest round trips.
 PAGE_SIZE: Final = 100
-# Also one that was copied in part: it is no hint. A hint with this beginning has an ellipsis.
+# A whole id, or a part of one that was copied. Hints differ from it: they contain an ellipsis.
 _ID: Final = re.compile(r"tok_[0-9A-Za-z]+")
 _GAP: Final = 2
 

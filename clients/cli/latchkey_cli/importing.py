@@ -31,7 +31,7 @@ from latchkey_cli.times import Expiry
 
 if TYPE_CHECKING:
     # Types only: shell completion must not wait for gRPC to load.
-    from latchkey import Client, ImportedToken, ImportResult
+    from latchkey import Client, ImportedToken, ImportResult, LatchkeyError
 
     from latchkey_cli.session import Session
 
@@ -44,6 +44,8 @@ NUMBER_MAX: Final = 100
 _NAME_LENGTH_MAX: Final = 64
 # For each batch. Longer than a failover, and than any queue of the service takes.
 PATIENCE_SECONDS: Final = 60.0
+# From one attempt to the next while the service restarts, which takes some seconds.
+RESTART_RETRY_SECONDS: Final = 1.0
 # Refused rows in JSON output.
 _LISTED_MAX: Final = 10_000
 # The service's fields, by the name of the column that they come from.
@@ -69,6 +71,8 @@ class _Progress:
     counts: Counter[str] = field(default_factory=Counter)
     refused: list[RowError] = field(default_factory=list)
     lines: int = 0
+    # Whether the service has answered, so that the target is right.
+    answered: bool = False
 
     def refuse(self, error: RowError) -> None:
         """Count a refused row, and print why."""
@@ -322,16 +326,18 @@ def _call(
     )
     tokens = [one.token for one in batch]
     try:
-        return session.run(_import(session.client, tokens, progress.dry_run), doing)
+        results = session.run(_import(session.client, tokens, progress), doing)
     except Failure:
         progress.clear()
         raise
+    progress.answered = True
+    return results
 
 
 async def _import(
-    client: "Client", tokens: "Sequence[ImportedToken]", dry_run: bool
+    client: "Client", tokens: "Sequence[ImportedToken]", progress: _Progress
 ) -> "tuple[ImportResult, ...]":
-    """Import tokens. Try again for a while as long as the service asks for that.
+    """Import tokens. Try again for a while if the service asks for that, or seems to restart.
 
     The library's own attempts last a second or two. That is right for a caller who waits, but an
     import of hours must not fail because others import too, or because the database fails over.
@@ -341,13 +347,28 @@ async def _import(
     end = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
-            return await client.import_tokens(tokens, validate_only=dry_run)
+            return await client.import_tokens(tokens, validate_only=progress.dry_run)
         except (ResourceExhausted, Unavailable) as error:
-            # Without a delay, the service has not answered, or waiting does not help.
-            pause = error.retry_after
-            if pause is None or time.monotonic() + pause.total_seconds() >= end:
+            if error.retry_after is not None:
+                progress.answered = True
+                pause = error.retry_after.total_seconds()
+            elif progress.answered and _may_restart(error):
+                pause = RESTART_RETRY_SECONDS
+            else:
                 raise
-        await asyncio.sleep(pause.total_seconds())
+            if time.monotonic() + pause >= end:
+                raise
+        await asyncio.sleep(pause)
+
+
+def _may_restart(error: "LatchkeyError") -> bool:
+    """Return whether the service may be restarting: nothing answers, or connections are closed.
+
+    A refusal without a delay does not pass by itself. Nor does a failed TLS handshake.
+    """
+    from latchkey import Unavailable
+
+    return isinstance(error, Unavailable) and error.reason != "TLS_HANDSHAKE_FAILED"
 
 
 def _refuse(line: int, result: "ImportResult", progress: _Progress) -> None:

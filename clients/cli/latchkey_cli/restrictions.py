@@ -275,7 +275,7 @@ def token_filter(
     labels = labels_of(label or [])
     for text, option in ((name_contains, "--name-contains"), (search, "--search")):
         if text is not None and not text.strip():
-            # Such as from an unset variable: without a text, every name would match.
+            # An unset shell variable leaves an empty text, which every name would match.
             raise typer.BadParameter("give a text", param_hint=option)
     # Imported here: shell completion must not wait for gRPC to load.
     from latchkey import Scope, TokenFilter, TokenState

@@ -5,10 +5,11 @@ secret is valid.
 """
 
 import getpass
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Final
+
+from latchkey_coherence.redaction import redact
 
 __all__ = [
     "INPUT_BYTES_MAX",
@@ -16,17 +17,12 @@ __all__ = [
     "find_secret",
     "read_lines",
     "read_secret",
-    "redact",
 ]
 
 # A secret has 60 characters. Longer input is some other file, so we stop reading here.
 INPUT_BYTES_MAX: Final = 64 * 1024
 # An imported secret has at most 128 characters. The start of a longer line is not one either.
 _LINE_BYTES_MAX: Final = 160
-# The prefix and 43 random characters. The last 14 characters of a secret, a tag and a checksum, are
-# not required: a copy without them still counts as leaked. The group repeats because in two secrets
-# without a separator, the second prefix reads like the end of the first secret.
-_SECRET_WITHIN: Final = re.compile(r"([A-Za-z]{2,10})(?:_[0-9A-Za-z]{43,})+")
 
 
 class SecretInputError(Exception):
@@ -36,14 +32,9 @@ class SecretInputError(Exception):
 def find_secret(arguments: Sequence[str]) -> int | None:
     """Return the position (from 1) of the first argument that contains a secret, or None."""
     for position, argument in enumerate(arguments, start=1):
-        if _SECRET_WITHIN.search(argument):
+        if redact(argument) != argument:
             return position
     return None
-
-
-def redact(text: str) -> str:
-    """Return `text` with everything that looks like a secret replaced by its prefix."""
-    return _SECRET_WITHIN.sub(r"\1_…(redacted)", text)
 
 
 def read_secret() -> str:

@@ -22,8 +22,8 @@ _log = logging.getLogger("latchkey.console")
 # Each takes a file, and many systems allow a process 1,024. The client of Latchkey, the log and the
 # sign-in need some as well.
 CONNECTIONS_MAX: Final = 800
-# From the connection, or the end of the last answer, to the end of the request. Longer than an idle
-# connection is kept, and enough for a form over a slow network.
+# The time for a request to arrive, counted from the connection or from the last answer. Longer than
+# an idle connection is kept, and enough for a form over a slow network.
 RECEIVE_SECONDS: Final = 20.0
 # Complete requests that are being answered, each of which may wait for Latchkey. Further requests
 # get 503.

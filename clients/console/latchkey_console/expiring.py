@@ -1,7 +1,7 @@
 """A store that bounds the lifetime and the number of its values. Pure: it takes a clock.
 
-Not `cachetools.TTLCache`: a full one evicts the value that was not read for longest, which may be
-newer than others. This store evicts the oldest value, whether or not it was read.
+A full `cachetools.TTLCache` evicts the least recently read value, which may be newer than others.
+This store evicts the oldest value, whether or not it was read.
 """
 
 from collections.abc import Callable

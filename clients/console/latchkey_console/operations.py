@@ -11,6 +11,7 @@ from typing import Any, Final
 from urllib.parse import urlencode
 
 import latchkey
+from latchkey_coherence.identifiers import TOKEN_ID
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -24,8 +25,7 @@ __all__ = ["Operations", "state_of"]
 
 _log = logging.getLogger("latchkey.console")
 
-TOKEN_ID: Final = re.compile(r"tok_[0-9a-z]{26}")
-# One that was copied in part. It is no hint: one with this beginning has an ellipsis.
+# A part of an id that was copied. Hints differ from it: they contain an ellipsis.
 PART_OF_ID: Final = re.compile(r"tok_[0-9A-Za-z]+")
 # The service's limits: the last characters of a secret, and a whole hint.
 HINT_LENGTHS: Final = range(4, 17)

@@ -35,7 +35,7 @@ DRAFT_SECONDS: Final = 900
 # The input waits in the session, which has to fit into a cookie of 4 kB, with what the provider
 # needs for the sign-in.
 DRAFT_BYTES_MAX: Final = 1_400
-# Where the script finds the address of the rows after those that it received.
+# The header with the address of the next rows, for the script that loads them.
 NEXT_HEADER: Final = "x-latchkey-next"
 
 _NOT_KEPT: Final = "The form was too long to be kept, so you have to fill it in again."

@@ -1,8 +1,8 @@
 """Remembers which kinds of findings a visitor is done with.
 
 A cookie keeps this, because it is a choice of one person about what to see, and because it must
-outlive the console's processes. Nothing depends on it, so it is neither signed nor secret. It is
-for one account: the choices for another one replace it.
+outlive the console's processes. Nothing depends on it, so it is neither signed nor secret. The
+cookie has the choices for one account; those for another account replace them.
 """
 
 import hashlib

@@ -12,6 +12,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from latchkey import Secret
+from latchkey_coherence.identifiers import ACCOUNT_ID
 
 from latchkey_console import embedding, groups
 from latchkey_console.appearance import Logo, read_logo, read_theme
@@ -41,8 +42,6 @@ PRODUCT: Final = "Latchkey"
 PRODUCT_LENGTH_MAX: Final = 64
 API_URL: Final = "https://api.example.com/"
 
-# As the contract defines it (`account_id` in token_service.proto).
-_ACCOUNT_ID: Final = re.compile(r"[A-Za-z0-9._:@|+=/~-]{1,128}")
 _HEADER_NAME: Final = re.compile(r"[A-Za-z0-9-]{1,64}")
 _EXAMPLE_URL: Final = re.compile(r"https?://[A-Za-z0-9._~:/\[\]-]{1,200}")
 _LISTEN: Final = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})")
@@ -306,7 +305,7 @@ def make(
 
 def is_account_id(text: str) -> bool:
     """Return whether `text` is an account id as the contract defines it."""
-    return _ACCOUNT_ID.fullmatch(text) is not None
+    return ACCOUNT_ID.fullmatch(text) is not None
 
 
 def listening_address(value: str, example: str) -> tuple[str, int]:

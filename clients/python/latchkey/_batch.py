@@ -45,7 +45,7 @@ class _Waiter:
     end: float
     """Deadline, by the event loop's clock."""
     span: "Span | None"
-    """Of the application, if it records a trace."""
+    """The application's span, if it records a trace."""
 
 
 class Batcher:

@@ -1,4 +1,4 @@
-"""The tokens that `Client.import_tokens` creates, and what became of each."""
+"""The tokens that `Client.import_tokens` creates, and the result for each."""
 
 import enum
 from collections.abc import Mapping, Sequence

@@ -11,10 +11,6 @@ from typing import Final
 _SECRET: Final = re.compile(r"[a-z]{2,10}_[0-9A-Za-z]{57}")
 # A secret that was imported into the service: the characters of a bearer token (RFC 6750 §2.1).
 _IMPORTED: Final = re.compile(r"[0-9A-Za-z._~+/=-]{16,128}")
-# For redaction. Matches anywhere in a text, including longer runs, secrets without a separator
-# between them, and a caller's credential, which has no tag. Redacting too much is safer than too
-# little.
-_SECRET_WITHIN: Final = re.compile(r"([A-Za-z]{2,10})(?:_[0-9A-Za-z]{49,})+")
 _CHECKSUM_LENGTH: Final = 6
 _BASE62: Final = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
@@ -55,8 +51,3 @@ def placeholder(secret: str) -> str:
     if _SECRET.fullmatch(secret) is None:
         return "…(redacted)"
     return f"{secret.partition('_')[0]}_…(redacted)"
-
-
-def redact(text: str) -> str:
-    """Return `text` with everything that looks like a secret replaced by a placeholder."""
-    return _SECRET_WITHIN.sub(r"\1_…(redacted)", text)

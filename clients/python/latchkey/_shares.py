@@ -104,7 +104,7 @@ class ShareLog:
                 share.add(calls, ends)
 
     def lose(self, number: int) -> None:
-        """Give up the question with this number: its stream does not grant any more."""
+        """Give up the question with this number, because its stream has ended or is closing."""
         if self._asked is not None and self._asked[0] == number:
             self._asked = None
 

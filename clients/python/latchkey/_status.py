@@ -12,9 +12,9 @@ import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
+from latchkey_coherence.redaction import redact
 
 from latchkey import errors
-from latchkey._shape import redact
 
 # The key that grpcio-status uses. Its from_call() raises if the details do not match the status.
 # Damaged details must not hide the error that they came with.

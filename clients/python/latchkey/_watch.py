@@ -38,8 +38,8 @@ RETRY_FIRST_SECONDS: Final = 0.05
 # Maximum delay until a service that is back is detected. A refused connection costs almost nothing.
 RETRY_MAX_SECONDS: Final = 5.0
 # Used if the service does not have Watch, has switched it off, or denies it to this caller. Such a
-# refusal lasts until a new release or setting, after which clients should not need a restart. Also
-# used to keep listening to the last of several silent streams.
+# refusal lasts until a new release or setting, after which clients should not need a restart. The
+# last of several silent streams is kept for this long, too.
 UNSUPPORTED_RETRY_SECONDS: Final = 60.0
 SILENCES_MAX: Final = 3
 # After a stream that lasted this long, the retry delay starts from its minimum again.

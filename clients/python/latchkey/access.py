@@ -98,7 +98,7 @@ class Access:
         """
 
         def given(name: str) -> str | None:
-            # The default is no argument's value: help() would print all variables.
+            # No argument has this as its default value, because help() would print all variables.
             variables = os.environ if environment is None else environment
             return variables.get(PREFIX + name) or None
 

@@ -281,7 +281,7 @@ class Client:
 
     def forked(self) -> None:
         """Mark this process as a forked child. For the library's own use."""
-        # Another thread of the parent may have held the lock. It does not exist here to release it.
+        # A thread of the parent may have held the lock. This process lacks it to release the lock.
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -337,7 +337,8 @@ class _Engine:
     """A thread with an event loop, and the async client and verifier that live on it.
 
     It has no reference to its owner, the `Verifier` or `Client` of this module, which would never
-    be garbage-collected.
+    be garbage-collected. This is not anyio's portal, because a call and a stop must end within
+    bounds, also during a garbage collection, and a forked child must get an error.
     """
 
     # The process that first used gRPC. In a child forked later, gRPC aborts the process or receives

@@ -11,7 +11,8 @@ from latchkey_service.access.credentials import mint, policy_digest
 from latchkey_service.access.methods import VERIFIER
 from latchkey_service.access.policy import PolicyError, is_name, parse
 from latchkey_service.access.policy_file import read_text
-from latchkey_service.settings import settings
+from latchkey_service.settings import loading
+from latchkey_service.settings.settings import PREFIX
 
 __all__ = ["run"]
 
@@ -122,12 +123,12 @@ def _existing(path: Path | None) -> str:
 def _check_configured() -> int:
     """Check the file that the service would read, as set in the environment or a .env file."""
     try:
-        path = settings.load(together=False).policy
-    except settings.ConfigError as error:
+        path = loading.load(together=False).policy
+    except loading.ConfigError as error:
         _print(f"latchkey: invalid settings:\n{error}")
         return 2
     if path is None:
-        _print(f"latchkey: name a file, or set {settings.PREFIX}POLICY")
+        _print(f"latchkey: name a file, or set {PREFIX}POLICY")
         return 2
     return _check(path)
 

@@ -145,8 +145,8 @@ METHODS: Final[Mapping[str, Rule]] = MappingProxyType(
     }
 )
 REFLECTION: Final = "/grpc.reflection."
-# The methods that only take rights away. They go before others: whoever calls one may be closing a
-# hole. `Update` and `Rotate` can do either, which only their requests show.
+# The methods that only take rights away. They go before others, because their caller may be closing
+# a hole. `Update` and `Rotate` can do either, which only their requests show.
 REMOVALS: Final = frozenset(
     _TOKENS + name for name in ("Delete", "DeleteAll", "Disable", "RetireSecrets", "RevokeSecret")
 )

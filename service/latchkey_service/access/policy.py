@@ -32,6 +32,8 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Annotated, Final, Self, TypeVar
 
+from latchkey_coherence.identifiers import ACCOUNT_ID
+from latchkey_coherence.redaction import redact
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -44,9 +46,7 @@ from pydantic import (
 from latchkey_service.access.credentials import DIGEST
 from latchkey_service.access.methods import METHODS, ROLES
 from latchkey_service.access.rates import RateLimits, limits_for
-from latchkey_service.identifiers import ACCOUNT_ID
 from latchkey_service.lifetime import NO_RULES, Lifetime, LifetimeRules, duration_in
-from latchkey_service.secret_format import redact_secrets
 
 __all__ = [
     "ANONYMOUS",
@@ -81,7 +81,7 @@ class PolicyError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(redact_secrets(message))
+        super().__init__(redact(message, "…"))
 
 
 @dataclass(frozen=True, slots=True)

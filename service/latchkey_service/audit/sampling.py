@@ -1,4 +1,4 @@
-"""Decides which of many similar calls get an entry of their own. Pure.
+"""Decides which of many similar calls get a separate entry. Pure.
 
 In each minute, of the calls of one caller, method and result:
 

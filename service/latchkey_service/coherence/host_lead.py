@@ -44,8 +44,6 @@ class Renewal(NamedTuple):
     renewed: bool
     log: Log
     ends: float = -math.inf
-    read_began: float = math.inf
-    """When another process of this host began to read the log. Infinite: this one has read it."""
 
 
 class UnaskedLog(NamedTuple):
@@ -54,8 +52,6 @@ class UnaskedLog(NamedTuple):
     after: Position
     """The position that the sibling stated last."""
     log: Log
-    read_began: float
-    """When the lead began to read, on the clock of the host."""
 
     def following(self, applied: Position) -> Log | None:
         """Return the part after the position that the sibling has applied meanwhile.
@@ -95,7 +91,7 @@ class HostLead:
         # The incarnation of the lead's row.
         self.incarnation = incarnation
         self.closing = False
-        """Whether siblings have to take rows of their own, because this process will stop."""
+        """Whether siblings have to take their own rows, because this process will stop."""
 
     def ready(self, now: float) -> bool:
         """Return whether there is a lease to share."""
@@ -129,7 +125,13 @@ class HostLead:
         changes = None
         if state.registered and sibling.incarnation == self.incarnation():
             changes = state.recent.after(applied)
-        return Log(changes is not None, state.server, state.cache.position, changes or ())
+        return Log(
+            changes is not None,
+            state.server,
+            state.cache.position,
+            changes or (),
+            read_began=state.log_read_began,
+        )
 
     def unasked_log(self, sibling: Sibling) -> UnaskedLog | None:
         """Return the log after the position that a sibling stated last.
@@ -143,7 +145,7 @@ class HostLead:
         size = sum(1 + len(change.token_ids) for change in log.changes)
         if not 0 < size <= UNASKED_MAX:
             return None
-        return UnaskedLog(sibling.applied, log, self._state.log_read_began)
+        return UnaskedLog(sibling.applied, log)
 
     def renew(self, sibling: Sibling, applied: Position, acknowledged: int) -> Renewal:
         """Share the lease, and record that (rules 3, 6 and 7). Requires `ready`.
@@ -155,14 +157,12 @@ class HostLead:
         if not log.known:
             # It was about another history.
             state.client_leases.confirm(sibling.lease, 0)
-            return Renewal(renewed=False, log=log, read_began=state.log_read_began)
+            return Renewal(renewed=False, log=log)
         confirmed = min(acknowledged, applied.revision)
         # Recorded before it is sent. The end is a reading of the common clock, so a lead that is
         # stopped between these lines shares no more than it has recorded.
         state.client_leases.grant(sibling.lease, confirmed, state.lease_ends)
-        return Renewal(
-            renewed=True, log=log, ends=state.lease_ends, read_began=state.log_read_began
-        )
+        return Renewal(renewed=True, log=log, ends=state.lease_ends)
 
     def adopt(
         self,
@@ -196,6 +196,6 @@ class HostLead:
 
     def release(self, sibling: Sibling) -> None:
         """Forget a sibling that answers no longer under a lease of this process: it has stopped, or
-        has a row of its own, which was renewed.
+        has its own row, which was renewed.
         """
         self._state.client_leases.release(sibling.lease)

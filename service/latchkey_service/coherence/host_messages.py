@@ -49,6 +49,7 @@ def log_out(log: Log) -> dict[str, Any]:
         "server": log.server,
         "head": log.head,
         "changes": [(*change.position, change.token_ids) for change in log.changes],
+        "read_began": log.read_began,
     }
 
 
@@ -62,6 +63,7 @@ def log_of(message: dict[str, Any]) -> Log:
             Change(Position(revision, mark), tuple(token_ids))
             for revision, mark, token_ids in message["changes"]
         ),
+        read_began=float(message["read_began"]),
     )
 
 
@@ -69,16 +71,11 @@ def news_of_log(unasked: UnaskedLog | None) -> dict[str, Any]:
     """Return the news that the log has new entries, with these if there is a log to send."""
     if unasked is None:
         return {"news": "log"}
-    return {
-        "news": "log",
-        "after": unasked.after,
-        "log": log_out(unasked.log),
-        "read_began": unasked.read_began,
-    }
+    return {"news": "log", "after": unasked.after, "log": log_out(unasked.log)}
 
 
 def unasked_log_of(news: dict[str, Any]) -> UnaskedLog | None:
     """Return the log of such news, if any. Raises KeyError, TypeError and ValueError."""
     if "log" not in news:
         return None
-    return UnaskedLog(Position(*news["after"]), log_of(news["log"]), float(news["read_began"]))
+    return UnaskedLog(Position(*news["after"]), log_of(news["log"]))

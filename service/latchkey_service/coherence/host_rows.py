@@ -25,7 +25,7 @@ from latchkey_service.coherence.host_lead import Renewal
 from latchkey_service.coherence.host_messages import log_of
 from latchkey_service.coherence.lead_client import LeadConnection, LeadGone
 from latchkey_service.coherence.log import Log, Registration, Server
-from latchkey_service.coherence.rows import PostgresRows, ReadLog, RowId
+from latchkey_service.coherence.rows import PostgresRows, RowId
 from latchkey_service.coherence.verifier_state import VerifierState
 from latchkey_service.coherence.verifier_table import OwnRow, Report
 from latchkey_service.errors import StoreUnavailable
@@ -142,13 +142,12 @@ class HostRows:
                 return log_of(answer["log"])
         return await self._postgres.read_log(applied)
 
-    def unasked_log(self, applied: Position) -> ReadLog | None:
+    def unasked_log(self, applied: Position) -> Log | None:
         """Return the log that the lead has sent, as far as it follows `applied`, once."""
         if not self._shared or self._lead is None:
             return None
         unasked = self._lead.take_unasked()
-        log = unasked and unasked.following(applied)
-        return ReadLog(log, unasked.read_began) if unasked and log else None
+        return unasked and unasked.following(applied)
 
     async def renew(self, applied: Position, acknowledged: int, report: Report) -> Renewal:
         """Renew at the lead, or in Postgres if the lead is away."""
@@ -168,8 +167,7 @@ class HostRows:
                 self._row = RowId(*answer["row"]) if answer["renewed"] else None
                 self.in_doubt, self.address = answer["in_doubt"], answer["database_host"]
                 ends = answer["ends"] - CLOCK_MARGIN_SECONDS
-                log = log_of(answer["log"])
-                return Renewal(answer["renewed"], log, ends, answer["read_began"])
+                return Renewal(answer["renewed"], log_of(answer["log"]), ends)
         if not self._own:
             # It acknowledges nothing, so every Delete waits for the renewal below.
             await self._postgres.register(acknowledge=False)

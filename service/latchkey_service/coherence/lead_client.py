@@ -21,7 +21,7 @@ __all__ = ["LeadConnection", "LeadGone"]
 
 
 class LeadGone(Exception):
-    """The lead does not answer, or will stop. The sibling has to take a row of its own."""
+    """The lead does not answer, or will stop. The sibling has to take its own row."""
 
 
 class LeadConnection:

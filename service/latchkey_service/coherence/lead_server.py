@@ -30,7 +30,7 @@ from latchkey_service.settings.logs import logger
 __all__ = ["LeadServer"]
 
 # While a request waits for Postgres, the sibling hears this often that the lead is alive, in parts
-# of a lease. Far below the silence after which a sibling takes a row of its own.
+# of a lease. Far below the silence after which a sibling takes its own row.
 ALIVE_LEASES = 1 / 24
 # As long as a statement may take, and a connection before it.
 REQUEST_SECONDS_MAX = 3.0
@@ -80,7 +80,7 @@ class LeadServer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
         self._server: asyncio.Server | None = None
-        self._told: tuple[float, bool] = (0.0, False)
+        self._announced: tuple[float, bool] = (0.0, False)
         self._log = logger()
 
     async def start(self) -> None:
@@ -95,7 +95,7 @@ class LeadServer:
             self._log.warning("the lease is not shared", socket=self._path, error=str(error))
 
     def close_to_siblings(self) -> None:
-        """Ask the siblings to take rows of their own, because this process will stop.
+        """Ask the siblings to take their own rows, because this process will stop.
 
         Their leases stay on record until they have ended or are released.
         """
@@ -118,13 +118,13 @@ class LeadServer:
             Path(self._path).unlink()  # noqa: ASYNC240 - takes microseconds
 
     def on_news(self, changed: bool) -> None:  # noqa: FBT001 - called back
-        """Send the siblings new entries of the log, or the news that the lease was renewed."""
+        """Send the siblings what is new in the log, or that the lease is longer."""
         ends, in_doubt = self._renewer.state.lease_ends, self._renewer.in_doubt()
         if not changed:
-            longer = ends - self._told[0] >= self._renewer.state.lease_seconds * LONGER_LEASES
-            if not longer and in_doubt == self._told[1]:
+            longer = ends - self._announced[0] >= self._renewer.state.lease_seconds * LONGER_LEASES
+            if not longer and in_doubt == self._announced[1]:
                 return
-            self._told = (ends, in_doubt)
+            self._announced = (ends, in_doubt)
             line = encode({"news": "lease"})
             for connection in self._connections:
                 self._push(connection, line)
@@ -282,14 +282,13 @@ class LeadServer:
                 renewer.renew_now()
             return {"adopted": adopted, "row": self._row()}
         connection.report, before = request["report"], sibling.lease.confirmed
-        renewed, log, ends, read_began = rules.renew(sibling, applied, request["acknowledged"])
+        renewed, log, ends = rules.renew(sibling, applied, request["acknowledged"])
         if before != sibling.lease.confirmed:
             renewer.wake_to_acknowledge()
         return {
             "renewed": renewed,
             "log": log_out(log),
             "ends": ends,
-            "read_began": read_began,
             "row": self._row(),
             "in_doubt": renewer.in_doubt(),
             "database_host": self._database_host(),

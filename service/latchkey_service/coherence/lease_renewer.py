@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from latchkey_service.coherence.ack_rules import DeadVerifierDetector
-from latchkey_service.coherence.rows import ReadLog, RowId, Rows
+from latchkey_service.coherence.rows import RowId, Rows
 from latchkey_service.coherence.verifier_state import Log, VerifierState
 from latchkey_service.coherence.verifier_table import OwnRow, Report, SiblingReport
 from latchkey_service.errors import (
@@ -240,7 +240,8 @@ class LeaseRenewer:
             await self._register()
         elif self._news or received:
             # A wake-up asks for a read that begins after it, so a log that was sent is too old.
-            log, began = received if received and not self._news else await self._read_log()
+            began = self._clock()
+            log = received if received and not self._news else await self._read_log()
             if log.known and log.server != state.server:
                 # If this log were applied, reads of that server would be accepted under a lease
                 # from another one. Only a renewal can move the lease to it.
@@ -261,11 +262,10 @@ class LeaseRenewer:
             if self._clock() >= self._next_detection and (row := await self._rows.own_row()):
                 await self._remove_dead(row)
 
-    async def _read_log(self) -> ReadLog:
+    async def _read_log(self) -> Log:
         # Cleared before the log is read, so that a wake-up during the read causes another read.
         self._news = False
-        began = self._clock()
-        return ReadLog(await self._rows.read_log(self.state.cache.position), began)
+        return await self._rows.read_log(self.state.cache.position)
 
     async def _register(self) -> None:
         self.registrations += 1
@@ -285,12 +285,12 @@ class LeaseRenewer:
         # failure, `_fail` decides when to try again.
         self._next_renewal = began + state.lease_seconds / 3
         news, self._news = self._news, False
-        renewed, log, ends, read_began = await self._rows.renew(
+        renewed, log, ends = await self._rows.renew(
             state.cache.position, acknowledgeable, self._report(acknowledgeable)
         )
         # The lead of a host has read the log earlier, and a wake-up asks for a later read.
-        self._news |= news and read_began < began
-        changed = state.apply(log, min(began, read_began))
+        self._news |= news and log.read_began < began
+        changed = state.apply(log, began)
         if renewed:
             self._row_lost = False
             state.renew(began, acknowledgeable, ends)

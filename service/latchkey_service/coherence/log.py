@@ -1,5 +1,6 @@
 """The log of invalidations, as a process reads it. Values only."""
 
+import math
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -39,6 +40,9 @@ class Log:
     """Oldest first."""
     complete: bool = True
     """False if more tokens were named than a reader accepts."""
+    read_began: float = math.inf
+    """When the lead of this host began to read it, on the clock of the host. Infinite if this
+    process has read it itself."""
 
 
 class Registration(NamedTuple):

@@ -1,6 +1,6 @@
 """Tracks which server is the primary, and the warnings about servers.
 
-Also owns the diagnosis of a server that fails. Opening and choosing connections belongs to
+It owns the diagnosis of a failing server, too. Opening and choosing connections belongs to
 `postgres.connections`.
 
 The primary is the host on which the lease is renewed, because a renewal counts only if it is

@@ -1,7 +1,7 @@
 """The log that a process has applied lately, for the other processes of its host. Pure.
 
-Owns the changes and the positions between them. The cache is no substitute: it forgets all earlier
-positions when a change names every token.
+Owns the changes and the positions between them. The cache cannot replace it, because it drops all
+earlier positions when a change names every token.
 """
 
 from collections import deque

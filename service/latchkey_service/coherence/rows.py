@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     Connection = asyncpg.Connection[asyncpg.Record]
 
-__all__ = ["PostgresRows", "ReadLog", "RowId", "Rows"]
+__all__ = ["PostgresRows", "RowId", "Rows"]
 
 # A stop does not wait for a database that hangs: the row expires by itself.
 REMOVE_SECONDS = 1.0
@@ -34,13 +34,6 @@ class RowId(NamedTuple):
 
     id: str
     incarnation: int
-
-
-class ReadLog(NamedTuple):
-    """A log, and the clock before it was read."""
-
-    log: Log
-    began: float
 
 
 class Rows(Protocol):
@@ -70,7 +63,7 @@ class Rows(Protocol):
     async def read_log(self, applied: Position) -> Log:
         """Return the log after a position."""
 
-    def unasked_log(self, applied: Position) -> ReadLog | None:
+    def unasked_log(self, applied: Position) -> Log | None:
         """Return the log after a position if one was sent without a question. Once for each."""
 
     async def renew(self, applied: Position, acknowledged: int, report: Report) -> Renewal:

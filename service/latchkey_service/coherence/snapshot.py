@@ -1,7 +1,7 @@
 """Describes where a statement ran: the position of its snapshot, and the server's timeline.
 
-Also owns the SQL of a snapshot and of the condition for a known position, and the conversion of
-marks between Postgres and the wire.
+Owns the SQL of a snapshot and of the condition for a known position, and the conversion of marks
+between Postgres and the wire.
 """
 
 from typing import TYPE_CHECKING, NamedTuple

@@ -83,8 +83,9 @@ class VerifierState(Generic[E]):
     def apply(self, log: Log, began: float) -> bool:
         """Apply a log that was read after `cache.position`. Return whether anything changed.
 
-        `began` is the clock before the read. Only a log from a renewal may come from another
-        server, because the renewal also moves the lease to that server.
+        `began` is the clock before the read, or before the question to the lead of the host. Only a
+        log from a renewal may come from another server, because the renewal also moves the lease to
+        that server.
 
         If the log belongs to another history, the process is no longer registered (`lose`). Another
         server or timeline of the same history empties the cache: changes that are not in the log,
@@ -93,7 +94,7 @@ class VerifierState(Generic[E]):
         if not log.known:
             self.lose()
             return True
-        self.log_read_began = began
+        self.log_read_began = min(began, log.read_began)
         if log.server != self.server:
             self._await_earlier_leases(began)
         if log.complete:

@@ -181,8 +181,8 @@ class WatchSession:
             # A client with a lease gets the next grant before it is sent new invalidations.
             # Otherwise it would owe a confirmation, and during a flood of Deletes it would never
             # get a grant. But a Delete returns a lease's length after its commit (rule 8), and the
-            # stream may break right after the grant. So this lease ends before any Delete can
-            # return that the client has not been sent.
+            # stream may break right after the grant. So this lease ends before a Delete
+            # whose invalidation the client lacks can return.
             ends = min(state.lease_ends, self._covered_until)
             if ends > now and ends >= self.lease.ends:
                 # Recorded before it is sent.

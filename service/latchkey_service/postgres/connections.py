@@ -270,8 +270,8 @@ class Pool:
     def reconnect(self) -> None:
         """Replace each connection at its next use, because it may lead to the wrong server.
 
-        This includes connections in use and those being made. asyncpg's `expire_connections` is no
-        alternative: with it, releasing a connection could wait for a frozen server.
+        This includes connections in use and those being made. asyncpg's `expire_connections` does
+        not suit: with it, releasing a connection could wait for a frozen server.
         """
         self._generation += 1
 

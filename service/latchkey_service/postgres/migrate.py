@@ -50,8 +50,8 @@ __all__ = [
 
 # Any number works, as long as every release uses the same one.
 ADVISORY_LOCK = 0x6C61746368  # "latch"
-# Longest wait for another server's migration. Also the longest wait for a table lock: while this
-# migration waits for one, every later query on that table queues behind it.
+# Longest wait for another server's migration, and for a table lock: while this migration waits for
+# a lock, every later query on that table queues behind it.
 LOCK_TIMEOUT_SECONDS = 30
 # A schema change on a large table takes a while. After this long, a person should investigate.
 STATEMENT_TIMEOUT_SECONDS = 600.0

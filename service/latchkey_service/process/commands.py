@@ -29,8 +29,7 @@ from latchkey_service.postgres.migrate import (
 )
 from latchkey_service.postgres.schema import Migration, newest
 from latchkey_service.postgres.sessions import driver_options
-from latchkey_service.settings import database_url, logs
-from latchkey_service.settings import settings as settings_module
+from latchkey_service.settings import database_url, loading, logs
 from latchkey_service.settings.settings import PREFIX, Settings
 from latchkey_service.tokens import pepper_file
 from latchkey_service.tokens.pepper_file import PepperFileError
@@ -85,7 +84,7 @@ def audit_command(arguments: list[str]) -> int:
 def _run(command: Coroutine[Any, Any, int]) -> int:
     try:
         return asyncio.run(command)
-    except settings_module.ConfigError as error:
+    except loading.ConfigError as error:
         return _fail(f"invalid settings:\n{error}")
     except (MigrationError, PepperFileError, EmbeddedError) as error:
         return _fail(str(error), 1)
@@ -94,7 +93,7 @@ def _run(command: Coroutine[Any, Any, int]) -> int:
 
 
 async def _migrate(given: argparse.Namespace) -> int:
-    settings = settings_module.load()
+    settings = loading.load()
     # To standard error: the output of --dry-run is SQL.
     logs.configure(logs.format_of(settings.log_format), settings.log_level)
     url = _migration_url(settings, given.database_url_file)
@@ -134,7 +133,7 @@ def _migration_url(settings: Settings, path: str | None) -> str | None:
         try:
             text = sys.stdin.read() if path == "-" else Path(path).read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise settings_module.ConfigError(f"{name}: cannot read {path}: {error}") from None
+            raise loading.ConfigError(f"{name}: cannot read {path}: {error}") from None
     elif text := os.environ.get(MIGRATION_URL, ""):
         name = MIGRATION_URL
     else:
@@ -143,7 +142,7 @@ def _migration_url(settings: Settings, path: str | None) -> str | None:
     try:
         return database_url.valid(SecretStr(text.strip())).get_secret_value()
     except ValueError as error:
-        raise settings_module.ConfigError(f"{name}: {error}") from None
+        raise loading.ConfigError(f"{name}: {error}") from None
 
 
 def _report_missing(lacking: "Sequence[Migration]") -> int:
@@ -162,7 +161,7 @@ def _report_missing(lacking: "Sequence[Migration]") -> int:
 
 
 async def _verify(noted: Head | None) -> int:
-    settings = settings_module.load()
+    settings = loading.load()
     keys = ChainKeys(pepper_file.load(settings.pepper_path))
     with _database_url(settings) as url:
         async with _snapshot(url) as connection:

@@ -28,7 +28,7 @@ from latchkey_service.process.doctor_files import (
 from latchkey_service.process.doctor_listeners import listener_findings
 from latchkey_service.process.finding import Finding, failure, ok, skipped
 from latchkey_service.release import release
-from latchkey_service.settings import settings as settings_module
+from latchkey_service.settings import loading
 from latchkey_service.settings.database_url import DATABASE_URL
 from latchkey_service.settings.settings import Settings
 
@@ -75,8 +75,8 @@ async def examine(
     `host` is the name that clients use, `ca` a file with the CAs that they trust.
     """
     try:
-        settings = settings_module.load()
-    except settings_module.ConfigError as error:
+        settings = loading.load()
+    except loading.ConfigError as error:
         lines = str(error).splitlines()
         found = [failure("settings", line, "see 'latchkey config --help'") for line in lines]
         return [*found, skipped("everything else", "the settings must be valid first")]

@@ -186,7 +186,7 @@ async def _pooler(connection: "Connection", settings: Settings, hosts: Hosts) ->
     try:
         with preflight.needs_transactions():
             if shared:
-                # A connection of its own, which a pooler in statement mode closes.
+                # A separate connection, because a pooler in statement mode closes it.
                 trial = await _again(hosts, connection)
                 try:
                     await trial.execute("BEGIN")
@@ -201,7 +201,7 @@ async def _pooler(connection: "Connection", settings: Settings, hosts: Hosts) ->
         if missing:
             return [warning(check, f"the role lacks {', '.join(missing)}", statements)]
         return [ok(check, "LATCHKEY_POOLER=transaction, and the role has the time-outs")]
-    return [ok(check, "each connection has a session of its own")]
+    return [ok(check, "each connection has its own session")]
 
 
 async def _again(hosts: Hosts, connection: "Connection") -> "Connection":

@@ -11,7 +11,8 @@ from cryptography import x509
 from latchkey_service.access.policy import PolicyError, parse
 from latchkey_service.access.policy_file import read_text
 from latchkey_service.process.finding import Finding, failure, ok, skipped, split, warning
-from latchkey_service.settings.settings import PREFIX, Settings, file_warnings
+from latchkey_service.settings.loading import file_warnings
+from latchkey_service.settings.settings import PREFIX, Settings
 from latchkey_service.settings.webhook_secrets import WebhookError, read_secrets
 from latchkey_service.tokens import pepper_file
 from latchkey_service.tokens.pepper_file import PepperFileError, PepperFileMissing

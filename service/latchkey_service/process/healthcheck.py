@@ -10,7 +10,7 @@ from typing import Any, Final
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from latchkey_service.settings import settings
+from latchkey_service.settings import loading
 
 __all__ = ["NOT_SERVING", "SERVING", "ask", "main", "target"]
 
@@ -30,9 +30,9 @@ _OPTIONS: Final = (
 def main() -> int:
     """Return 0 if the service reports SERVING within 2 seconds, else 1 with a reason on stderr."""
     try:
-        address = target(settings.load(together=False).listen)
+        address = target(loading.load(together=False).listen)
         status = ask(address)
-    except (settings.ConfigError, ValueError) as error:
+    except (loading.ConfigError, ValueError) as error:
         return _unhealthy(str(error))
     except grpc.RpcError as error:
         return _unhealthy(f"{error.code().name}: {error.details()}")

@@ -38,7 +38,7 @@ LEAD_VARIABLE: Final = "LATCHKEY_HOST_LEAD"
 def host_folder(settings: Settings, account: OsAccount | None) -> Iterator[str | None]:
     """Create the folder of the socket for the workers' account, and delete it afterwards.
 
-    Yields None if the workers share no lease. Without a folder, each worker has a row of its own.
+    Yields None if the workers share no lease. Without a folder, each worker has its own row.
     """
     if settings.workers < 2 or settings.host_lease == "each":
         yield None
@@ -155,7 +155,7 @@ class HostSharing:
             await self._lead.start()
 
     def close_to_siblings(self) -> None:
-        """Ask siblings to take rows of their own."""
+        """Ask siblings to register their own rows."""
         if self._lead is not None:
             self._lead.close_to_siblings()
 

@@ -90,8 +90,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "latchkey_imported_lookups": Family(
         "counter",
         ("result",),
-        "imported secrets that were not cached, by what became of them: found, absent, remembered, "
-        "rejected",
+        "imported secrets that were not cached, by result: found, absent, remembered, rejected",
     ),
     "latchkey_imported_lookup_waiting": Family(
         "gauge", (), "digests of imported secrets that wait for a look-up query"

@@ -44,7 +44,7 @@ def forbid_dumps(settings: Settings) -> None:
     if settings.core_dumps == "on":
         return
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # Also prevents dumps that the kernel passes to a program, which the limit does not.
+    # This prevents dumps that the kernel passes to a program, too. The limit does not.
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:

@@ -96,7 +96,8 @@ class Server:
         self._parsing = ThreadPoolExecutor(1, "policy")
         transport = exposure.transport_of(settings)
         metadata_of = metadata_reader(transport)
-        known, strict = KnownPeers(), list[str]()
+        self._known = known = KnownPeers()
+        strict = list[str]()
         # `native` does not know the peers of its streams, and behind a proxy, all have its address.
         direct = transport == "grpcio" and settings.trusted_proxy is None
         authenticator = screen = None
@@ -181,6 +182,8 @@ class Server:
             raise PolicyError("this worker was started without a policy; restart the service")
         loop = asyncio.get_running_loop()
         policy = await loop.run_in_executor(self._parsing, policies.parse, text)
+        # The streams that the policy allows are authorized again, which adds their peers again.
+        self._known.clear()
         self._active_policy.replace(policy)
         logger().info("policy in force", callers=len(policy.callers))
 

@@ -42,13 +42,8 @@ from latchkey_service.process.worker_process import (
 from latchkey_service.process.worker_watch import Reason, WorkerWatch, memory_max_bytes
 from latchkey_service.release import release
 from latchkey_service.settings import logs
-from latchkey_service.settings.settings import (
-    PREFIX,
-    READY,
-    Settings,
-    file_warnings,
-    to_json,
-)
+from latchkey_service.settings.loading import READY, file_warnings, to_json
+from latchkey_service.settings.settings import PREFIX, Settings
 from latchkey_service.tokens import pepper_file
 from latchkey_service.tokens.pepper_enrolment import enrol
 from latchkey_service.tokens.pepper_file import PepperFileError
@@ -170,7 +165,7 @@ class _Supervisor:
         if settings.policy is not None and policy is not None:
             self._policy_file = PolicyFile(settings.policy, policy, self._send_policy)
         self._account = account_of_workers(settings)
-        # Of the socket over which the workers share a lease.
+        # The folder of the socket over which the workers share a lease.
         self._host_folder: str | None = None
         self._watch = WorkerWatch(memory_max_bytes(settings))
         # All reasons from the start, because Prometheus' `increase` does not see the first event of
@@ -341,7 +336,7 @@ class _Supervisor:
         return process
 
     async def _starts(self, process: asyncio.subprocess.Process) -> str:
-        """Wait until the worker reports ready. Return why it is not, in words, or "" if it is."""
+        """Wait until the worker is ready. Return "", or the reason why it is not ready."""
         assert process.stdout is not None, "it is a pipe"  # noqa: S101 - for the type checker
         read = asyncio.create_task(process.stdout.readline())
         try:

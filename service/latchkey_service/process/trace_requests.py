@@ -36,7 +36,7 @@ class Requests:
     def __init__(self) -> None:
         self.cause = ""
         self.session: requests.Session | None = None
-        # A provider has a session of its own kind, which the exporter makes.
+        # A provider has another kind of session, which the exporter makes.
         if not any(os.environ.get(name) for name in PROVIDERS):
             self.session = _Session(self)
 

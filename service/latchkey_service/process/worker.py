@@ -17,6 +17,7 @@ import resource
 import signal
 import stat
 import sys
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -32,7 +33,8 @@ from latchkey_service.process.wiring import ended, running
 from latchkey_service.process.worker_watch import beat
 from latchkey_service.secret_format import Keyring
 from latchkey_service.settings import logs
-from latchkey_service.settings.settings import READY, Settings, from_json
+from latchkey_service.settings.loading import READY, from_json
+from latchkey_service.settings.settings import Settings
 from latchkey_service.settings.webhook_secrets import WebhookError
 from latchkey_service.tokens import pepper_file
 from latchkey_service.transport import tls
@@ -46,6 +48,9 @@ ORPHAN_GRACE_SECONDS = 0.5
 LINE_MAX = 2 * SIZE_MAX + 1024
 # Python's defaults are (700, 10, 10): a collection every few calls.
 GC_THRESHOLDS = (20_000, 20, 50)
+# For the event loop to close, after the last answer. It takes milliseconds, unless it waits for DNS
+# look-ups. Shorter than the time after which the supervisor kills the worker.
+CLOSE_SECONDS = 2.0
 
 
 def main() -> int:
@@ -54,7 +59,7 @@ def main() -> int:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     _allow_connections()
     try:
-        return uvloop.run(_run())
+        return _run_and_close()
     except (
         pepper_file.PepperFileError,
         PolicyError,
@@ -68,6 +73,34 @@ def main() -> int:
         return 1
     finally:
         logs.flush()
+
+
+def _run_and_close() -> int:
+    """Serve, close the event loop, and return the exit code.
+
+    Exits at once if the loop does not close in time: uvloop waits for look-ups in progress, and
+    Python for the threads of the loop. A look-up in DNS may hang for a minute.
+    """
+    exiting: threading.Timer | None = None
+
+    async def run() -> int:
+        nonlocal exiting
+        code = await _run()
+        exiting = threading.Timer(CLOSE_SECONDS, _exit_at_once, (code,))
+        exiting.daemon = True
+        exiting.start()
+        return code
+
+    try:
+        return uvloop.run(run())
+    finally:
+        if exiting is not None:
+            exiting.cancel()
+
+
+def _exit_at_once(code: int) -> None:
+    logs.flush()
+    os._exit(code)
 
 
 async def _run() -> int:
@@ -187,9 +220,9 @@ async def _serve(
     # Runs until the end, because calls continue during the shutdown.
     beating = asyncio.create_task(beat(), name="beat")
     beating.add_done_callback(partial(ended, fail))
-    # Also runs until the end, because a revoked right must not remain for calls that continue. It
-    # starts now, because otherwise the worker would first serve with a policy that changed while it
-    # started.
+    # This task runs until the end, too, because a revoked right must not remain for calls that
+    # continue. It starts now, because otherwise the worker would first serve with a policy that
+    # changed while it started.
     policies = _Policies(handed, policy, send_metrics)
     taking = asyncio.create_task(take_policies(), name="take_policies")
     taking.add_done_callback(partial(ended, fail))

@@ -48,8 +48,8 @@ from latchkey_service.errors import (
     Overloaded,
     StoreUnavailable,
 )
-from latchkey_service.tokens.fair_queue import FairQueue
-from latchkey_service.tokens.queue_limit import (
+from latchkey_service.fair_queue import FairQueue
+from latchkey_service.queue_limit import (
     STUCK_SECONDS,
     QueueLimit,
 )
@@ -283,7 +283,7 @@ class ConcurrencyLimiter:
     def _rejection(self, message: str = TOO_MANY) -> LatchkeyError:
         """Return the error of a call for which there is no room.
 
-        A database that answers any call does not hang. RetryInfo then tells the caller when its
+        A database that answers any call does not hang. RetryInfo then says when the caller's
         turn would have come, so that five attempts outlast a queue of slow calls.
         """
         answered_at, call_seconds = self._answers.at, self._call_seconds or 0.0

@@ -13,6 +13,7 @@ from typing import Any, Final, TypeGuard
 
 import grpc
 import structlog
+from latchkey_coherence.identifiers import ACCOUNT_ID, TOKEN_ID
 
 from latchkey_service import tracing
 from latchkey_service.access.methods import METHODS, OPEN
@@ -34,7 +35,6 @@ from latchkey_service.errors import (
     reason_of,
     status_of,
 )
-from latchkey_service.identifiers import ACCOUNT_ID, TOKEN_ID
 from latchkey_service.rpc.admission import RejectionPacer
 from latchkey_service.rpc.call_context import CallContext
 from latchkey_service.rpc.counters import UNARY, Counts

@@ -97,7 +97,7 @@ class Streams:
                 await self._sleep(delay_seconds)
                 end_with(context, status)
             finally:
-                # Also if the client left, which closes this generator.
+                # A client that leaves closes this generator. Its stream is reported, too.
                 if code:
                     self._reporter.ended_stream(path, code)
 

@@ -38,7 +38,7 @@ from latchkey_service.rpc.batch_answer import encode_batch, varint, verdict_coun
 from latchkey_service.rpc.call_context import CallContext
 from latchkey_service.rpc.call_report import NEW_IDS, CallReporter, Metadata, checked_id, end_with
 from latchkey_service.rpc.counters import Counts
-from latchkey_service.rpc.lenient_parsing import BATCH_MAX, REQUIRED_MAX, parse_non_utf8
+from latchkey_service.rpc.non_utf8_parsing import BATCH_MAX, REQUIRED_MAX, parse_non_utf8
 from latchkey_service.tokens.usage import PendingUses
 from latchkey_service.tokens.verdict import CachedToken, TokenRecord, Verdict
 from latchkey_service.tokens.verifier import MALFORMED, UNKNOWN, Answer, Question, Verifier
@@ -156,7 +156,7 @@ class VerifyCalls:
             try:
                 request = pb.VerifyRequest.FromString(data)
             except Exception:  # noqa: BLE001 - the bytes may raise anything in the parser
-                request = _lenient(VERIFY, data)
+                request = _parsed_non_utf8(VERIFY, data)
             secret, required = request.secret, request.required_permissions
             if len(required) > REQUIRED_MAX:
                 raise _too_many_required("required_permissions")
@@ -251,15 +251,15 @@ def _parsed_batch(data: bytes) -> pb.BatchVerifyRequest:
     try:
         return pb.BatchVerifyRequest.FromString(data)
     except Exception:  # noqa: BLE001 - the bytes may raise anything in the parser
-        lenient: pb.BatchVerifyRequest = _lenient(BATCH_VERIFY, data)
-        return lenient
+        parsed: pb.BatchVerifyRequest = _parsed_non_utf8(BATCH_VERIFY, data)
+        return parsed
 
 
 def _too_many_required(field: str) -> InvalidArgument:
     return InvalidArgument(FieldViolation(field, f"must have at most {REQUIRED_MAX} permissions"))
 
 
-def _lenient(path: str, data: bytes) -> Any:
+def _parsed_non_utf8(path: str, data: bytes) -> Any:
     """Return a request that may contain secrets that are not text. Raises RequestNotParsed."""
     request = parse_non_utf8(path, data)
     if request is None:

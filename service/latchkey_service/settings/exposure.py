@@ -1,35 +1,16 @@
 """Validates which addresses may be listened on: safe by default, open only on request. Pure."""
 
-import ipaddress
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from latchkey_service.settings.settings import Settings
+from latchkey_service.settings.addresses import is_local
+from latchkey_service.settings.settings import PREFIX, Settings
 
-__all__ = ["Transport", "is_local", "problems", "reflects", "transport_of"]
-
-PREFIX = "LATCHKEY_"
+__all__ = ["Transport", "problems", "reflects", "transport_of"]
 
 Transport = Literal["native", "grpcio"]
 
 
-def is_local(listen: str) -> bool:
-    """Return whether only processes of this machine can reach an address.
-
-    The only name that counts is "localhost" (RFC 6761 §6.3), because others may resolve elsewhere.
-    """
-    if listen.startswith("unix:"):
-        return True
-    host = listen.rpartition(":")[0].strip("[]")
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
-    except ValueError:
-        return False
-
-
-def transport_of(settings: "Settings") -> Transport:
+def transport_of(settings: Settings) -> Transport:
     """Return the transport of the plaintext listener.
 
     By default, `native` serves only this machine. It buffers a message of any size, and even
@@ -42,7 +23,7 @@ def transport_of(settings: "Settings") -> Transport:
     return "native" if is_local(settings.listen) else "grpcio"
 
 
-def reflects(settings: "Settings", listen: str) -> bool:
+def reflects(settings: Settings, listen: str) -> bool:
     """Return whether a listener serves reflection.
 
     The default is off behind a proxy, which lets other machines reach a local listener.
@@ -52,7 +33,7 @@ def reflects(settings: "Settings", listen: str) -> bool:
     return settings.reflection == "on"
 
 
-def problems(settings: "Settings") -> list[str]:
+def problems(settings: Settings) -> list[str]:
     """Return the contradictions between settings, each with what to set instead."""
     found = []
     local = is_local(settings.listen)
@@ -101,7 +82,7 @@ def problems(settings: "Settings") -> list[str]:
     return found
 
 
-def _metrics_problems(settings: "Settings") -> list[str]:
+def _metrics_problems(settings: Settings) -> list[str]:
     listen = settings.metrics_listen
     if listen is None:
         return []
@@ -112,7 +93,7 @@ def _metrics_problems(settings: "Settings") -> list[str]:
     return []
 
 
-def _tls_problems(settings: "Settings") -> list[str]:
+def _tls_problems(settings: Settings) -> list[str]:
     files = {
         "TLS_CERTIFICATE": settings.tls_certificate,
         "TLS_KEY": settings.tls_key,

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
-from latchkey_service.settings import exposure
+from latchkey_service.settings.addresses import is_local
 
 __all__ = ["EVENTS", "event_types", "redacted", "valid_days", "valid_events", "valid_url"]
 
@@ -28,7 +28,7 @@ def valid_url(value: SecretStr) -> SecretStr:
     if not parts.hostname or "@" in parts.netloc or parts.fragment:
         raise ValueError("must be https://HOST/PATH, without a user name")
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    if parts.scheme != "https" and not (parts.scheme == "http" and exposure.is_local(f"{host}:0")):
+    if parts.scheme != "https" and not (parts.scheme == "http" and is_local(f"{host}:0")):
         raise ValueError("must use https; http is allowed on loopback only")
     return value
 

@@ -37,8 +37,8 @@ from latchkey_service.postgres.connections import (
     retry_on_conflict,
     translate_errors,
 )
+from latchkey_service.queue_limit import STUCK_SECONDS, QueueLimit
 from latchkey_service.secret_format import Keyring
-from latchkey_service.tokens.queue_limit import STUCK_SECONDS, QueueLimit
 from latchkey_service.tokens.seal import Sealer
 from latchkey_service.tokens.token_table import FIND_BY_DIGEST, record_of, secret_of
 from latchkey_service.tokens.verdict import SecretRecord, TokenRecord

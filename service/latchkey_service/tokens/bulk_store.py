@@ -71,8 +71,8 @@ class BulkStore:
     ) -> tuple[Changed | None, dict[bytes, bool], bool]:
         """End the secrets with these digests under one revision.
 
-        Returns the change, or None if there was none to make. Also returns, for each digest that
-        the database has, whether this call ended a secret that worked, and whether there is an
+        Returns three values: the change, or None if nothing had to change; for each digest that
+        the database has, whether this call ended a secret that worked; and whether there is an
         audit entry. Locks the rows of the tokens in the order of their ids, then that of `head`.
         """
         async with self._pool.session() as session:
@@ -143,8 +143,8 @@ class BulkStore:
     ) -> tuple[dict[bytes, bool], bool, Snapshot]:
         """Mark the secrets with these digests as leaked, unless they have ended or are marked.
 
-        Returns, for each digest that the database has, whether its secret has not ended. Also
-        returns whether there is an audit entry, and the snapshot of the read.
+        Returns three values: for each digest that the database has, whether its secret still works;
+        whether there is an audit entry; and the snapshot of the read.
         """
         async with self._pool.session() as session:
             with require_durable_commit(session):

@@ -57,7 +57,7 @@ class Arguments:
 
 
 _EXPIRY = "coalesce(t.expire_time, 'infinity'::timestamptz)"
-# The key of each order, as in its index.
+# The columns that each order sorts by, as its index has them.
 _KEYS = {
     Order.NEWEST: ("t.create_time", "t.id"),
     Order.EXPIRY: (_EXPIRY, "t.id"),

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Final
 
+from latchkey_coherence.identifiers import TOKEN_ID
+
 from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.errors import FieldViolation
-from latchkey_service.identifiers import TOKEN_ID
 from latchkey_service.tokens import page_tokens
 from latchkey_service.tokens.find_store import END_LENGTH, FindStore
 from latchkey_service.tokens.importing import HINT_LENGTH_MAX

@@ -63,8 +63,8 @@ class ImportedSecrets:
         # By the first digest: the position of the read, and until when it counts. Oldest first.
         self._absent: dict[bytes, tuple[Position, float]] = {}
         self.results: Counter[str] = Counter()
-        """Questions that `verify_cached` did not answer, by what became of them: `found` and
-        `absent` by a look-up, `remembered` as absent, or `rejected` because too many waited."""
+        """Questions that `verify_cached` left open, by result: `found` and `absent` in a look-up,
+        `remembered` as absent, or `rejected` because too many waited."""
 
     @property
     def waiting(self) -> int:

@@ -86,9 +86,9 @@ class Change:
     name_key: str | None
     """None: unchanged."""
     version: int
-    """Of the state that this was computed from."""
+    """The version of the state that this was computed from."""
     seal: TokenSeal | None
-    """Of the token's row. None: unchanged."""
+    """The new seal of the token's row. None: unchanged."""
     kept: Sequence[SecretRecord]
     """The secrets that stay, with their new seals. Secrets that are listed nowhere stay as is."""
     retired: Sequence[bytes] = ()
@@ -181,7 +181,7 @@ class LifecycleStore:
     async def change(self, change: Change, audit_context: AuditContext) -> Changed | None:
         """Make a change under the next revision; return None if the token has changed meanwhile.
 
-        Also returns None if the request's id has been used, unless the change repeats it. Raises
+        Returns None, too, if the request's id has been used, unless the change repeats it. Raises
         AlreadyExists if the account has another live token with the new name. Locks the token's
         row, then that of `head`, as Delete does.
         """

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
+from latchkey_coherence.identifiers import TOKEN_ID
+
 from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.errors import FieldViolation
-from latchkey_service.identifiers import TOKEN_ID
 from latchkey_service.tokens import page_tokens
 from latchkey_service.tokens.answer_size import fitting
 from latchkey_service.tokens.filter_table import Start

@@ -75,7 +75,7 @@ class Created:
     record: TokenRecord
     secret: Secret
     receipt: Deletion | None = None
-    """Of a call that ended other secrets."""
+    """None: the call ended no other secret."""
 
 
 class Tokens:

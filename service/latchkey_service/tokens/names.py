@@ -20,7 +20,7 @@ _BLANK: Final = "\u2800"
 
 
 def is_visible(name: str) -> bool:
-    """Return whether a name has a character that leaves a mark of its own."""
+    """Return whether a name has a visible character that is not a combining mark."""
     return any(
         character != _BLANK and unicodedata.category(character) not in _UNSEEN
         for character in IGNORABLE.sub("", name)

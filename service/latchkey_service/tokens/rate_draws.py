@@ -66,7 +66,7 @@ class _Waiter:
     def __init__(self, wants: Sequence[Want], future: "asyncio.Future[list[Drawn]]") -> None:
         self.wants = wants
         self.future = future
-        # Of the call, if it is recorded.
+        # The span of the call, if it is recorded.
         self.span = tracing.of_task()
 
 

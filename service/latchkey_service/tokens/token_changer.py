@@ -166,8 +166,8 @@ class TokenChanger:
     ) -> list[SecretRecord]:
         """Return the secrets with seals for `record`. Raises FailedPrecondition.
 
-        Without this check, new seals would make changes genuine that someone else has written into
-        a row.
+        Checks the old seals first. Otherwise, the new seals would also cover changes that someone
+        else has written into the row.
         """
         self._require_genuine(state)
         return [secret._replace(seal=self._sealer.seal(record, secret)) for secret in secrets]

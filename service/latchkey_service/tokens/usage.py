@@ -99,7 +99,7 @@ class PendingUses:
     def count(self, record: CachedToken, presented: str, caller: str, now: float) -> None:
         """Count a verify of `presented`, whose token is `record`, that was answered VALID.
 
-        Has `record.use` point at the entry until the entry is taken. While it does, and the caller
+        Lets `record.use` refer to the entry until the entry is taken. While it does, and the caller
         is the same, the servicer may count on the entry itself, which costs two assignments.
         """
         key = (record.token_id, hint_of(presented), caller)

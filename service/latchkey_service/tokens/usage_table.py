@@ -169,7 +169,7 @@ class UsageTable:
     async def purge(self, today: date, limit: int) -> int:
         """Remove up to `limit` counts of days too long ago; return how many.
 
-        Also removes what stopped writers have left.
+        Removes the leftovers of stopped writers, too.
         """
         oldest = date.fromordinal(today.toordinal() - DAYS_MAX)
         async with self._pool.session() as session:

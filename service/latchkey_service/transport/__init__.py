@@ -1,8 +1,8 @@
 """Listeners: HTTP/2 by `native` or grpcio, TLS, and the limits of each connection.
 
 Owns what happens to bytes before a call reaches its handler. From access it takes the names
-of methods, and from tokens the queue limit.
+of methods.
 
-Imports: access, tokens, settings.
+Imports: access, settings.
 Begin with `transports.py`, the one seam between the two.
 """

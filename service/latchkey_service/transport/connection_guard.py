@@ -329,12 +329,14 @@ def _grpc_name(end: socket.socket) -> str:
     """Return the name that gRPC gives to the peer of a connection, or "" without an address."""
     if end.family == socket.AF_UNIX:
         return ""
-    host, port = end.getpeername()[:2]
-    address = ipaddress.ip_address(host.partition("%")[0])
+    host, port, *more = end.getpeername()
+    address = ipaddress.ip_address(host)
     mapped = _unmapped(address)
     if address.version == 4 or mapped is not None:
         return f"ipv4:{mapped or address}:{port}"
-    return f"ipv6:%5B{host}%5D:{port}"
+    # Link-local addresses have a zone: the number of the network interface.
+    zone = f"%25{more[1]}" if more[1] else ""
+    return f"ipv6:%5B{host}{zone}%5D:{port}"
 
 
 def _unmapped(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> object:

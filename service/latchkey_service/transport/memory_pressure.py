@@ -10,6 +10,7 @@ import ctypes
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from typing import Final
@@ -34,6 +35,7 @@ class KnownPeers:
     def __init__(self) -> None:
         self._new: set[str] = set()
         self._old: AbstractSet[str] = frozenset()
+        self._forgetting = threading.Lock()
 
     def add(self, peer: str) -> None:
         """Record that a peer has shown an identity. Without a guard, nobody would forget it."""
@@ -45,9 +47,15 @@ class KnownPeers:
 
     def keep(self, connected: AbstractSet[str]) -> None:
         """Forget those that are not connected. Others may be added meanwhile, by another thread."""
-        # Peers that are new may have connected after `connected` was read.
-        new, self._new = self._new, set()
-        self._old = (self._old & connected) | new
+        with self._forgetting:
+            # Peers that are new may have connected after `connected` was read.
+            new, self._new = self._new, set()
+            self._old = (self._old & connected) | new
+
+    def clear(self) -> None:
+        """Forget all of them, because a new policy may not know them. Their next calls add them."""
+        with self._forgetting:
+            self._new, self._old = set(), frozenset()
 
 
 class MemoryPressure:

@@ -30,9 +30,6 @@ from functools import partial
 from typing import Any, Final, Protocol
 
 import grpc
-
-# `from pygrpc_native import aio` makes the package's lazy attributes (0.5.0) recurse endlessly.
-import pygrpc_native.aio
 from pygrpc_native import EVENT_CANCEL, STREAM_CLOSED, STREAM_FULL
 
 from latchkey_service.errors import (
@@ -43,8 +40,8 @@ from latchkey_service.errors import (
     TimeoutMalformed,
     Unavailable,
 )
+from latchkey_service.fair_queue import SMALL_BYTES
 from latchkey_service.settings.logs import logger
-from latchkey_service.tokens.fair_queue import SMALL_BYTES
 from latchkey_service.transport.native_queues import (
     ALONE_SECONDS,
     OPEN_IN_TURN,
@@ -54,6 +51,7 @@ from latchkey_service.transport.native_queues import (
     Queues,
     seconds_left,
 )
+from latchkey_service.transport.native_stop import Closable
 
 __all__ = ["Reject", "Screen", "Server", "metadata_of"]
 
@@ -99,7 +97,7 @@ class Reject(Protocol):
 Screen = Callable[[Any], str]
 
 
-class Server(pygrpc_native.aio.Server):
+class Server(Closable):
     """A server on one plaintext address."""
 
     def __init__(
@@ -161,8 +159,8 @@ class Server(pygrpc_native.aio.Server):
             # cores, an immediate close lost one answer in ten.
             await sleep(ANSWERS_OUT_SECONDS)
             # Calls that are still running end UNAVAILABLE with it.
-            await asyncio.get_running_loop().run_in_executor(None, self._front.close)
-        await super().stop(0)
+            await self.close_front()
+        await self.close()
 
     def _dispatch(self) -> None:
         """Pass batches to the event loop, until the server stops. Runs in the library's thread."""

@@ -17,8 +17,8 @@ from latchkey_service.access.methods import (
     VERIFIER,
     Rule,
 )
-from latchkey_service.tokens.fair_queue import FairQueue
-from latchkey_service.tokens.queue_limit import QueueLimit
+from latchkey_service.fair_queue import FairQueue
+from latchkey_service.queue_limit import QueueLimit
 
 __all__ = [
     "ALONE_SECONDS",

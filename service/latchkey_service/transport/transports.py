@@ -32,9 +32,9 @@ __all__ = [
 MESSAGE_BYTES_MAX: Final = 5 * 1024 * 1024
 # Concurrent calls per connection. RFC 9113 §6.5.2 advises at least 100. Clients learn the limit and
 # hold back further calls. The memory that one connection can tie up is a multiple of this: with 25,
-# a burst of strangers takes a third of the memory, and delays others by a sixth of the time. But a
+# an anonymous burst takes a third of the memory, and delays others by a sixth of the time. But a
 # caller far away could then make only 25 calls in each round trip. `maximum_concurrent_rpcs` of
-# grpcio is no alternative, because it counts known callers too. Smaller buffers do not help.
+# grpcio does not suit, because it counts known callers too. Smaller buffers do not help.
 STREAMS_MAX: Final = 100
 # All headers of a call, as HTTP/2 counts them. Our largest are a credential and the certificates
 # that a proxy passes on. gRPC clients have the same limit for answers.

@@ -27,8 +27,9 @@ def run(
     seconds: float,
     meter: Callable[[], tuple[float, ...]],
 ) -> tuple[Outcome, tuple[float, ...]]:
-    """Send the requests over and over, one at a time on each connection. Return what became of
-    those answered after the warm-up, and what `meter` counted. Raises LoadError and OSError.
+    """Send the requests over and over, one at a time on each connection. Return the
+    outcomes of those answered after the warm-up, and what `meter` counted. Raises LoadError and
+    OSError.
     """
     turn = itertools.cycle(requests)
     outcome = Outcome(WAIT_SECONDS_MAX)

@@ -28,7 +28,7 @@ CALL_SECONDS_MAX = 20.0
 
 
 class Api:
-    """A JSON API on loopback. Raises RuntimeError for an answer that is no success."""
+    """A JSON API on loopback. Raises RuntimeError for an answer that reports a failure."""
 
     def __init__(self, address: str, headers: Mapping[str, str] | None = None) -> None:
         self._address = address

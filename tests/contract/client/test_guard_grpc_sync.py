@@ -204,8 +204,8 @@ def test_valid_tokens_are_let_in() -> None:
 
 @pytest.mark.parametrize("kind", [*KINDS, "nonexistent"])
 def test_other_calls_are_refused(kind: str) -> None:
-    """Without a valid token no method runs, and no request of a single message is parsed. Unknown
-    methods are not told from known ones."""
+    """Without a valid token no method runs, and no request of a single message is parsed. The
+    answer does not show whether a method exists."""
     with serving(Stub()) as (channel, demo):
         unauthenticated = grpc.StatusCode.UNAUTHENTICATED
         for metadata, reason in (

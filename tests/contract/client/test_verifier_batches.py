@@ -88,7 +88,7 @@ async def test_incomplete_answers_are_asked_for_again(
     verifier: latchkey.Verifier, fake: FakeLatchkey
 ) -> None:
     """An answer of a batch that lacks details of its token is neither given to the application nor
-    cached: the verify gets the whole token from a Verify of its own."""
+    cached: the verify gets the whole token from a separate Verify."""
     short, complete = secrets(2)
 
     async def omit_one(request: pb.BatchVerifyRequest, _context: Any) -> pb.BatchVerifyResponse:

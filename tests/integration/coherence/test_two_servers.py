@@ -1,7 +1,8 @@
 """Two servers on one database: a deleted token is dead on both when Delete returns.
 
-Here the parts that are proved one by one elsewhere work together, on a real Postgres without
-faults. `tests/history` and `tests/faults` add the faults.
+Here and in `tests/contract`, the parts that are proved one by one elsewhere work together, on a
+real Postgres without faults. Of the quick tests, only these run the SQL and the messages that the
+classes rely on. `tests/history` and `tests/faults` add the faults.
 """
 
 import asyncio
@@ -19,13 +20,13 @@ from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import status_service_pb2_grpc as status_pb_grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
+from latchkey_service import queue_limit
 from latchkey_service.coherence.notify_listener import Notifications, NotifyListener
 from latchkey_service.coherence.verifier_table import Identity, OwnRow, VerifierTable
 from latchkey_service.postgres.connections import Connector, Pool
 from latchkey_service.rpc import admission
 from latchkey_service.secret_format import Keyring, Pepper
 from latchkey_service.tokens import pepper_file as pepper_files
-from latchkey_service.tokens import queue_limit
 from latchkey_service.tokens.batched_lookup import Lookup
 from latchkey_service.tokens.verifier import ABSENT_DIGEST
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from latchkey_service.settings.settings import load
+from latchkey_service.settings.loading import load
 
 from tests.helpers.programs import HELM, INSTALLS, installed_by_go, run
 from tests.helpers.repository import ROOT

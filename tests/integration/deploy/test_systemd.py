@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from latchkey_console.running import GRACE_SECONDS, MARGIN_SECONDS
-from latchkey_service.settings.settings import load
+from latchkey_service.settings.loading import load
 
 from tests.helpers.programs import run
 from tests.helpers.repository import ROOT

@@ -62,7 +62,10 @@ def test_page(trips: dict[str, Trip], kind: str) -> None:
     match = re.search(rf"^### A {kind}$(.+?)(?=^##)", PAGE, re.MULTILINE | re.DOTALL)
     assert match is not None, kind
     named = set(
-        re.findall(r"`([a-z_]+/[a-z_]+\.py|(?:histogram|loop_delay|secret_format)\.py)`", match[1])
+        re.findall(
+            r"`([a-z_]+/[a-z_]+\.py|(?:fair_queue|histogram|loop_delay|queue_limit|secret_format)\.py)`",
+            match[1],
+        )
     )
     trip = trips[kind]
     passed = {*trip.call, *trip.beside}

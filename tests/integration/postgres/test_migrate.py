@@ -19,6 +19,7 @@ from latchkey_service.tokens.names import name_key
 from structlog.testing import capture_logs
 
 from tests.helpers.databases import drop_database, session
+from tests.helpers.made_cluster import copy_cluster
 from tests.helpers.servers import with_database
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -145,6 +146,7 @@ async def test_a_permanent_failure_is_reported_at_once(
 
 async def test_a_starting_postgres_is_awaited(scratch: Path) -> None:
     """A database that comes up a moment later is migrated."""
+    copy_cluster(scratch / "late")
     postgres = EmbeddedPostgres(scratch / "late")
     url = postgres.start()
     postgres.stop()

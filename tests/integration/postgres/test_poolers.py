@@ -26,6 +26,7 @@ from latchkey_service.postgres.sessions import GENERIC_PLAN, SETTINGS
 
 from tests.helpers.calls import CHANNEL_OPTIONS
 from tests.helpers.databases import drop_database, session
+from tests.helpers.made_cluster import copy_cluster
 from tests.helpers.pgbouncer import PgBouncer
 from tests.helpers.programs import INSTALLS
 from tests.helpers.servers import with_database
@@ -409,6 +410,7 @@ async def test_a_standby_behind_a_pooler_is_not_used(
     """A server that has become a standby is not mistaken for a primary, although PgBouncer still
     reports what the server said when PgBouncer first connected."""
     data_dir = scratch / "deposed"
+    copy_cluster(data_dir)
     postgres = EmbeddedPostgres(data_dir)
     pooler = PgBouncer(scratch / f"pgbouncer-{next(_names)}", postgres.start(), pool_mode="session")
     await pooler.start()

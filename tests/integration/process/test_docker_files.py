@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from latchkey_service.process.healthcheck import target
-from latchkey_service.settings.settings import ConfigError, load
+from latchkey_service.settings.loading import ConfigError, load
 
 from tests.checks.distributions import version
 from tests.helpers.documented import blocks, marked

@@ -21,13 +21,14 @@ from latchkey_service.postgres.migrate import Migration, bundled, migrate
 from latchkey_service.process import doctor_database
 from latchkey_service.process.doctor import examine
 from latchkey_service.process.finding import Finding
-from latchkey_service.settings.settings import load
+from latchkey_service.settings.loading import load
 from latchkey_service.tokens import pepper_file as pepper_files
 
 from tests.helpers.calls import is_serving
 from tests.helpers.databases import drop_database, session
 from tests.helpers.fork_server import Forked
 from tests.helpers.free_ports import free_port
+from tests.helpers.made_cluster import copy_cluster
 from tests.helpers.pgbouncer import PgBouncer
 from tests.helpers.programs import INSTALLS
 from tests.helpers.servers import serving, with_database
@@ -378,6 +379,7 @@ async def test_an_embedded_database(
     monkeypatch.setenv("LATCHKEY_LISTEN", f"127.0.0.1:{free_port()}")
     await warns("listener", "nobody listens on")
     assert not folder.exists()
+    copy_cluster(folder)
     postgres = EmbeddedPostgres(folder)
     url = postgres.start()
     try:

@@ -59,7 +59,7 @@ async def create(stub: Any, **fields: Any) -> Any:
 
 
 async def test_imported_secrets(server: Server, stub: Any) -> None:
-    """Look-ups of imported secrets are counted by what became of them."""
+    """Look-ups of imported secrets are counted by result."""
     known = made_up()
     row = pb.ImportedToken(
         account_id="acme",
@@ -158,7 +158,7 @@ async def test_removed_audit_entries(
         await eventually(sealed, "the entry is sealed")
         assert read(server).get("latchkey_audit_regressions_total") == 0
         async with session(database_url) as connection:
-            # As somebody does who owns the tables.
+            # Only an owner of the tables can do this.
             await connection.execute("ALTER TABLE audit DISABLE TRIGGER USER")
             await connection.execute("ALTER TABLE audit_chain DISABLE TRIGGER USER")
             await connection.execute("DELETE FROM audit; DELETE FROM audit_chain")

@@ -19,13 +19,13 @@ import psutil
 import pytest
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
-from latchkey_service.postgres.embedded_cluster import EmbeddedPostgres
 from latchkey_service.process import supervisor
 from latchkey_service.settings.settings import Settings
 
 from tests.helpers.calls import CHANNEL_OPTIONS, is_serving, outcome
 from tests.helpers.free_ports import free_port
 from tests.helpers.held_workers import Hold
+from tests.helpers.made_cluster import copy_cluster
 from tests.helpers.scratch import SCRATCH
 from tests.helpers.service_process import PYTHON, Service
 from tests.helpers.waiting import WAIT_SECONDS, eventually
@@ -44,17 +44,6 @@ PAUSE_SECONDS = 0.005
 Run = Callable[..., Service]
 
 
-@pytest.fixture(scope="module")
-def made_data_dir(scratch: Path) -> Path:
-    """A data directory with a created and stopped cluster, to be copied, because creating a cluster
-    is the slowest part of a start."""
-    path = scratch / "made"
-    postgres = EmbeddedPostgres(path)
-    postgres.start()
-    postgres.stop()
-    return path
-
-
 @pytest.fixture
 def folder() -> Iterator[Path]:
     """A folder that Postgres' own account can enter."""
@@ -65,10 +54,9 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.fixture
-def data_dir(folder: Path, made_data_dir: Path) -> Path:
-    """A data directory with an empty cluster."""
-    # Not shutil, because the copy must keep the owners.
-    subprocess.run(["cp", "-a", made_data_dir, folder / "data"], check=True)
+def data_dir(folder: Path) -> Path:
+    """A data directory with a cluster, whose database is empty."""
+    copy_cluster(folder / "data")
     return folder / "data"
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from latchkey_service.errors import Overloaded, StoreUnavailable, Unavailable
 from latchkey_service.postgres.connections import Connector
+from latchkey_service.queue_limit import CALM_SECONDS, STANDING_SECONDS, QueueLimit
 from latchkey_service.secret_format import Keyring, Pepper
 from latchkey_service.tokens import batched_lookup
 from latchkey_service.tokens.batched_lookup import Lookup
 from latchkey_service.tokens.management import NewToken, Tokens
-from latchkey_service.tokens.queue_limit import CALM_SECONDS, STANDING_SECONDS, QueueLimit
 
 from tests.helpers.domain import BelievedReads, audit_context, find
 

@@ -10,6 +10,9 @@ from tests.checks.distributions import version
 from tests.checks.sbom import LOCK, bill, problems
 from tests.helpers.repository import ROOT
 
+# One worker makes the bill, and imports the schema.
+pytestmark = pytest.mark.xdist_group("sbom")
+
 LOCKED = re.findall(r"^([a-z][a-z0-9-]*)==([^ ;]+)", (ROOT / LOCK).read_text("utf-8"), re.MULTILINE)
 
 

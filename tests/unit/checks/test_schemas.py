@@ -21,7 +21,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def only(monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
-    """Check only these files: the check of each kind takes two seconds."""
+    """Check only these files."""
     monkeypatch.setattr(schemas, "SCHEMAS", {pattern: schemas.SCHEMAS[pattern]})
 
 

@@ -1,6 +1,6 @@
 """How long `latchkey import` keeps trying a batch that the service refuses for now."""
 
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from datetime import timedelta
 from typing import Any, cast
 
@@ -11,6 +11,7 @@ from latchkey import (
     ImportResult,
     LatchkeyError,
     ResourceExhausted,
+    Scope,
     Unavailable,
 )
 from latchkey_cli import importing
@@ -55,8 +56,21 @@ def overloaded(seconds: float = 1.0) -> LatchkeyError:
     return ResourceExhausted("busy", reason="OVERLOADED", retry_after=timedelta(seconds=seconds))
 
 
-async def send(service: Service) -> tuple[ImportResult, ...]:
-    return await importing._import(cast("Client", service), (), dry_run=False)
+async def send(service: Service, *, answered: bool = False) -> tuple[ImportResult, ...]:
+    progress = importing._Progress("keys.csv", dry_run=False, as_json=True, answered=answered)
+    return await importing._import(cast("Client", service), (), progress)
+
+
+class Session:
+    """Stands in for a session, whose calls never wait because time is simulated."""
+
+    def __init__(self, service: Service) -> None:
+        self.client = service
+
+    def run(self, call: Coroutine[Any, Any, Any], _doing: object) -> Any:
+        with pytest.raises(StopIteration) as done:
+            call.send(None)
+        return done.value.value
 
 
 async def test_import_outlasts_load_and_failover(passing: Time) -> None:
@@ -76,6 +90,54 @@ async def test_import_gives_up(passing: Time) -> None:
         await send(service)
     assert service.calls == importing.PATIENCE_SECONDS
     assert passing.now < 1_000.0 + importing.PATIENCE_SECONDS
+
+
+def test_import_outlasts_a_restart(passing: Time) -> None:
+    """Once the service has answered a batch, the import goes on although nothing listens for some
+    seconds."""
+    gone = [Unavailable("no connection") for _ in range(20)]
+    closed = Unavailable("closed", reason="CONNECTION_CLOSED")
+    service = Service()
+    progress = importing._Progress("keys.csv", dry_run=False, as_json=True)
+    token = ImportedToken(
+        account_id="acme", name="deploy", scope=Scope.READ, secret_sha256=bytes(32)
+    )
+    for errors in ([], [*gone, closed]):
+        service.errors += errors
+        importing._call(cast("Any", Session(service)), [importing._Line(1, token)], progress)
+    assert service.calls == 23
+    assert passing.now == 1_021.0
+
+
+async def test_import_outlasts_a_restart_after_a_refusal(passing: Time) -> None:
+    """A refusal is an answer, too."""
+    service = Service(overloaded(), Unavailable("no connection"))
+    assert await send(service) == ()
+    assert passing.now == 1_002.0
+
+
+async def test_import_gives_up_if_the_service_does_not_return(passing: Time) -> None:
+    """After a minute without an answer, the import fails."""
+    service = Service(*(Unavailable("no connection") for _ in range(100)))
+    with pytest.raises(Unavailable):
+        await send(service, answered=True)
+    assert passing.now < 1_000.0 + importing.PATIENCE_SECONDS
+    assert service.calls == importing.PATIENCE_SECONDS
+
+
+@pytest.mark.parametrize(
+    "error",
+    [Unavailable("not trusted", reason="TLS_HANDSHAKE_FAILED"), ResourceExhausted("too large")],
+)
+async def test_import_does_not_wait_for_what_a_restart_cannot_cure(
+    passing: Time, error: LatchkeyError
+) -> None:
+    """A request that is too large and a certificate that is not trusted fail at once, also later
+    in an import."""
+    service = Service(error)
+    with pytest.raises(type(error)):
+        await send(service, answered=True)
+    assert (service.calls, passing.now) == (1, 1_000.0)
 
 
 @pytest.mark.parametrize("error", [Unavailable("no connection"), ResourceExhausted("too large")])

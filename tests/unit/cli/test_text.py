@@ -1,7 +1,7 @@
 import shlex
 
 import pytest
-from latchkey_cli.secrets import find_secret, redact
+from latchkey_cli.secrets import find_secret
 from latchkey_cli.text import pasted, visible
 
 SECRET = "lk" + "_0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abcdefghijklmno" + "0jDM4R"
@@ -32,25 +32,19 @@ def test_control_and_invisible_characters_are_escaped(text: str, shown: str) -> 
     [
         *(SECRET, f"--label=key={SECRET}", SECRET[:46], "acme" + SECRET[2:]),
         *(SECRET.lower(), SECRET.upper()),
+        *(f"see {SECRET.lower()[:20]}{between}{SECRET.lower()[20:]} b" for between in ("\n", " ")),
     ],
 )
 def test_secrets_in_arguments_are_found(argument: str) -> None:
-    """A secret is recognised inside an argument, with any prefix, without its end, and in lower or
-    upper case."""
+    """A secret is recognised inside an argument, with any prefix, without its end, in lower or
+    upper case, and broken into two lines."""
     assert find_secret(["verify", argument]) == 2
-    assert SECRET[3:46].lower() not in redact(argument).lower()
-
-
-def test_concatenated_secrets_are_redacted() -> None:
-    """In two secrets without a separator, the second has no separate prefix but is redacted too."""
-    assert redact(f"a {SECRET}{SECRET} b") == "a lk_…(redacted) b"
 
 
 def test_other_text_is_unchanged() -> None:
     """Names and ids may be arguments."""
     arguments = ["get", "tok_01m85p4026a9mpn8gsxx9fknb8", "lk_short", "ci_deploy_bot", "a" * 64]
     assert find_secret(arguments) is None
-    assert [redact(argument) for argument in arguments] == arguments
 
 
 @pytest.mark.parametrize(

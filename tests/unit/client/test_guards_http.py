@@ -147,7 +147,7 @@ async def test_api_keys(kind: Kind) -> None:
             answer = await client.get("/", headers=headers)
             assert answer.status_code == status, headers
         assert answer.headers["www-authenticate"] == 'Bearer realm="latchkey"'
-        # Django REST framework has a text of its own for anonymous requests.
+        # Django REST framework has another text for anonymous requests.
         assert "x-api-key" in answer.text or kind is KINDS["drf"]
     async with kind.serve(SyncStub()) as client:
         assert (await client.get("/", headers=key)).status_code == 401

@@ -1,4 +1,7 @@
-"""A server process with a lease, as the pure classes see it, with the clock passed in."""
+"""A server process with a lease, as the pure classes see it, with the clock passed in.
+
+Only the tests in this folder examine each decision of a server at its boundary.
+"""
 
 import asyncio
 import math

@@ -8,158 +8,14 @@ from typing import Any
 
 import pytest
 from latchkey_coherence.lease import server_lease_end
-from latchkey_coherence.verdict_cache import Position, VerdictCache
-from latchkey_service.coherence.client_leases import ClientLeases
-from latchkey_service.coherence.host_lead import UNASKED_MAX, HostLead, Renewal
-from latchkey_service.coherence.host_rows import HostRows
-from latchkey_service.coherence.lead_server import LeadServer
-from latchkey_service.coherence.log import Log, Registration
-from latchkey_service.coherence.rows import RowId
-from latchkey_service.coherence.verifier_reports import Report
-from latchkey_service.coherence.verifier_state import VerifierState
+from latchkey_coherence.verdict_cache import Position
+from latchkey_service.coherence.host_lead import UNASKED_MAX
 from latchkey_service.errors import StoreUnavailable
 
 from tests.helpers.positions import at
 from tests.helpers.waiting import WAIT_SECONDS, eventually
-from tests.unit.coherence.scene import LEASE_SECONDS, PRIMARY, Scene
-
-REPORT = Report(0, 0, 0, [], 0)
-CLIENTS = Report(3, 2, 1, ["a client"], 0)
-
-
-class Renewer:
-    """The lead's renewer, as far as its server uses it."""
-
-    def __init__(self, scene: Scene) -> None:
-        self.scene = scene
-        self.state = scene.state
-        self.woken = self.reads = 0
-        self.doubts = False
-        self.news: list[tuple[Position, str]] = []
-
-    def in_doubt(self) -> bool:
-        return self.doubts
-
-    def renew_now(self) -> None: ...
-
-    def wake_to_acknowledge(self) -> None:
-        self.woken += 1
-
-    async def wait_for_lease(self, _deadline: float) -> None:
-        raise StoreUnavailable("away")
-
-    async def read_log_to(self, revision: int, _deadline: float) -> bool:
-        self.reads += 1
-        news, self.news = self.news, []
-        self.scene.apply(*news)
-        return self.state.cache.position.revision >= revision
-
-
-class Postgres:
-    """The sibling's row in Postgres, with the calls in order."""
-
-    address = "db"
-    in_doubt = False
-
-    def __init__(self, scene: Scene) -> None:
-        self.scene = scene
-        self.calls: list[object] = []
-        self.row = RowId("ver_sibling", 0)
-
-    async def get(self) -> None: ...
-
-    async def own_row(self) -> RowId:
-        return self.row
-
-    async def register(self, *, acknowledge: bool) -> Registration:
-        self.calls.append(("register", acknowledge))
-        self.row = RowId("ver_sibling", self.row.incarnation + 1)
-        position = self.scene.state.cache.position
-        return Registration(position, position.revision if acknowledge else 0, PRIMARY)
-
-    async def read_log(self, applied: Position) -> Log:
-        changes = self.scene.state.recent.after(applied)
-        return Log(changes is not None, PRIMARY, self.scene.state.cache.position, changes or ())
-
-    async def renew(self, applied: Position, acknowledged: int, _report: Report) -> Renewal:
-        self.calls.append(("renew", acknowledged))
-        log = await self.read_log(applied)
-        return Renewal(log.known, log, math.inf)
-
-    def prove(self, _server: object) -> None: ...
-
-    def failed(self, error: Exception) -> None:
-        self.calls.append(error)
-
-    async def remove(self) -> None:
-        # What the lead has on record when the row goes.
-        self.calls.append(("remove", self.scene.state.client_leases.latest_end(-math.inf)))
-
-    async def leave(self, *, remove: bool) -> None:
-        self.calls.append(("leave", remove))
-
-
-class Host:
-    """A lead that listens, and a sibling. Both read the scene's clock."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = str(folder / "lead")
-        self.lead = Scene(at(5))
-        self.incarnation = 1
-        self.renewer = Renewer(self.lead)
-        self.rules = HostLead(self.lead.state, lambda: self.incarnation)
-        self.server = self.new_server()
-        self.postgres = Postgres(self.lead)
-        self.news: list[str] = []
-        self.reader_gone = asyncio.Event()
-        self.state: VerifierState[Any] = VerifierState(
-            VerdictCache(10), ClientLeases(), LEASE_SECONDS
-        )
-        self.rows = HostRows(
-            self.path,
-            {"id": "ver_sibling", "process_id": 7, "start_time": 0.0},
-            LEASE_SECONDS,
-            self.postgres,  # type: ignore[arg-type]
-            lambda: self.lead.now,
-            self.news.append,
-            lambda _host, _server: None,
-            lambda: self.news.append("left Postgres"),
-        )
-
-    def new_server(self) -> LeadServer:
-        return LeadServer(
-            self.path,
-            self.rules,
-            self.renewer,  # type: ignore[arg-type]
-            lambda: self.lead.now,
-            "ver_lead",
-            lambda: "db",
-            lambda: None,
-        )
-
-    async def register(self, *, acknowledge: bool = True) -> None:
-        self.state.register(*await self.rows.register(acknowledge=acknowledge), self.lead.now)
-
-    async def renew(self, report: Report = REPORT) -> bool:
-        """Renew as the lease renewer does. Return whether the lease was renewed."""
-        began, state = self.lead.now, self.state
-        acknowledged = state.acknowledgeable(began)
-        renewed, log, ends, read_began = await self.rows.renew(
-            state.cache.position, acknowledged, report
-        )
-        state.apply(log, min(began, read_began))
-        if renewed:
-            state.renew(began, acknowledged, ends)
-            await self.rows.renewed(state)
-        return renewed
-
-    def acknowledgeable(self) -> int:
-        return self.lead.state.acknowledgeable(self.lead.now)
-
-    async def lead_dies(self) -> None:
-        """Close the lead's socket and its connections."""
-        await self.server.stop()
-        await eventually(lambda: "gone" in self.news, "the sibling has noticed")
+from tests.unit.coherence.host_scene import CLIENTS, Host
+from tests.unit.coherence.scene import LEASE_SECONDS
 
 
 @pytest.fixture
@@ -181,6 +37,18 @@ async def test_a_sibling_shares_the_lease_of_the_lead(host: Host) -> None:
     assert host.lead.state.lease_ends - 0.01 < host.state.lease_ends < host.lead.state.lease_ends
     assert host.rows.row == ("ver_lead", 1)
     assert host.postgres.calls == []
+
+
+async def test_the_age_of_the_log_is_that_of_the_lead(host: Host) -> None:
+    """A sibling's log is as old as the lead's. A client that is ahead of both is reset only after
+    the lead has read the log again.
+    """
+    await host.register()
+    host.lead.apply((at(6), "t"))
+    began = host.lead.state.log_read_began
+    host.lead.now += 0.5
+    await host.renew()
+    assert host.state.log_read_began == began < host.lead.now
 
 
 async def test_the_lead_acknowledges_with_its_siblings(host: Host) -> None:
@@ -229,16 +97,6 @@ async def test_a_question_for_the_log_is_answered_after_a_read(host: Host) -> No
     host.renewer.news = [(at(7), "u")]
     log = await host.rows.read_log(at(5))
     assert [change.position for change in log.changes] == [at(6), at(7)]
-
-
-async def test_a_renewal_says_when_the_lead_read_the_log(host: Host) -> None:
-    """A renewal at the lead reads nothing, so it proves nothing about later revisions."""
-    await host.register()
-    host.lead.apply()
-    read_began = host.lead.now
-    host.lead.now += 1.0
-    await host.renew()
-    assert host.state.log_read_began == read_began
 
 
 @pytest.mark.parametrize("position", [at(9), Position(5, 77)])
@@ -381,12 +239,12 @@ async def test_a_sibling_need_not_ask_for_the_log(host: Host) -> None:
     host.lead.apply((at(6), "t"))
     host.server.on_news(True)
     await eventually(lambda: "unasked log" in host.news, "the sibling has heard")
-    log, began = host.rows.unasked_log(host.state.cache.position)  # type: ignore[misc]
+    log = host.rows.unasked_log(host.state.cache.position)
+    assert log is not None
     assert [change.position for change in log.changes] == [at(6)]
-    assert began == host.lead.state.log_read_began
     assert host.rows.unasked_log(host.state.cache.position) is None
     assert host.renewer.reads == 0
-    host.state.apply(log, began)
+    host.state.apply(log, host.lead.now)
     assert host.acknowledgeable() == 5, "applied, and not yet confirmed"
     await host.renew()
     assert host.acknowledgeable() == 6

@@ -11,7 +11,7 @@ from latchkey_service.coherence.client_leases import ClientLeases
 from latchkey_service.coherence.host_lead import Renewal
 from latchkey_service.coherence.lease_renewer import LeaseRenewer
 from latchkey_service.coherence.log import Log, Registration, Server
-from latchkey_service.coherence.rows import ReadLog, RowId
+from latchkey_service.coherence.rows import RowId
 from latchkey_service.coherence.verifier_state import VerifierState
 from latchkey_service.coherence.verifier_table import Report
 
@@ -31,7 +31,7 @@ class Rows:
 
     def __init__(self) -> None:
         self.calls: list[object] = []
-        self.unasked: ReadLog | None = None
+        self.unasked: Log | None = None
         self.server = PRIMARY
         # The end of the lease that the lead shares.
         self.ends = math.inf
@@ -53,13 +53,14 @@ class Rows:
         await self.may_read.wait()
         return log(at(9), (at(9), "t"))
 
-    def unasked_log(self, _applied: Position) -> ReadLog | None:
+    def unasked_log(self, _applied: Position) -> Log | None:
         unasked, self.unasked = self.unasked, None
         return unasked
 
     async def renew(self, applied: Position, acknowledged: int, _report: Report) -> Renewal:
         self.calls.append(acknowledged)
-        return Renewal(True, Log(True, self.server, applied, ()), self.ends, self.read_began)
+        read = Log(True, self.server, applied, (), read_began=self.read_began)
+        return Renewal(True, read, self.ends)
 
     async def renewed(self, _state: object) -> None: ...
 
@@ -82,7 +83,7 @@ class Sibling:
 
     def send(self, sent: Log) -> None:
         """Send a log as the lead does."""
-        self.rows.unasked = ReadLog(sent, 99.0)
+        self.rows.unasked = sent
         self.renewer.wake_to_apply()
 
 

@@ -1,18 +1,17 @@
-"""The core of rate limits: what a bucket issues, what a share spends, and the bound on the sum."""
+"""The core of rate limits: what a bucket issues for any limit, and what a share spends.
+
+`tests/model` and `tests/simulation` have the bound on the sum of all verifiers.
+"""
 
 from __future__ import annotations
 
-import random
 import threading
-from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from latchkey_coherence.lease import DRIFT_MAX
 from latchkey_coherence.rate import (
     AHEAD_SECONDS,
-    SHARE_SECONDS,
     RateLimit,
     Share,
     Shares,
@@ -166,158 +165,6 @@ def test_share_belongs_to_one_limit() -> None:
     assert shares.find("t1", limit) is None
     del first, other
     assert shares.find("t1", limit._replace(burst=9)) is None, "nothing refers to it"
-
-
-@dataclass
-class Verifier:
-    """A server process or a client library, with a clock of its own."""
-
-    rate: float
-    offset: float
-    share: Share
-    # Issued calls in transit: when they arrive, how many, and until when they count here.
-    arriving: list[tuple[float, int, float]] = field(default_factory=list)
-
-    def clock(self, now: float) -> float:
-        return self.offset + now * self.rate
-
-
-class Fleet:
-    """One bucket, and verifiers that join, leave, crash, and are cut off."""
-
-    def __init__(self, limit: RateLimit, randomness: random.Random) -> None:
-        self.limit = limit
-        self.random = randomness
-        self.now = 0.0
-        self.full_at = 0
-        self.accepted: list[float] = []
-        self.issued = 0
-        self.verifiers: list[Verifier] = []
-
-    def join(self) -> None:
-        drift = self.random.uniform(-DRIFT_MAX, DRIFT_MAX) / 2
-        offset = self.random.uniform(-1e6, 1e6)
-        self.verifiers.append(Verifier(1 + drift, offset, Share("t1", self.limit)))
-
-    def leave(self) -> None:
-        """Remove a verifier, with what it has and what is on its way."""
-        self.verifiers.pop(self.random.randrange(len(self.verifiers)))
-
-    def draw(self, verifier: Verifier, needed: int) -> int:
-        """Draw for a verifier. The answer may be late, or lost."""
-        began = verifier.clock(self.now)
-        ahead = verifier.share.ask(began)
-        # The statement may run some time after it was sent.
-        executed = self.now + self.random.choice((0.0, 0.001, 0.3, 2.0))
-        if executed > self.now + 0.01:
-            # Nobody waits for so long. What comes is kept until it ends.
-            needed = 0
-        result = draw(self.limit, self.full_at, round(executed * MICROSECONDS), needed, ahead)
-        self.full_at = max(self.full_at, result.full_at)
-        self.issued += result.calls
-        taken = min(needed, result.calls)
-        if self.random.random() < 0.8:
-            delay = self.random.choice((0.0, 0.01, 0.5, 1.5))
-            rest = result.calls - taken
-            verifier.arriving.append((executed + delay, rest, share_end(began)))
-        return taken
-
-    def verify(self, verifier: Verifier) -> None:
-        clock = verifier.clock(self.now)
-        for part in [part for part in verifier.arriving if part[0] <= self.now]:
-            verifier.arriving.remove(part)
-            verifier.share.add(part[1], part[2])
-        if verifier.share.spend(clock):
-            self.accepted.append(self.now)
-        elif not verifier.share.denied_seconds(clock):
-            taken = self.draw(verifier, 1)
-            verifier.share.count(taken)
-            if taken:
-                self.accepted.append(self.now)
-            else:
-                verifier.share.deny(clock + self.random.choice((0.005, 0.1)))
-
-    def step(self) -> None:
-        self.now += self.random.choice((0.0, 0.0001, 0.001, 0.01, 0.2))
-        chance = self.random.random()
-        if not self.verifiers or (chance < 0.005 and len(self.verifiers) < 12):
-            self.join()
-        elif chance < 0.009:
-            self.leave()
-        else:
-            # Most of the load reaches one verifier, for a while.
-            favourite = int(self.now) % len(self.verifiers)
-            some = self.random.choice((favourite, self.random.randrange(len(self.verifiers))))
-            for _ in range(self.random.choice((1, 1, 5))):
-                self.verify(self.verifiers[some])
-
-
-def exceeds(limit: RateLimit, accepted: list[float]) -> float:
-    """Return by how many calls the worst window exceeds the bound, in one pass.
-
-    The bound holds in every window if a bucket that starts full, and holds the burst and a second's
-    calls more, never runs out.
-    """
-    size = limit.burst + limit.per_second * SHARE_SECONDS
-    level, last, worst = size, 0.0, 0.0
-    # The bucket of the database fills by its own clock, which may run faster.
-    rate = limit.per_second * (1 + DRIFT_MAX)
-    for moment in accepted:
-        level = min(size, level + (moment - last) * rate) - 1
-        last = moment
-        worst = max(worst, -level)
-    return worst
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.integers(0, 2**32),
-    st.sampled_from(
-        [
-            RateLimit(1_000, 1, 1),
-            RateLimit(1_000, 1, 300),
-            RateLimit(50, 1, 20),
-            RateLimit(100, 60, 20),
-            RateLimit(5, 3_600, 3),
-        ]
-    ),
-)
-def test_sum_over_all_verifiers_stays_within_the_bound(seed: int, limit: RateLimit) -> None:
-    """Whatever verifiers join, leave, crash or are cut off, and however late answers arrive, the
-    calls accepted in any window of w seconds are at most burst + rate * (w + 1 s)."""
-    fleet = Fleet(limit, random.Random(seed))  # noqa: S311 - a seed to repeat
-    for _ in range(1_500):
-        fleet.step()
-    assert exceeds(limit, fleet.accepted) <= 0
-    assert len(fleet.accepted) <= fleet.issued
-
-
-def test_bound_is_exceeded_by_a_verifier_that_begins_with_a_burst() -> None:
-    """The check above finds a verifier that starts with a share, as after an unbounded refill."""
-
-    class Refilling(Fleet):
-        def join(self) -> None:
-            super().join()
-            self.verifiers[-1].share.add(self.limit.burst, float("inf"))
-
-    limit = RateLimit(60, 3_600, 20)
-    fleet = Refilling(limit, random.Random(1))  # noqa: S311 - a seed to repeat
-    for _ in range(1_500):
-        fleet.step()
-    assert exceeds(limit, fleet.accepted) > 0
-
-
-def test_bound_is_exceeded_by_calls_that_never_end() -> None:
-    """The check above finds a verifier that keeps calls for as long as it likes."""
-    limit = RateLimit(10, 1, 10)
-    kept = [Share("t1", limit) for _ in range(30)]
-    full_at = 0
-    for second, share in enumerate(kept):
-        result = draw(limit, full_at, second * MICROSECONDS, 0, 5)
-        full_at = result.full_at
-        share.add(result.calls, float("inf"))
-    accepted = [31.0 for share in kept for _ in range(5) if share.spend(31.0)]
-    assert exceeds(limit, accepted) > 0
 
 
 @pytest.mark.parametrize("verifiers", [1, 2, 5])

@@ -214,7 +214,7 @@ async def test_copies_of_a_form_are_one_request(shared: dict[str, Any]) -> None:
     ],
 )
 async def test_refused_repetition(error: latchkey.LatchkeyError, status: int, words: str) -> None:
-    """If Latchkey knows the form's request, the page says what became of it."""
+    """If Latchkey knows the form's request, the page shows its result."""
     async with console(Scripted(errors={"create": [error]})) as browser:
         answer = await submit(browser, "/tokens", await dialog(browser, "/new"), **TYPED)
     assert answer.status_code == status

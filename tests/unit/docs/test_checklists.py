@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+from latchkey_coherence.identifiers import ACCOUNT_ID
 from latchkey_service.access.methods import METHODS
 from latchkey_service.access.policy import parse
-from latchkey_service.identifiers import ACCOUNT_ID
 from latchkey_service.settings.settings import Settings
 
 from tests.helpers.repository import ROOT

@@ -91,7 +91,7 @@ def reason(block: Block) -> str | None:
 
 
 def modules_of(block: Block) -> list[str]:
-    """Return the modules with tests of a block."""
+    """Return the modules whose tests run a block."""
     if block.page.startswith("docs/quickstart/"):
         module, marks = QUICKSTARTS
         return [module] if block.mark in marks or block.mark.startswith("serve ") else []

@@ -9,11 +9,17 @@ from latchkey_service.access.methods import METHODS
 from latchkey_service.access.rates import DEFAULT_PER_SECOND
 from latchkey_service.coherence.use_reports import USES_IN_REPORT_MAX
 from latchkey_service.coherence.watch_sessions import WATCH_SESSIONS_MAX
+from latchkey_service.fair_queue import SMALL_BYTES
 from latchkey_service.process.worker_watch import memory_max_bytes
-from latchkey_service.rpc import admission, managed_calls, refused_calls, streams
+from latchkey_service.rpc import (
+    admission,
+    maintenance_service,
+    managed_calls,
+    refused_calls,
+    streams,
+)
 from latchkey_service.settings.settings import Settings
 from latchkey_service.tokens.batched_lookup import BUSY, STANDING, WAITING_MAX
-from latchkey_service.tokens.fair_queue import SMALL_BYTES
 from latchkey_service.tokens.usage import USES_PENDING_MAX
 from latchkey_service.transport import (
     connection_shares,
@@ -30,8 +36,10 @@ TRANSPORT = "tests/integration/transport/test_limits.py::"
 HOSTILE = "tests/integration/transport/test_hostile_peers.py::"
 PROCESS = "tests/integration/process/test_limits.py::"
 ENVOY = "tests/integration/transport/test_envoy.py::"
+ENVOY_IDLE = "tests/integration/transport/test_envoy_idle.py::test_idle_connections_end"
+ENVOY_FILE = (ROOT / "docs/envoy.yaml").read_text("utf-8")
 NATIVE = "tests/unit/transport/test_native.py::"
-LANES = "tests/unit/transport/test_native_lanes.py::"
+LANES = "tests/unit/transport/test_native_queues.py::"
 ADMISSION = "tests/unit/rpc/test_admission.py::"
 FAIR = "tests/unit/rpc/test_fair_admission.py::"
 SESSIONS = "tests/unit/coherence/test_watch_sessions.py::"
@@ -84,7 +92,7 @@ ROWS: dict[str, tuple[tuple[str, ...], tuple[object, ...]]] = {
         (),
     ),
     "TLS and HTTP/2 handshake": (
-        (TRANSPORT + "test_unfinished_handshake",),
+        (TRANSPORT + "test_unfinished_handshake", ENVOY_IDLE),
         (f"{transports.HANDSHAKE_SECONDS:g}",),
     ),
     "pings": (
@@ -92,7 +100,7 @@ ROWS: dict[str, tuple[tuple[str, ...], tuple[object, ...]]] = {
         (f"{transports.PING_SECONDS_MIN:g}",),
     ),
     "idle connection": (
-        (TRANSPORT + "test_unanswered_pings",),
+        (TRANSPORT + "test_unanswered_pings", ENVOY_IDLE),
         (f"{transports.KEEPALIVE_SECONDS:g}", f"{transports.KEEPALIVE_TIMEOUT_SECONDS:g}"),
     ),
     "answers that the client's kernel does not accept": (
@@ -119,7 +127,7 @@ ROWS: dict[str, tuple[tuple[str, ...], tuple[object, ...]]] = {
     ),
     "concurrent calls with large answers": ((ENVOY + "test_limits_of_connections",), ()),
     "age of a connection": (
-        (TRANSPORT + "test_age", TRANSPORT + "test_age_grace"),
+        (TRANSPORT + "test_age", TRANSPORT + "test_age_grace", ENVOY_IDLE),
         (f"{transports.AGE_GRACE_SECONDS:g}",),
     ),
     "age of a Watch": (
@@ -138,6 +146,7 @@ ROWS: dict[str, tuple[tuple[str, ...], tuple[object, ...]]] = {
         (
             NATIVE + "test_unread_stream_is_ended",
             "tests/integration/transport/test_native.py::test_unread_streams_block_nothing",
+            ENVOY_IDLE,
         ),
         (f"{native.UNREAD_SECONDS:g}",),
     ),
@@ -233,6 +242,10 @@ ROWS: dict[str, tuple[tuple[str, ...], tuple[object, ...]]] = {
             *managed_calls.CONCURRENCY_LIMITS["revoker"],
             managed_calls.CONCURRENCY_LIMITS["operator"][0] * admission.BURST,
         ),
+    ),
+    "calls of `InvalidateAll`": (
+        ("tests/contract/test_maintenance.py::test_an_operator_in_a_loop_makes_no_verify_fail",),
+        (),
     ),
     "importers' calls": (
         (ADMISSION + "test_released_slot_frees_capacity_but_call_still_counts",),
@@ -391,3 +404,38 @@ def test_memory() -> None:
     plain_gib, tls_gib = (round(memory_max_bytes(one) / 1024 / MIB) for one in (settings, tls))
     assert f"it is about {plain_gib} GiB, or {tls_gib} GiB\nwith a TLS listener" in PAGE
     assert memory_pressure.PRESSURE_SHARE == 0.5
+
+
+@pytest.mark.parametrize(
+    ("limit", "row", "said"),
+    [
+        ("max_active_downstream_connections: 8000", "connections", "8,000 in total"),
+        ("transport_socket_connect_timeout: 10s", "TLS and HTTP/2 handshake", "10 s for TLS"),
+        ("idle_timeout: 60s,", "TLS and HTTP/2 handshake", "then 60 s for HTTP/2"),
+        ("idle_timeout: 60s,", "idle connection", "60 s without a call"),
+        ("max_connection_duration: 600s", "age of a connection", "10 minutes"),
+        ("max_stream_duration: 660s", "age of a connection", "11 minutes for a health Watch"),
+        ("max_stream_duration: 660s", "health Watch whose client does not read", "11 minutes"),
+        ("max_requests: 64", "concurrent calls with large answers", "64 `BatchVerify`"),
+        ("max_requests: 16", "concurrent calls with large answers", "16 lists"),
+        (
+            "stream_idle_timeout: 30s",
+            "answers for which the client opens no HTTP/2 window",
+            "ends the call after 30 s",
+        ),
+        (
+            "idle_timeout: 15s",
+            "answers for which the client opens no HTTP/2 window",
+            "a `BatchVerify` after 15 s",
+        ),
+    ],
+)
+def test_limits_of_envoy(limit: str, row: str, said: str) -> None:
+    """The rows have the values of the documented configuration of Envoy."""
+    assert limit in ENVOY_FILE
+    assert said in rows()[row]
+
+
+def test_pause_between_invalidations() -> None:
+    """The page has the pause between two calls of InvalidateAll."""
+    assert f"{maintenance_service.PAUSE_SECONDS:g} s" in rows()["calls of `InvalidateAll`"]

@@ -111,7 +111,11 @@ async def test_a_run_ends_with_its_caller(program: Forked, tmp_path: Path) -> No
 
 
 def gone(process: psutil.Process) -> bool:
-    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        # It has ended between the two questions.
+        return True
 
 
 def test_a_server_ends_with_its_test(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 
 import pytest
+from latchkey_service import queue_limit
 from latchkey_service.errors import (
     BUSY,
     NO_ANSWER,
@@ -16,14 +17,13 @@ from latchkey_service.errors import (
     Overloaded,
     StoreUnavailable,
 )
+from latchkey_service.queue_limit import QueueLimit
 from latchkey_service.rpc import admission
 from latchkey_service.rpc.admission import (
     ConcurrencyLimiter,
     RejectionPacer,
     wait_seconds,
 )
-from latchkey_service.tokens import queue_limit
-from latchkey_service.tokens.queue_limit import QueueLimit
 
 LONG = 1_000.0
 PATIENT = 10.0
@@ -208,7 +208,7 @@ async def test_hanging_database_is_not_reported_as_overload() -> None:
 
 
 async def test_one_slow_call_is_reported_as_overload() -> None:
-    """In a lane with a single slot, one slow call does not show that the database hangs. A call
+    """In a queue with a single slot, one slow call does not show that the database hangs. A call
     that is slower than any healthy one does."""
     clock = Clock()
     limiter = ConcurrencyLimiter(1, 1_000, clock)
@@ -223,7 +223,7 @@ async def test_one_slow_call_is_reported_as_overload() -> None:
 
 
 async def test_first_call_shows_how_long_calls_take() -> None:
-    """A lane whose first call took a second expects the same of the next ones."""
+    """A queue whose first call took a second expects the same of the next ones."""
     clock = Clock()
     limiter = ConcurrencyLimiter(1, 1_000, clock)
     work = Work(limiter)
@@ -240,7 +240,7 @@ async def test_first_call_shows_how_long_calls_take() -> None:
 
 
 async def test_answers_in_another_lane_show_that_the_database_responds() -> None:
-    """A lane full of slow calls blames load as long as the database answers calls of other lanes.
+    """A queue full of slow calls blames load as long as the database answers calls of other queues.
     A request that is refused without a query does not count as an answer."""
     clock, answers = Clock(), admission.Answers()
     slow, other = (ConcurrencyLimiter(1, 1_000, clock, answers=answers) for _ in range(2))
@@ -267,7 +267,7 @@ async def test_answers_in_another_lane_show_that_the_database_responds() -> None
 
 
 async def test_rejection_says_when_a_turn_would_have_come() -> None:
-    """RetryInfo follows the pace of the lane, between a quarter of a second and a second. A
+    """RetryInfo follows the pace of the queue, between a quarter of a second and a second. A
     caller that retries five times outlasts a queue of slow calls."""
     for call_seconds, pause in ((0.01, 0.25), (0.3, 0.6), (2.0, 1.0)):
         clock = Clock()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import platformdirs
 import pytest
-from latchkey_service.settings.settings import load
+from latchkey_service.settings.loading import load
 
 
 def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from latchkey_service.settings import database_url
-from latchkey_service.settings.settings import ConfigError, load
+from latchkey_service.settings.loading import ConfigError, load
 
 PLAIN = "postgresql://u:p@h:5432/db"
 

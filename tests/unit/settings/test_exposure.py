@@ -3,8 +3,9 @@
 import itertools
 
 import pytest
-from latchkey_service.settings.exposure import is_local, reflects
-from latchkey_service.settings.settings import ConfigError, load
+from latchkey_service.settings.addresses import is_local
+from latchkey_service.settings.exposure import reflects
+from latchkey_service.settings.loading import ConfigError, load
 
 LOCAL = ["127.0.0.1:1", "127.9.9.9:1", "[::1]:1", "localhost:1", "unix:/run/x.sock"]
 ELSEWHERE = ["0.0.0.0:1", "[::]:1", "10.0.0.1:1", "example.org:1", "localhost.example.org:1"]

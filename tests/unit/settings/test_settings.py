@@ -7,14 +7,8 @@ import pydoc
 import re
 
 import pytest
-from latchkey_service.settings.settings import (
-    ConfigError,
-    Settings,
-    describe,
-    from_json,
-    load,
-    to_json,
-)
+from latchkey_service.settings.loading import ConfigError, describe, from_json, load, to_json
+from latchkey_service.settings.settings import Settings
 
 from tests.helpers.repository import ROOT
 

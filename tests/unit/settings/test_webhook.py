@@ -3,13 +3,7 @@
 from pathlib import Path
 
 import pytest
-from latchkey_service.settings.settings import (
-    ConfigError,
-    describe,
-    from_json,
-    load,
-    to_json,
-)
+from latchkey_service.settings.loading import ConfigError, describe, from_json, load, to_json
 from latchkey_service.settings.webhook import EVENTS, event_types
 from latchkey_service.settings.webhook_secrets import WebhookError, read_secrets
 from latchkey_service.tokens.event_table import EVENT_TYPES

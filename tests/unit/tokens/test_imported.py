@@ -162,19 +162,19 @@ async def test_digests_count_not_secrets() -> None:
 
 
 async def test_stuck_look_ups_of_imported_secrets_delay_no_others() -> None:
-    """Imported secrets have a queue of their own: while it is stuck, other secrets are answered,
+    """Imported secrets have a separate queue: while it is stuck, other secrets are answered,
     cold ones too, alone and with others in the same turn of the event loop."""
     bench = Imports()
-    lane, answered = Database(), asyncio.Event()
-    bench.imported._lookup = LeasedLookup(lane, bench.reads)  # type: ignore[arg-type]  # a stand-in
-    find_all = lane.find_all
+    slow, answered = Database(), asyncio.Event()
+    bench.imported._lookup = LeasedLookup(slow, bench.reads)  # type: ignore[arg-type]  # a stand-in
+    find_all = slow.find_all
 
     async def stuck(digests: Sequence[bytes], deadline: float) -> list[Found]:
         await answered.wait()
         return await find_all(digests, deadline)
 
-    lane.find_all = stuck  # type: ignore[method-assign]  # Postgres is slow there
-    lane.record = None
+    slow.find_all = stuck  # type: ignore[method-assign]  # Postgres is slow there
+    slow.record = None
     waiting = asyncio.create_task(bench.ask())
     await asyncio.sleep(0)
     bench.present = True

@@ -258,7 +258,7 @@ async def test_empty_bucket_is_not_asked_again_at_once(database: Database) -> No
 
 
 async def test_shortest_refusal(database: Database) -> None:
-    """A refusal always has a time, also if the bucket has calls again by then."""
+    """A refusal always says when to retry, even if the bucket has filled during the draw."""
     rates = TokenRates(database.draws(), lambda: database.now)
     share = Share("t1", LIMIT._replace(burst=1))
     database.seconds = 0.9

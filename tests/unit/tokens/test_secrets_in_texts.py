@@ -50,7 +50,11 @@ def test_a_secret_in_one_letter_case_is_found(
     """A secret is found in lower or upper case, although its checksum is lost: the letter cases
     are guessed offline."""
     text = convert(SECRETS[kind].reveal())
-    assert secret_violations([("labels", f"{text[:20]}{between}{text[20:]}")])
+    broken = f"{text[:20]}{between}{text[20:]}"
+    # Words of the same letter case must not look like a part of it.
+    for words in ("", "see {} please", "see\n{}\nplease", "see {} ab cd efgh"):
+        written = convert(words).format(broken) if words else broken
+        assert secret_violations([("labels", written)])
     assert not secret_violations([("labels", text[:-1])])
 
 

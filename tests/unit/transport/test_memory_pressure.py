@@ -149,6 +149,20 @@ def test_known_peers_are_kept_while_connected() -> None:
     assert "ipv4:1.2.3.4:5" not in known
 
 
+def test_all_known_peers_may_be_forgotten() -> None:
+    """Peers that showed their identity under an earlier policy are strangers until they show it
+    again."""
+    known = KnownPeers()
+    known.add("ipv4:1.2.3.4:5")
+    known.keep({"ipv4:1.2.3.4:5"})
+    known.add("ipv4:1.2.3.4:6")
+    known.clear()
+    assert "ipv4:1.2.3.4:5" not in known
+    assert "ipv4:1.2.3.4:6" not in known
+    known.add("ipv4:1.2.3.4:5")
+    assert "ipv4:1.2.3.4:5" in known
+
+
 def test_an_inspection_that_fails_ends_connections_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """If no file descriptor is left for an inspection, the next one ends the connections, although
     the memory has not grown since."""

@@ -8,8 +8,9 @@ from typing import Any
 import grpc
 import pygrpc_native.aio
 import pytest
-from latchkey_service.tokens import queue_limit
+from latchkey_service import queue_limit
 from latchkey_service.transport import native, native_queues
+from latchkey_service.transport.native_stop import Closable
 from pygrpc_native import STREAM_CLOSED, STREAM_FULL, STREAM_SENT
 
 from tests.helpers.waiting import eventually
@@ -121,10 +122,10 @@ async def test_stop_lets_queued_calls_run(server: Server, monkeypatch: pytest.Mo
     """Calls in the queue when the stop begins still start, and get the grace period."""
     started_before: list[int] = []
 
-    async def stop(server: Server, _grace: float | None) -> None:
+    async def close(server: Server) -> None:
         started_before.extend(server.started)
 
-    monkeypatch.setattr(pygrpc_native.aio.Server, "stop", stop)
+    monkeypatch.setattr(Closable, "close", close)
     server.come(VERIFY, range(100))
     server.come(CREATE, [200])
     await server.stop(1.0)

@@ -255,7 +255,7 @@
       if (event.target === dialog && !("deliberate" in dialog.dataset)) close(dialog);
     });
     if (byId("secret")) draft = null;
-    // The action that this dialog reports changed the list behind it.
+    // This dialog reports an action that has changed the list behind it.
     if ("refresh" in dialog.dataset) refresh();
   }
 

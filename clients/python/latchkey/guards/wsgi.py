@@ -149,7 +149,7 @@ class _InContext:
         return self._context.run(next, self._parts)
 
     def close(self) -> None:
-        """Close the application's answer, which WSGI requires of whoever wraps one."""
+        """Close the application's answer, as WSGI requires of a wrapper."""
         close: Any = getattr(self._answer, "close", None)
         if close is not None:
             self._context.run(close)

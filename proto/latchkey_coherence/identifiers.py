@@ -1,7 +1,4 @@
-"""The format of ids: accounts', which other services choose, and tokens', which Latchkey creates.
-
-The console has the format of account ids as well, because clients do not import the service.
-"""
+"""The format of account ids, which other services choose, and of Latchkey's token ids. Pure."""
 
 import re
 from typing import Final

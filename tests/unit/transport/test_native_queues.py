@@ -6,7 +6,7 @@ import grpc
 import pytest
 from latchkey_service.access.methods import METHODS
 from latchkey_service.errors import Unauthenticated
-from latchkey_service.tokens.fair_queue import SMALL_BYTES
+from latchkey_service.fair_queue import SMALL_BYTES
 from latchkey_service.transport import native, native_queues
 
 from tests.helpers.waiting import eventually
@@ -150,7 +150,7 @@ async def test_health_checks_are_bounded() -> None:
 
 
 def test_every_method_has_a_lane() -> None:
-    """Only the methods that need no identity share the lane of health checks."""
+    """Only the methods that need no identity share the queue of health checks."""
     one = server()
     for path, rule in METHODS.items():
         assert (one._queues.of(path) is one._queues.open) == (rule.role is None), path

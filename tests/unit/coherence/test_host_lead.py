@@ -1,4 +1,4 @@
-"""The log that the lead of a host sends to its siblings without a question."""
+"""What a sibling takes from a log that the lead of its host sends without a question."""
 
 from unittest import mock
 
@@ -12,7 +12,7 @@ from tests.helpers.positions import at
 from tests.unit.coherence.scene import PRIMARY, Scene
 
 UNASKED = UnaskedLog(
-    at(5), Log(True, PRIMARY, at(7), (Change(at(6), ("a",)), Change(at(7), ("b",)))), 1.0
+    at(5), Log(True, PRIMARY, at(7), (Change(at(6), ("a",)), Change(at(7), ("b",))))
 )
 
 

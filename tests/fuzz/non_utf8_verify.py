@@ -1,4 +1,4 @@
-"""`lenient_parsing.py`: Verify and BatchVerify with secrets that are not text."""
+"""`non_utf8_parsing.py`: Verify and BatchVerify with secrets that are not text."""
 
 import random
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from google.protobuf.message import DecodeError
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_service.access.methods import BATCH_VERIFY, VERIFY
-from latchkey_service.rpc.lenient_parsing import parse_non_utf8
+from latchkey_service.rpc.non_utf8_parsing import parse_non_utf8
 
 from tests.fuzz.target import Finding, Target
 
@@ -20,7 +20,7 @@ PIECES = (
 )  # fmt: skip
 
 
-class LenientVerify(Target):
+class NonUtf8Verify(Target):
     """The first byte selects the method of the message."""
 
     length_max = 512
@@ -48,19 +48,19 @@ class LenientVerify(Target):
             strict = kind.FromString(body)
         except DecodeError:
             strict = None
-        lenient = parse_non_utf8(path, body)
-        if lenient is None:
+        parsed = parse_non_utf8(path, body)
+        if parsed is None:
             if strict is not None:
                 raise Finding("a valid message is rejected")
             return
-        if not isinstance(lenient, kind):
-            raise Finding(f"it is a {type(lenient).__name__}")
-        kind.FromString(lenient.SerializeToString())
+        if not isinstance(parsed, kind):
+            raise Finding(f"it is a {type(parsed).__name__}")
+        kind.FromString(parsed.SerializeToString())
         if strict is not None:
             # Neither parser uses unknown fields.
             strict.DiscardUnknownFields()
-            if strict != lenient:
+            if strict != parsed:
                 raise Finding("a valid text is read as a different one")
 
 
-TARGET = LenientVerify
+TARGET = NonUtf8Verify

@@ -2,7 +2,7 @@
 
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_service.access.methods import BATCH_VERIFY
-from latchkey_service.rpc.lenient_parsing import BATCH_MAX, parse_non_utf8
+from latchkey_service.rpc.non_utf8_parsing import BATCH_MAX, parse_non_utf8
 
 # A question with a secret of one byte that is not UTF-8, and one without a secret.
 NOT_TEXT, EMPTY = b"\x0a\x03\x0a\x01\xff", b"\x0a\x00"

@@ -3,7 +3,7 @@
 A proto3 string must be UTF-8; otherwise the message does not parse. But no presented secret may
 make Verify fail, and one bad secret must not fail the other 999 of a batch. So such a message is
 parsed again with all texts as bytes. A text that is not UTF-8 becomes empty, which no token
-accepts: it is no secret, in no network, and not a permission.
+accepts: as a secret, an address or a permission, an empty text is invalid.
 """
 
 from typing import Any
@@ -81,7 +81,7 @@ def _messages() -> tuple[Any, Any]:
     """
     file = descriptor_pb2.FileDescriptorProto()
     pb.DESCRIPTOR.CopyToProto(file)
-    file.name = "latchkey/lenient.proto"
+    file.name = "latchkey/non_utf8.proto"
     for message in file.message_type:
         for field in message.field:
             text = field.type == descriptor_pb2.FieldDescriptorProto.TYPE_STRING

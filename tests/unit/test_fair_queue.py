@@ -1,6 +1,6 @@
 """The order in which calls of several callers start, and who makes room in a full queue."""
 
-from latchkey_service.tokens.fair_queue import SMALL_BYTES, FairQueue
+from latchkey_service.fair_queue import SMALL_BYTES, FairQueue
 
 LARGE = 2 * SMALL_BYTES
 
