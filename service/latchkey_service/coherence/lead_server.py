@@ -281,9 +281,14 @@ class LeadServer:
                 # For people: the row counts this sibling from now on.
                 renewer.renew_now()
             return {"adopted": adopted, "row": self._row()}
-        connection.report, before = request["report"], sibling.lease.confirmed
+        connection.report, leases = request["report"], renewer.state.client_leases
+        confirmed, pinned_until = sibling.lease.confirmed, leases.pinned_until
         renewed, log, ends = rules.renew(sibling, applied, request["acknowledged"])
-        if before != sibling.lease.confirmed:
+        if confirmed != sibling.lease.confirmed and (
+            # Not for each sibling: a deletion waits for the last one.
+            renewer.state.acknowledgeable(self._clock()) > renewer.state.acknowledged
+            or leases.pinned_until < pinned_until
+        ):
             renewer.wake_to_acknowledge()
         return {
             "renewed": renewed,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from latchkey_coherence.lease import server_lease_end
 from latchkey_coherence.verdict_cache import Position
+from latchkey_service.coherence.client_leases import ClientLease
 from latchkey_service.coherence.host_lead import UNASKED_MAX
 from latchkey_service.errors import StoreUnavailable
 
@@ -63,6 +64,24 @@ async def test_the_lead_acknowledges_with_its_siblings(host: Host) -> None:
     await host.renew()
     assert host.acknowledgeable() == 6
     assert host.renewer.woken
+
+
+async def test_only_the_last_confirmation_wakes_the_lead(host: Host) -> None:
+    """While a client of the lead is behind, a sibling's confirmation lets nothing be acknowledged,
+    so the lead does not look.
+    """
+    await host.register()
+    await host.renew()
+    leases, client = host.lead.state.client_leases, ClientLease()
+    leases.grant(client, 5, host.lead.state.lease_ends)
+    host.lead.apply((at(6), "t"))
+    assert host.acknowledgeable() == 5
+    await host.renew()
+    woken = host.renewer.woken
+    await host.renew()
+    assert host.renewer.woken == woken
+    leases.confirm(client, 6)
+    assert host.acknowledgeable() == 6
 
 
 async def test_the_lead_outwaits_a_sibling(host: Host) -> None:
