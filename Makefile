@@ -29,7 +29,7 @@ demo: $(VENV)/.run  ## Delete a token while two services use it, and show when e
 PYTEST = $(PY) -m pytest --dist loadgroup
 test: $(VENV)/.dev  ## Run the tests but the slow ones, and measure coverage, or run some (ARGS="-k delete")
 	@$(if $(ARGS),,export PYTEST_PLUGINS=tests.helpers.measured)
-	exec $(PYTEST) -n 4 $(or $(ARGS),-m "not slow")
+	exec $(PYTEST) -n 5 $(or $(ARGS),-m "not slow")
 
 test-slow: $(VENV)/.dev  ## Run the slow tests: the browser, failovers, histories, fuzzing, wheels
 	@exec $(PYTEST) -n 3 -m slow $(ARGS)
