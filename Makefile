@@ -23,7 +23,7 @@ console: $(VENV)/.run  ## Start the service and the console (ARGS=ACCOUNT)
 demo: $(VENV)/.run  ## Delete a token while two services use it, and show when each refuses it
 	@exec $(PY) examples/demo.py
 
-# Four at once, on two cores: some of them usually wait, for example for the end of a lease. With
+# Five at once, on two cores: some of them usually wait, for example for the end of a lease. With
 # more, tests that measure time can miss their bounds. A part of the tests does not reach the floor,
 # so coverage is measured only when all of them run. Three slow ones at once: many measure time.
 PYTEST = $(PY) -m pytest --dist loadgroup
