@@ -48,8 +48,8 @@ PATHS = {"rpc/verify_calls.py", "rpc/managed_calls.py"}
 REPEATS = 10
 # Far more than a call takes on a busy machine.
 CALL_SECONDS = 20.0
-# Measures the event loop all the time. It runs beside each call that takes long enough.
-SAMPLER = "latchkey_service/loop_delay.py"
+# The task that measures the event loop all the time. It runs beside each call that takes long.
+SAMPLER = "LoopWatch.run"
 
 _numbers = itertools.count(1)
 
@@ -70,8 +70,6 @@ class Trip(NamedTuple):
 def name_of(code: CodeType) -> str | None:
     """Return the file of a function, relative to its package, or None if it is not counted."""
     file = code.co_filename
-    if file.endswith(SAMPLER):
-        return None
     if file.startswith(SERVICE):
         return file.removeprefix(SERVICE)
     name = file.removeprefix(CORE)
@@ -86,7 +84,9 @@ def recording() -> Iterator[list[tuple[object, str]]]:
 
     def profile(frame: FrameType, event: str, _: Any) -> None:
         if event == "call" and (name := name_of(frame.f_code)) is not None:
-            seen.setdefault((asyncio.current_task(), name))
+            task = asyncio.current_task()
+            if task is None or task.get_name() != SAMPLER:
+                seen.setdefault((task, name))
 
     before = sys.getprofile()
     sys.setprofile(profile)
