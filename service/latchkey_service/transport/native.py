@@ -30,6 +30,9 @@ from functools import partial
 from typing import Any, Final, Protocol
 
 import grpc
+
+# `from pygrpc_native import aio` makes the package's lazy attributes (0.5.0) recurse endlessly.
+import pygrpc_native.aio
 from pygrpc_native import EVENT_CANCEL, STREAM_CLOSED, STREAM_FULL
 
 from latchkey_service.errors import (
@@ -51,7 +54,6 @@ from latchkey_service.transport.native_queues import (
     Queues,
     seconds_left,
 )
-from latchkey_service.transport.native_stop import Closable
 
 __all__ = ["Reject", "Screen", "Server", "metadata_of"]
 
@@ -97,7 +99,7 @@ class Reject(Protocol):
 Screen = Callable[[Any], str]
 
 
-class Server(Closable):
+class Server(pygrpc_native.aio.Server):
     """A server on one plaintext address."""
 
     def __init__(
@@ -159,8 +161,8 @@ class Server(Closable):
             # cores, an immediate close lost one answer in ten.
             await sleep(ANSWERS_OUT_SECONDS)
             # Calls that are still running end UNAVAILABLE with it.
-            await self.close_front()
-        await self.close()
+            await asyncio.get_running_loop().run_in_executor(None, self._front.close)
+        await super().stop(0)
 
     def _dispatch(self) -> None:
         """Pass batches to the event loop, until the server stops. Runs in the library's thread."""

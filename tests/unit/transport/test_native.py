@@ -10,7 +10,6 @@ import pygrpc_native.aio
 import pytest
 from latchkey_service import queue_limit
 from latchkey_service.transport import native, native_queues
-from latchkey_service.transport.native_stop import Closable
 from pygrpc_native import STREAM_CLOSED, STREAM_FULL, STREAM_SENT
 
 from tests.helpers.waiting import eventually
@@ -122,10 +121,10 @@ async def test_stop_lets_queued_calls_run(server: Server, monkeypatch: pytest.Mo
     """Calls in the queue when the stop begins still start, and get the grace period."""
     started_before: list[int] = []
 
-    async def close(server: Server) -> None:
+    async def stop(server: Server, _grace: float | None) -> None:
         started_before.extend(server.started)
 
-    monkeypatch.setattr(Closable, "close", close)
+    monkeypatch.setattr(pygrpc_native.aio.Server, "stop", stop)
     server.come(VERIFY, range(100))
     server.come(CREATE, [200])
     await server.stop(1.0)
