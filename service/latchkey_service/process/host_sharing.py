@@ -8,7 +8,7 @@ import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +23,7 @@ from latchkey_service.coherence.primary import Primary
 from latchkey_service.coherence.rows import PostgresRows, Rows
 from latchkey_service.coherence.verifier_table import Identity
 from latchkey_service.postgres.embedded_host import OsAccount
-from latchkey_service.process.periodic import PROBE_SECONDS, PROBE_SECONDS_SHARED, rest
+from latchkey_service.process.periodic import PROBE_SECONDS, PROBE_SECONDS_SHARED
 from latchkey_service.settings.logs import logger
 from latchkey_service.settings.settings import Settings
 
@@ -138,10 +138,6 @@ class HostSharing:
             lead.on_news(changed)
 
         return on_all_news
-
-    def rests(self, rests: Sequence[Callable[[], None]]) -> list[Coroutine[Any, Any, None]]:
-        """Return what closes idle connections, if the worker shares its lease."""
-        return [] if self._socket is None else [rest(rests)]
 
     def upkeep(
         self, works: Callable[[], list[Coroutine[Any, Any, None]]]

@@ -52,6 +52,7 @@ from latchkey_service.process.periodic import (
     purge_lifecycle,
     purge_rates,
     purge_usage,
+    rest,
 )
 from latchkey_service.process.server import SERVICES, Server, Services
 from latchkey_service.process.traces import Traces
@@ -312,7 +313,7 @@ async def running(
         ),
         log_counts_regularly(counts, gauges),
         *announcements.background(),
-        *host.rests([lookup.rest, imported_lookup.rest, rates.draws.rest, ack_waiter.rest]),
+        rest([lookup.rest, imported_lookup.rest, rates.draws.rest, ack_waiter.rest]),
         *host.upkeep(
             lambda: [
                 follow_peppers(table, identity.id, server.metrics.pepper_reports),
