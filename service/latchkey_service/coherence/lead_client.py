@@ -16,6 +16,7 @@ from latchkey_service.coherence.host_messages import (
     unasked_log_of,
 )
 from latchkey_service.errors import NO_ANSWER, StoreUnavailable
+from latchkey_service.settings.logs import logger
 
 __all__ = ["LeadConnection", "LeadGone"]
 
@@ -108,13 +109,17 @@ class LeadConnection:
 
     async def _read(self) -> None:
         try:
-            with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
-                while line := await self._reader.readline():
-                    message = decode(line)
-                    if "news" in message:
-                        self._hear(message)
-                    else:
-                        self._lines.put_nowait(message)
+            while line := await self._reader.readline():
+                message = decode(line)
+                if "news" in message:
+                    self._hear(message)
+                else:
+                    self._lines.put_nowait(message)
+        except OSError:
+            # The lead has gone.
+            pass
+        except (ValueError, KeyError, TypeError) as error:
+            logger().warning("line of the lead not understood", error=type(error).__name__)
         finally:
             self._lines.put_nowait(None)
         self._on_news("gone")

@@ -241,7 +241,7 @@ class LeadServer:
         return applied.revision if self._rules.behind(applied) else None
 
     def _answer(self, connection: _Connection, request: dict[str, Any]) -> dict[str, Any]:
-        """Answer without a wait: the lease is recorded and shared as it is now."""
+        """Return the answer. Nothing is awaited, so the lease that is recorded is what is sent."""
         sibling, kind = connection.sibling, request["kind"]
         if kind == "hello":
             connection.identity = request["identity"]
