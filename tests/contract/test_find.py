@@ -11,15 +11,19 @@ from google.protobuf.duration_pb2 import Duration
 from latchkey_proto.v1 import audit_service_pb2 as audit_pb
 from latchkey_proto.v1 import audit_service_pb2_grpc as audit_pb_grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
+from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
+from tests.helpers.calls import CHANNEL_OPTIONS
 from tests.helpers.databases import session
 from tests.helpers.rich_status import refusal
+from tests.helpers.servers import serving_as
 from tests.helpers.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from latchkey_proto.v1.token_service_pb2_grpc import TokenServiceAsyncStub
+    from latchkey_service.settings.settings import Settings
 
     Create = Callable[..., Awaitable[pb.CreateResponse]]
 
@@ -152,22 +156,27 @@ async def test_bad_requests(
     assert "0" * 20 not in error.text
 
 
-async def test_each_search_is_audited(
-    address: str, stub: TokenServiceAsyncStub, create: Create
-) -> None:
+async def test_each_search_is_audited(settings: Settings) -> None:
     """The audit log records each Find, with the token if the search was for an id."""
-    created = await create()
-    await found(stub, id=created.token.id)
-    await found(stub, hint=created.token.hint)
-    async with grpc.aio.insecure_channel(address) as channel:
+    # A server for this test alone: of many searches in a minute, only some have their own entries.
+    async with (
+        serving_as(settings) as server,
+        grpc.aio.insecure_channel(server.address, options=CHANNEL_OPTIONS) as channel,
+    ):
+        stub: Any = pb_grpc.TokenServiceStub(channel)
+        request = pb.CreateRequest(account_id="acme", name="audited", scope=pb.SCOPE_READ)
+        token = (await stub.Create(request, timeout=5)).token
+        searches = {"by-id": {"id": token.id}, "by-hint": {"hint": token.hint}}
+        for name, fields in searches.items():
+            metadata = (("x-request-id", name),)
+            await stub.Find(pb.FindRequest(**fields), metadata=metadata, timeout=5)
         audit: Any = audit_pb_grpc.AuditServiceStub(channel)
 
-        async def entries() -> list[str] | None:
-            # Not only two: a search of an earlier test may be written after these.
+        async def entries() -> bool:
             request = audit_pb.AuditServiceListRequest(method="Find", page_size=20)
             answer = await audit.List(request, timeout=5)
-            ids = [entry.token_id for entry in answer.entries]
-            return ids if {"", created.token.id} <= set(ids) else None
+            found = {entry.request_id: entry.token_id for entry in answer.entries}
+            return found.get("by-id") == token.id and found.get("by-hint") == ""
 
         assert await eventually(entries, "two entries")
 
