@@ -1,9 +1,9 @@
 """Measures which lines and branches of the service and the clients the tests execute.
 
 A plugin of pytest, which `make test` loads before anything that it measures is imported
-(`PYTEST_PLUGINS`). SlipCover adds a probe to each line that is measured and leaves all other code
-as it is, which costs much less than a tracer. It measures the processes of pytest, and the command
-line tools, services and consoles that tests fork (`fork_server.py`).
+(`PYTEST_PLUGINS`). SlipCover adds a probe to each line that is measured, and changes no other code.
+This costs much less than a tracer. It measures the processes of pytest, and the command line tools,
+services and consoles that tests fork (`fork_server.py`).
 
 Each process saves the lines that it has seen when it ends, unless it is killed. The process that
 reports unites them. The probes are added once for all processes (`probed_code.py`). The settings
