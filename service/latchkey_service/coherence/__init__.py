@@ -11,7 +11,8 @@ Pure, with the clock passed in:
 - `host_lead`: how the lead of a host shares its lease. `recent_log` keeps the log for that.
 
 Around them:
-- `lease_renewer` registers, renews the lease and reads the log. `notify_listener` wakes it.
+- `lease_renewer` registers, renews the lease and reads the log. `notify_listener` wakes it, and
+  `dead_rows` removes the rows of dead processes for it.
 - `watch_sessions` serves clients; each session is pure. `watch_events` has the messages, and
   `use_reports` limits the reports of uses.
 - `ack_waiter` lets Deletes wait.

@@ -17,11 +17,17 @@ __all__ = [
     "DeadVerifierDetector",
     "PendingDeletion",
     "VerifierRow",
+    "pause_seconds",
 ]
 
 # Added to the longest lease. Covers the granularity of the clock and a reader that was delayed
 # between two lines.
 OUTWAIT_MARGIN_SECONDS = 0.05
+# Between two looks at the rows. A healthy verifier acknowledges within a few milliseconds, while a
+# lease takes seconds to expire. Each look costs every verifier a little.
+PAUSE_SECONDS_MIN = 0.0015
+PAUSE_SECONDS_MAX = 0.05
+PAUSE_FACTOR = 1.3
 
 
 class VerifierRow(NamedTuple):
@@ -77,6 +83,8 @@ class PendingDeletion:
     acknowledged, or else when it was last read."""
     _pending: set[str] = field(default_factory=set, init=False)
     """The verifiers that were behind when they were last read."""
+    newly_acknowledged: int = field(default=0, init=False)
+    """How many verifiers had acknowledged at the last look that had not at the one before."""
     _clients: dict[str, int] = field(default_factory=dict, init=False)
     """For each verifier that acknowledged: how many of its clients had confirmed at that time."""
     _outwaited: dict[str, tuple[int, int]] = field(default_factory=dict, init=False)
@@ -84,6 +92,11 @@ class PendingDeletion:
     it was last read."""
     _processes_outwaited: dict[str, tuple[int, int]] = field(default_factory=dict, init=False)
     """The same for its `processes_outwaited`."""
+
+    @property
+    def behind(self) -> int:
+        """How many verifiers had not acknowledged at the last look."""
+        return len(self._pending)
 
     def evaluate(self, rows: Iterable[VerifierRow], now: float) -> Acknowledgements | None:
         """Return the acknowledgements if `rows` prove that no verifier can answer with the token.
@@ -93,6 +106,7 @@ class PendingDeletion:
         revision of another history proves nothing (rule 12).
         """
         behind: dict[str, float] = {}
+        acknowledged = len(self._clients)
         for row in rows:
             if row.id not in self._processes or row.id in self._pending:
                 self._processes[row.id] = row.processes
@@ -112,6 +126,7 @@ class PendingDeletion:
                 self._clients.setdefault(row.id, row.clients_confirmed)
                 self._pending.discard(row.id)
         self._pending.update(behind)
+        self.newly_acknowledged = len(self._clients) - acknowledged
         longest = max(behind.values(), default=0.0)
         if behind and now < self.committed + outwait_seconds(longest) + OUTWAIT_MARGIN_SECONDS:
             return None
@@ -124,6 +139,18 @@ class PendingDeletion:
             sum(self._clients.values()),
             sum(last - first for first, last in self._outwaited.values()),
         )
+
+
+def pause_seconds(before: float, waits: Iterable[PendingDeletion]) -> float:
+    """Return how long to wait until the next look at the rows.
+
+    `before` is how long the last pause was. The pauses grow, but none is longer than the verifiers
+    that are still behind should need, at the rate of the last pause, for the first of `waits`.
+    """
+    pauses = (
+        before * wait.behind / wait.newly_acknowledged for wait in waits if wait.newly_acknowledged
+    )
+    return max(PAUSE_SECONDS_MIN, min([before * PAUSE_FACTOR, PAUSE_SECONDS_MAX, *pauses]))
 
 
 class DeadVerifierDetector:

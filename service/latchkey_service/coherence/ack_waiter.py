@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING
 from latchkey_coherence.verdict_cache import Position
 
 from latchkey_service import tracing
-from latchkey_service.coherence.ack_rules import Acknowledgements, PendingDeletion
+from latchkey_service.coherence.ack_rules import (
+    PAUSE_SECONDS_MIN,
+    Acknowledgements,
+    PendingDeletion,
+    pause_seconds,
+)
 from latchkey_service.coherence.rows import RowId
 from latchkey_service.coherence.verifier_table import Rows, VerifierTable, read_rows
 from latchkey_service.errors import NotConfirmed, StoreUnsupported
@@ -27,11 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ACKNOWLEDGED", "OUTWAITED", "UNCONFIRMED", "AckWaiter"]
 
-# Between polls of the rows. A healthy verifier acknowledges within a few milliseconds, while a
-# lease takes seconds to expire. Each poll costs every verifier a little.
-POLL_SECONDS_MIN = 0.0015
-POLL_SECONDS_MAX = 0.05
-POLL_FACTOR = 1.3
 # The buckets of the metric: from a few milliseconds to the longest lease and the longest call.
 WAIT_BOUNDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 ACKNOWLEDGED, OUTWAITED, UNCONFIRMED = "acknowledged", "outwaited", "unconfirmed"
@@ -70,7 +70,7 @@ class AckWaiter:
         self._notify = notify
         self._waits: dict[asyncio.Future[Acknowledgements], PendingDeletion] = {}
         self._poller: asyncio.Task[None] | None = None
-        self._poll_seconds = POLL_SECONDS_MIN
+        self._pause_seconds = PAUSE_SECONDS_MIN
         self._announcer: asyncio.Task[None] | None = None
         self._unannounced = 0
         self.seconds = {
@@ -113,7 +113,7 @@ class AckWaiter:
         began = self._clock()
         self._waits[future] = PendingDeletion(position, began)
         # A new deletion is likely to be acknowledged sooner than those that are already waiting.
-        self._poll_seconds = POLL_SECONDS_MIN
+        self._pause_seconds = PAUSE_SECONDS_MIN
         if self._poller is None:
             self._poller = asyncio.create_task(self._poll(), name="confirm deletions")
         try:
@@ -165,32 +165,43 @@ class AckWaiter:
         tracing.leave()
         try:
             while self._waits:
-                await asyncio.sleep(self._poll_seconds)
-                self._poll_seconds = min(self._poll_seconds * POLL_FACTOR, POLL_SECONDS_MAX)
+                await asyncio.sleep(self._pause_seconds)
                 # Only these: if a deletion arrives while the rows are read, they may have been read
                 # before its commit.
                 waits = list(self._waits.items())
-                now, own_row = self._clock(), self._own_row()
-                rows = await self._look({wait.position for _, wait in waits})
-                if rows is None or now < self._rows_complete_at():
-                    continue
-                if own_row is None or all(row[:2] != own_row for row in rows.verifiers):
-                    continue
-                for future, wait in waits:
-                    if wait.position not in rows.known:
-                        # The connection leads to another history, such as a deposed primary's.
-                        # Acknowledgements there do not refer to this deletion (rule 12).
-                        self._connection.drop()
-                        continue
-                    acknowledgements = wait.evaluate(rows.verifiers, now)
-                    if acknowledgements is not None and not future.done():
-                        future.set_result(acknowledgements)
-                        self._waits.pop(future, None)
+                looked = await self._look(waits)
+                self._pause_seconds = pause_seconds(
+                    self._pause_seconds, self._waits.values() if looked else ()
+                )
         finally:
             # There is no await between the last check of `_waits` and this line.
             self._poller = None
 
-    async def _look(self, positions: set[Position]) -> Rows | None:
+    async def _look(
+        self, waits: "list[tuple[asyncio.Future[Acknowledgements], PendingDeletion]]"
+    ) -> bool:
+        """Read the rows and answer the Deletes whose deletions they confirm. Return whether the
+        rows prove anything.
+        """
+        now, own_row = self._clock(), self._own_row()
+        rows = await self._read({wait.position for _, wait in waits})
+        if rows is None or now < self._rows_complete_at():
+            return False
+        if own_row is None or all(row[:2] != own_row for row in rows.verifiers):
+            return False
+        for future, wait in waits:
+            if wait.position not in rows.known:
+                # The connection leads to another history, such as a deposed primary's.
+                # Acknowledgements there do not refer to this deletion (rule 12).
+                self._connection.drop()
+                continue
+            acknowledgements = wait.evaluate(rows.verifiers, now)
+            if acknowledgements is not None and not future.done():
+                future.set_result(acknowledgements)
+                self._waits.pop(future, None)
+        return True
+
+    async def _read(self, positions: set[Position]) -> Rows | None:
         """Return the rows, or None if they cannot be read. In that case, all Deletes continue to
         wait, until their deadlines at most.
         """

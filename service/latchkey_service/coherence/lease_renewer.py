@@ -16,10 +16,10 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from latchkey_service.coherence.ack_rules import DeadVerifierDetector
+from latchkey_service.coherence.dead_rows import DeadRows
 from latchkey_service.coherence.rows import RowId, Rows
 from latchkey_service.coherence.verifier_state import Log, VerifierState
-from latchkey_service.coherence.verifier_table import OwnRow, Report, SiblingReport
+from latchkey_service.coherence.verifier_table import Report, SiblingReport
 from latchkey_service.errors import (
     NO_ANSWER,
     TOO_LATE,
@@ -40,11 +40,6 @@ RETRY_SECONDS = 0.25
 WAITING_MAX = 10_000
 # A healthy client confirms within milliseconds. The log names a client that needs longer than this.
 WAITED_SECONDS = 0.5
-# To find dead rows, a process reads all rows. If every process did so often, the cost would grow
-# with the square of their number. So only those with the lowest ids read them once per lease. The
-# others read them rarely, in case all of those are dead.
-DETECTORS = 8
-OTHERS_DETECT_SECONDS = 60.0
 # In leases: a sibling renews when this much of its lease is left, but not sooner than this pause
 # after its last renewal. The lead renews a little earlier, and its siblings then hear of it.
 EARLY_LEASES = 0.6
@@ -75,10 +70,12 @@ class LeaseRenewer:
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._log = logger()
-        self._detector = DeadVerifierDetector()
+        self._dead_rows = DeadRows(own_id, state.lease_seconds, clock)
         self._woken = asyncio.Event()
         self._news = True
         self._next_renewal = self._next_detection = -math.inf
+        # When the row next lists the siblings.
+        self._next_list = -math.inf
         self._retry_at = -math.inf
         self._failing = False
         # When the statement in progress began.
@@ -122,8 +119,10 @@ class LeaseRenewer:
         return self._rows.row
 
     def renew_now(self) -> None:
-        """Renew at once, because the lead of this host has a longer lease, or is away."""
-        self._next_renewal = -math.inf
+        """Renew at once, because the lead of this host has a longer lease or is away, or because a
+        sibling has come.
+        """
+        self._next_renewal = self._next_list = -math.inf
         self._woken.set()
 
     def wake(self) -> None:
@@ -260,7 +259,7 @@ class LeaseRenewer:
         if due and state.registered:
             state.sweep(self._clock())
             if self._clock() >= self._next_detection and (row := await self._rows.own_row()):
-                await self._remove_dead(row)
+                self._next_detection = await self._dead_rows.remove(row)
 
     async def _read_log(self) -> Log:
         # Cleared before the log is read, so that a wake-up during the read causes another read.
@@ -269,6 +268,7 @@ class LeaseRenewer:
 
     async def _register(self) -> None:
         self.registrations += 1
+        self._next_list = -math.inf
         # A client that may still answer from its cache has confirmed nothing on this history.
         clear = self.state.client_leases.floor(self._clock()) is None
         registration = await self._rows.register(acknowledge=clear)
@@ -331,8 +331,15 @@ class LeaseRenewer:
             self._notifications(),
             processes=1 + client_leases.count_processes(now),
             processes_outwaited=client_leases.processes_outwaited,
-            siblings=self._siblings(),
+            siblings=self._listed_siblings(now),
         )
+
+    def _listed_siblings(self, now: float) -> list[SiblingReport] | None:
+        # The list is long and only for people, and a lead renews once for each Delete.
+        if now < self._next_list:
+            return None
+        self._next_list = now + self.state.lease_seconds / 3
+        return self._siblings()
 
     def _lost_history(self, log: Log) -> None:
         """Register again, with an empty cache: at once the first time, and after a pause from
@@ -362,20 +369,6 @@ class LeaseRenewer:
 
     def _acknowledgeable(self) -> int:
         return self.state.acknowledgeable(self._clock())
-
-    async def _remove_dead(self, row: OwnRow) -> None:
-        """Remove the rows of dead processes, so that no further Delete waits for them (rule 9)."""
-        asked = self._clock()
-        rows = await row.all_rows()
-        lower = sum(other.id < self._id for other in rows)
-        self._next_detection = asked + (
-            self.state.lease_seconds
-            if lower < DETECTORS
-            else jittered(OTHERS_DETECT_SECONDS, random.random())  # noqa: S311 - jitter
-        )
-        for dead in self._detector.dead(rows, asked, self._clock()):
-            if await row.remove_dead(dead):
-                self._log.warning("dead verifier removed", verifier=dead.id)
 
     async def _pause(self) -> None:
         """Wait for a wake-up, the next renewal, or the end of a client's lease."""

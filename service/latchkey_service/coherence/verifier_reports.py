@@ -79,7 +79,8 @@ class Report(NamedTuple):
     """How many processes of the host have a lease that this row represents, this one included."""
     processes_outwaited: int = 0
     """Leases of those that ended while a revision waited for them. Only rises."""
-    siblings: list[SiblingReport] = []  # noqa: RUF012 - never changed
+    siblings: list[SiblingReport] | None = None
+    """The other processes, or None if the row keeps the list that it has."""
 
 
 def processes_of(columns: Sequence[Any]) -> Iterator[VerifierStatus]:

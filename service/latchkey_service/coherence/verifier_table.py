@@ -104,7 +104,8 @@ _RENEW = f"""
            SET renewal = v.renewal + 1, acknowledged_revision = $6, clients = $7,
                clients_confirmed = $8, clients_outwaited = $9, waiting_for = $10::text[],
                notifications = $11, database_host = $12, warnings = $13::text[],
-               processes = $14, processes_outwaited = $15, siblings = $16::text::jsonb,
+               processes = $14, processes_outwaited = $15,
+               siblings = coalesce($16::text::jsonb, v.siblings),
                server_identifier = s.identifier, server_timeline = s.timeline,
                renew_time = clock_timestamp()
           FROM state s
@@ -259,7 +260,9 @@ class OwnRow:
                 incarnation,
                 acknowledged,
                 *report[:-1],
-                json.dumps([sibling._asdict() for sibling in report.siblings]),
+                None
+                if report.siblings is None
+                else json.dumps([sibling._asdict() for sibling in report.siblings]),
             )
         return rows[0][0], _log([tuple(row)[1:] for row in rows])
 

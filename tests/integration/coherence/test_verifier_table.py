@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 from latchkey_coherence.verdict_cache import NOWHERE, Position
+from latchkey_service.coherence.verifier_reports import SiblingReport
 from latchkey_service.coherence.verifier_table import Identity, OwnRow, VerifierTable, read_rows
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.postgres.connections import Connector, Pool
@@ -47,6 +48,21 @@ async def test_a_locked_dead_row_blocks_nothing(row: OwnRow, database_url: str) 
             await other.execute("SELECT FROM verifier FOR UPDATE")
             assert not await row.remove_dead(dead)
         assert await row.remove_dead(dead)
+
+
+async def test_a_renewal_may_leave_out_the_siblings(row: OwnRow, database_url: str) -> None:
+    """A renewal without a list of siblings keeps the list of the row, and an empty list empties
+    it."""
+    pool = await Pool.open(Connector(database_url))
+    table = VerifierTable(pool)
+    sibling = SiblingReport("ver_sibling", 7, 0.0, 3, 2, 1, [], 5, 0.0)
+    try:
+        position = (await row.register(1, acknowledge=True)).position
+        for listed, found in (([sibling], 2), (None, 2), ([], 1), (None, 1)):
+            await row.renew(1, position, 0, NO_CLIENTS._replace(siblings=listed))
+            assert len((await table.status()).verifiers) == found
+    finally:
+        await pool.close()
 
 
 async def test_pruning_keeps_what_a_reader_needs(row: OwnRow, database_url: str) -> None:

@@ -6,10 +6,13 @@ from hypothesis import strategies as st
 from latchkey_coherence.lease import outwait_seconds
 from latchkey_service.coherence.ack_rules import (
     OUTWAIT_MARGIN_SECONDS,
+    PAUSE_SECONDS_MAX,
+    PAUSE_SECONDS_MIN,
     Acknowledgements,
     DeadVerifierDetector,
     PendingDeletion,
     VerifierRow,
+    pause_seconds,
 )
 
 from tests.helpers.positions import at
@@ -115,3 +118,33 @@ def test_a_dead_host_counts_with_all_its_processes() -> None:
     wait = PendingDeletion(at(5), 100.0)
     row = VerifierRow("ver_host", 1, 1, 4, LEASE, processes=4)
     assert wait.evaluate([row], 100.0 + LEASE + 1.0) == Acknowledgements(0, 4)
+
+
+def looked(acknowledged: list[int], verifiers: int = 100) -> PendingDeletion:
+    """A Delete whose looks at the rows found that many verifiers that had acknowledged."""
+    wait = PendingDeletion(at(5), 100.0)
+    for number in acknowledged:
+        wait.evaluate([row(f"{n}", 5 if n < number else 4) for n in range(verifiers)], 100.0)
+    return wait
+
+
+def test_the_next_look_comes_when_the_rest_should_have_acknowledged():
+    """A Delete looks at the rows again when the verifiers that are still behind should have
+    acknowledged, at the rate of the last pause."""
+    assert pause_seconds(0.02, [looked([0, 60])]) == 0.02 * 40 / 60
+    assert pause_seconds(0.02, [looked([20, 80])]) == 0.02 * 20 / 60
+    # The first of several Deletes counts.
+    waits = [looked([20, 80]), looked([0, 0]), looked([0, 60])]
+    assert pause_seconds(0.02, waits) == 0.02 * 20 / 60
+
+
+def test_pauses_grow_while_nobody_acknowledges():
+    """Deletes that wait for a dead verifier look ever less often, down to a bound, and so do those
+    whose looks prove nothing."""
+    assert 0.02 < pause_seconds(0.02, [looked([99, 99])]) < PAUSE_SECONDS_MAX
+    assert pause_seconds(0.02, []) == pause_seconds(0.02, [looked([99, 99])])
+    assert pause_seconds(PAUSE_SECONDS_MAX, [looked([99, 99])]) == PAUSE_SECONDS_MAX
+    # One more has acknowledged: at this rate, the others would take very long.
+    assert pause_seconds(PAUSE_SECONDS_MAX, [looked([0, 1])]) == PAUSE_SECONDS_MAX
+    # A rate says nothing below this.
+    assert pause_seconds(0.02, [looked([0, 99])]) == PAUSE_SECONDS_MIN

@@ -1,4 +1,5 @@
-"""The lease renewer of a sibling applies the logs that its lead sends without a question."""
+"""The lease renewer applies the logs that the lead of its host sends without a question, and lists
+siblings in its row now and then."""
 
 import asyncio
 import math
@@ -13,7 +14,7 @@ from latchkey_service.coherence.lease_renewer import LeaseRenewer
 from latchkey_service.coherence.log import Log, Registration, Server
 from latchkey_service.coherence.rows import RowId
 from latchkey_service.coherence.verifier_state import VerifierState
-from latchkey_service.coherence.verifier_table import Report
+from latchkey_service.coherence.verifier_table import Report, SiblingReport
 
 from tests.helpers.positions import at
 from tests.helpers.waiting import WAIT_SECONDS, eventually
@@ -57,8 +58,9 @@ class Rows:
         unasked, self.unasked = self.unasked, None
         return unasked
 
-    async def renew(self, applied: Position, acknowledged: int, _report: Report) -> Renewal:
+    async def renew(self, applied: Position, acknowledged: int, report: Report) -> Renewal:
         self.calls.append(acknowledged)
+        self.report = report
         read = Log(True, self.server, applied, (), read_began=self.read_began)
         return Renewal(True, read, self.ends)
 
@@ -169,3 +171,31 @@ async def test_a_lease_that_began_earlier_is_renewed_earlier(
     sibling.renewer.renew_now()
     await eventually(lambda: sibling.rows.calls, "the lease is renewed")
     assert sibling.renewer._next_renewal - sibling.now == pytest.approx(next_after)
+
+
+async def test_the_row_lists_the_siblings_now_and_then(sibling: Sibling) -> None:
+    """Regular renewals list the siblings. Those in between, of which each Delete causes one, leave
+    the list out, but not the counts on which receipts depend. However many there are, the list is
+    as recent as if there were none."""
+    rows, renewer = sibling.rows, sibling.renewer
+    listed = [SiblingReport("ver_other", 7, 0.0, 3, 2, 1, [], 5, 0.0)]
+    renewer.attach_siblings(lambda: listed, lambda: (2, 1))
+
+    async def acknowledged(revision: int) -> Report:
+        sibling.send(log(at(revision), (at(revision), "t")))
+        await eventually(lambda: revision in rows.calls, "the revision is confirmed")
+        return rows.report
+
+    report = await acknowledged(6)
+    assert report.siblings is None
+    assert (report.clients_confirmed, report.clients_outwaited) == (2, 1)
+    sibling.now += LEASE_SECONDS / 4
+    assert (await acknowledged(7)).siblings is None
+    sibling.now += LEASE_SECONDS / 4
+    assert (await acknowledged(8)).siblings == listed
+    assert (await acknowledged(9)).siblings is None
+    # A sibling has come.
+    rows.calls.clear()
+    renewer.renew_now()
+    await eventually(lambda: bool(rows.calls), "the row is renewed")
+    assert rows.report.siblings == listed
