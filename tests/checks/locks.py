@@ -35,6 +35,10 @@ def complaints(root: Path) -> Iterator[str]:
         pins[path.name] = {str(canonicalize_name(n)): version for n, version in PIN.findall(text)}
     for name, requirements in wanted(root).items():
         yield from missing(name, pins.get(name, {}), requirements)
+    # `make test` installs only dev.txt.
+    for package in pins.get("run.txt", {}):
+        if package not in pins.get("dev.txt", {}):
+            yield f"requirements/dev.txt: lacks {package} of run.txt; run make lock"
     for name in sorted(pins):
         for package, version in pins[name].items():
             other = pins.get("run.txt", {}).get(package, version)

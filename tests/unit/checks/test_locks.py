@@ -129,3 +129,15 @@ def test_different_versions_are_rejected(root: Path) -> None:
     assert list(locks.complaints(root)) == [
         "requirements/service.txt: base-lib 1.5, but 1.4 in run.txt"
     ]
+
+
+def test_the_tools_include_what_runs(root: Path) -> None:
+    """dev.txt lists every package of run.txt, because `make test` installs nothing else."""
+    pin = f"indirect==1.0{HASH}"
+    path = root / "requirements/run.txt"
+    path.write_text(path.read_text() + pin)
+    complaint = "requirements/dev.txt: lacks indirect of run.txt; run make lock"
+    assert list(locks.complaints(root)) == [complaint]
+    tools = root / "requirements/dev.txt"
+    tools.write_text(tools.read_text() + pin)
+    assert locks.check(root) == ok()
