@@ -27,18 +27,18 @@ from tests.model.explore import Model, Violation
 from tests.model.watch_state import (
     ANSWERED,
     BEFORE,
+    CLOSING,
     DOWN,
     DRAINING,
     EMPTY,
     FRESH,
-    GOODBYE,
     GUARANTEE,
+    INVALIDATION,
     NAMES,
     NO_ROW,
     NOWHERE,
     REGISTERING,
     STEADY,
-    TELL_1,
     UP,
     Client,
     Clocks,
@@ -116,21 +116,21 @@ def renews(s: State, w: World) -> Iterator[State]:
             elif server.phase != DRAINING:
                 yield with_server(ended(s, i), i, phase=DOWN, applied=0, lease=0)
             continue
-        told = s
+        after = s
         if server.applied < head(s) and s.client.stream == i and s.client.applied != 1:
-            told = with_client(s, inbox=(*s.client.inbox, TELL_1))
+            after = with_client(s, inbox=(*s.client.inbox, INVALIDATION))
         changes = {"applied": head(s), "lease": w.clocks.lease, "quiet": w.clocks.ticks}
         if server.phase == EMPTY:
             changes["phase"] = UP
         if server.phase == DRAINING:
             changes["lease"] = 0  # it does not need one
-        if head(s) and may_acknowledge(told, i, w):
+        if head(s) and may_acknowledge(after, i, w):
             # Its acknowledgement stands, and with only one deletion, the record is needed only for
             # a shutdown.
             changes |= {"row": 1, "heard": False}
             if not w.may_shut_down:
                 changes["sub_lease"] = 0
-        yield with_server(told, i, **changes)
+        yield with_server(after, i, **changes)
 
 
 def may_acknowledge(s: State, i: int, w: World) -> bool:
@@ -156,18 +156,18 @@ def grants(s: State, w: World) -> Iterator[State]:
     server, (_, said, first) = s.servers[i], client.requests[answered]
     if server.phase not in {EMPTY, UP} or server.lease == 0:
         return
-    told = client.inbox
+    sent = client.inbox
     # From then on, it receives each change when the server applies it: see `renews`.
-    lacks = first and (said < server.applied or said == FRESH) and TELL_1 not in told
+    lacks = first and (said < server.applied or said == FRESH) and INVALIDATION not in sent
     if lacks and not (said == 0 and "6 nothing sent to a client that returns" in w.broken):
-        told = (*told, -server.applied)
+        sent = (*sent, -server.applied)
     longest = server.lease
     if "6 grant outlasts the server's lease" in w.broken:
         longest = w.clocks.lease
     for duration in {longest, min(longest, w.clocks.shortest)}:
-        inbox = (*told, duration)
+        inbox = (*sent, duration)
         if "6 grant overtakes an invalidation" in w.broken:
-            inbox = (duration, *told)
+            inbox = (duration, *sent)
         granted = with_client(s, inbox=inbox)
         if (server.row == 0 or w.may_shut_down) and "7 grant not recorded" not in w.broken:
             record = -(-duration * w.clocks.recorded_percent // 100)  # rounded up
@@ -198,10 +198,10 @@ def shuts_down(s: State, w: World) -> Iterator[State]:
     """A server begins a clean shutdown: it stops answering and granting, and sends Closing."""
     for i, server in enumerate(s.servers):
         if i in w.may_end and server.phase in {EMPTY, UP}:
-            told = s
+            after = s
             if s.client.stream == i:
-                told = with_client(s, inbox=(*s.client.inbox, GOODBYE))
-            yield with_server(told, i, phase=DRAINING, lease=0)
+                after = with_client(s, inbox=(*s.client.inbox, CLOSING))
+            yield with_server(after, i, phase=DRAINING, lease=0)
 
 
 def removes_own_row(s: State, w: World) -> Iterator[State]:
@@ -244,7 +244,10 @@ def asks(s: State, w: World) -> Iterator[State]:
     client = s.client
     if client.stream != NOWHERE and len(client.requests) < w.requests_max:
         applied = client.applied
-        if "7 client acknowledges what it has not applied" in w.broken and TELL_1 in client.inbox:
+        if (
+            "7 client acknowledges what it has not applied" in w.broken
+            and INVALIDATION in client.inbox
+        ):
             applied = 1
         yield with_client(s, requests=(*client.requests, Request(0, applied)))
 
@@ -275,24 +278,24 @@ def receives(s: State, w: World) -> Iterator[State]:
             age = client.requests[-1].age
         lease = max(client.lease, message * w.clocks.counted_percent // 100 - age)
         yield with_client(left, lease=lease, requests=client.requests[1:])
-    elif message == GOODBYE:
+    elif message == CLOSING:
         # It releases its lease and reports that. It need not empty its cache: without a lease it
         # does not answer from it. The server receives the report at once, which can only make
         # Delete answer sooner.
         left = with_client(left, lease=0, stream=NOWHERE, requests=(), inbox=())
         yield with_server(left, client.stream, sub_lease=0)
     else:
-        told = -message
+        revision = -message
         # The first message to a new client is its starting position.
-        cache = client.cache and told == 0 and client.applied != FRESH
+        cache = client.cache and revision == 0 and client.applied != FRESH
         lookup = client.lookup
         if (
             lookup is not None
-            and told == 1
+            and revision == 1
             and "4 client shares by the time of sending" in w.broken
         ):
             lookup = lookup._replace(stale=True)
-        applied = max(client.applied, told)
+        applied = max(client.applied, revision)
         yield with_client(left, applied=applied, cache=cache, lookup=lookup)
 
 

@@ -15,12 +15,9 @@ NO_ROW = -1
 # The client.
 NOWHERE = -1
 FRESH = -1  # has applied nothing, so its cache is empty
-# On the stream to the client, where a positive number is a grant of that duration.
-TELL_0, TELL_1, GOODBYE = (
-    0,
-    -1,
-    -2,
-)  # "everything up to 0 (1) is sent: drop what changed", and the end
+# Messages on the stream to the client, named as in the contract. A positive number is a grant of
+# that duration.
+RESET, INVALIDATION, CLOSING = 0, -1, -2
 
 GUARANTEE = "Delete had answered before this verify began, and it answers VALID"
 
@@ -161,6 +158,6 @@ NAMES = {
     "row": {NO_ROW: "none"},
     "applied": {FRESH: "nothing"},
     "stream": {NOWHERE: "none", 0: "to A", 1: "to B"},
-    "inbox": {TELL_0: "told to 0", TELL_1: "told to 1", GOODBYE: "goodbye"}
+    "inbox": {RESET: "reset", INVALIDATION: "invalidation", CLOSING: "closing"}
     | {duration: f"grant of {duration}" for duration in range(1, 13)},
 }

@@ -39,7 +39,7 @@ ENVOY = "tests/integration/transport/test_envoy.py::"
 ENVOY_IDLE = "tests/integration/transport/test_envoy_idle.py::test_idle_connections_end"
 ENVOY_FILE = (ROOT / "docs/envoy.yaml").read_text("utf-8")
 NATIVE = "tests/unit/transport/test_native.py::"
-LANES = "tests/unit/transport/test_native_queues.py::"
+QUEUES = "tests/unit/transport/test_native_queues.py::"
 ADMISSION = "tests/unit/rpc/test_admission.py::"
 FAIR = "tests/unit/rpc/test_fair_admission.py::"
 SESSIONS = "tests/unit/coherence/test_watch_sessions.py::"
@@ -206,15 +206,15 @@ ROWS: dict[str, tuple[tuple[str, ...], tuple[object, ...]]] = {
             "tests/unit/rpc/test_refused_calls.py::test_open_calls_of_an_address_are_bounded",
             "tests/unit/rpc/test_refused_calls.py::test_open_calls_of_a_worker_are_bounded",
             HOSTILE + "test_too_many_refused_calls_end_connections",
-            LANES + "test_delayed_rejections_are_bounded",
+            QUEUES + "test_delayed_rejections_are_bounded",
         ),
         (refused_calls.OPEN_MAX, refused_calls.OPEN_PER_ADDRESS_MAX, native.DELAYED_MAX),
     ),
     "calls that wait to start": (
         (
             NATIVE + "test_queues_are_bounded",
-            LANES + "test_health_checks_are_bounded",
-            LANES + "test_the_bytes_of_a_queue_are_bounded",
+            QUEUES + "test_health_checks_are_bounded",
+            QUEUES + "test_the_bytes_of_a_queue_are_bounded",
         ),
         (
             native_queues.STANDING,
@@ -298,13 +298,13 @@ PARAGRAPHS: dict[str, tuple[str, ...]] = {
     ),
     "Queues": (ADMISSION + "test_burst_may_queue_but_standing_queue_is_short",),
     "Shares": (
-        LANES + "test_anonymous_calls_take_no_place",
-        LANES + "test_a_full_queue_is_shared",
+        QUEUES + "test_anonymous_calls_take_no_place",
+        QUEUES + "test_a_full_queue_is_shared",
         FAIR + "test_a_full_queue_makes_room_for_others",
         "tests/integration/rpc/test_shares.py::test_one_caller_does_not_crowd_out_another",
     ),
     "Removals": (
-        LANES + "test_removals_go_first",
+        QUEUES + "test_removals_go_first",
         FAIR + "test_removals_go_first",
         FAIR + "test_what_may_narrow",
         FAIR + "test_removals_are_charged_apart",
