@@ -27,6 +27,7 @@ class Scene:
 
     def __init__(self) -> None:
         self.rows: list[VerifierRow] = []
+        self.same_history = True
         self.looks = 0
         self.now = 100.0
         self.closed = 0
@@ -51,7 +52,7 @@ class Scene:
 
     async def read_rows(self, _connection: object, positions: set[Any]) -> Rows:
         self.looks += 1
-        return Rows(frozenset(positions), self.rows)
+        return Rows(frozenset(positions if self.same_history else ()), self.rows)
 
     async def looked(self) -> None:
         """Wait for two more polls: the first one may be in progress."""
@@ -87,6 +88,24 @@ async def test_nothing_is_confirmed_before_the_rows_are_complete(scene: Scene) -
     assert not waiting.done()
     scene.rows_complete_at = 100.0
     assert await waiting == Acknowledgements(1, 0)
+
+
+async def test_looks_at_another_history_become_rare(scene: Scene) -> None:
+    """A connection that leads to a deposed primary is replaced after each look. The pauses grow,
+    although verifiers acknowledged quickly before."""
+    rows = [VerifierRow(f"ver_{number}", 1, 1, 5, 3.0) for number in range(99)]
+    scene.rows = [VerifierRow(OWN, 1, 1, 4, 3.0), *rows]
+    waiting = asyncio.create_task(scene.ack_waiter.wait(at(5), math.inf))
+    await scene.looked()
+    scene.same_history = False
+    await scene.looked()
+    before = scene.ack_waiter._pause_seconds
+    await scene.looked()
+    assert scene.ack_waiter._pause_seconds > before
+    assert scene.closed >= 2
+    scene.same_history = True
+    scene.rows = [VerifierRow(OWN, 1, 1, 5, 3.0), *rows]
+    assert await waiting == Acknowledgements(100, 0)
 
 
 async def test_the_wait_is_measured_by_its_result(scene: Scene) -> None:
