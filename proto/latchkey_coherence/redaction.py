@@ -24,7 +24,8 @@ _BROKEN: Final = re.compile(
     rf"([A-Za-z]{{2,10}})_((?<=[Ll][Kk][Cc]_){_DIGIT}{{48}}[0-9A-Za-z]|{_DIGIT}{{56}}[0-9A-Za-z])"
     r"(?![0-9A-Za-z_])"
 )
-# Into how many pieces a secret may be broken. More pieces are words that happen to have its length.
+# Into how many pieces a secret may be broken. A text in more pieces is ordinary words that happen
+# to be as long as a secret.
 _PIECES_MAX: Final = 3
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-# A change waits for verifiers for some seconds.
+# A change waits for verifiers for a few seconds.
 ANSWER_SECONDS = 30.0
 _HOP = frozenset({"connection", "keep-alive", "transfer-encoding", "content-length"})
 

@@ -259,7 +259,7 @@ def become(run: Run) -> list[str]:
     os.environ.update(run.variables)
     time.tzset()
     sys.path[0] = run.folder
-    # As from a terminal, also if the tests run under nohup.
+    # As from a terminal, even if the tests run under nohup.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # As Python opens them in a locale of UTF-8.

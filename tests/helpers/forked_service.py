@@ -1,7 +1,7 @@
 """Starts the service and the console in processes that are forked from one that has imported them.
 
 Supervisor and worker each need almost half a second of processor time to import what they use, and
-tests start a service some hundred times. Tests of the start itself, of what Python does before the
+tests start a service hundreds of times. Tests of the start itself, of what Python does before the
 service's own code runs, and of memory start Python instead.
 """
 

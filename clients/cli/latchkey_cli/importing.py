@@ -44,7 +44,7 @@ NUMBER_MAX: Final = 100
 _NAME_LENGTH_MAX: Final = 64
 # For each batch. Longer than a failover, and than any queue of the service takes.
 PATIENCE_SECONDS: Final = 60.0
-# From one attempt to the next while the service restarts, which takes some seconds.
+# From one attempt to the next while the service restarts, which takes a few seconds.
 RESTART_RETRY_SECONDS: Final = 1.0
 # Refused rows in JSON output.
 _LISTED_MAX: Final = 10_000
@@ -146,9 +146,8 @@ def import_tokens(
     in the column 'hash'. Other columns: account, name, scope, expires, created,
     hint, description, networks, permissions, rate, enabled, and label.NAME.
 
-    It is safe to run this again: rows whose secrets are there already are
-    skipped. A row that is refused does not stop the others. The exit code is 2
-    if any row is refused.
+    It is safe to run this again: rows whose secrets were imported before are skipped. A row that is
+    refused does not stop the others. The exit code is 2 if any row is refused.
     """
     progress = _Progress("standard input" if file == "-" else file, dry_run, as_json)
     defaults = _Defaults(account, scope, expires or Expiry(), labels_of(label or []))

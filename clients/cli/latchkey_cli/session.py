@@ -61,7 +61,7 @@ class Session:
         self._runner = asyncio.Runner()
 
     def run(self, call: Coroutine[Any, Any, T], doing: Doing) -> T:
-        """Run `call` and return its result. Raises Failure, also on Ctrl-C."""
+        """Run `call` and return its result. Raises Failure, even on Ctrl-C."""
         try:
             return self._runner.run(call)
         except latchkey.LatchkeyError as error:

@@ -177,7 +177,7 @@ class HostLead:
         done: the sibling may then remove its row.
 
         The lead's row may already have acknowledged what the lead has applied. A Delete that waits
-        for the sibling's row alone would return when that row is gone. So the sibling and its
+        for the sibling's row alone would return when that row is removed. So the sibling and its
         clients must have confirmed everything that the lead has applied.
         """
         state = self._state

@@ -45,7 +45,7 @@ class Rows(Protocol):
 
     @property
     def in_doubt(self) -> bool:
-        """Whether whoever renews that row doubts that Postgres works."""
+        """Whether the process that renews that row doubts that Postgres works."""
 
     @property
     def address(self) -> str:

@@ -228,7 +228,8 @@ async def _check(
 async def _apply(
     connection: "asyncpg.Connection[asyncpg.Record]", migrations: "Sequence[Migration]"
 ) -> "list[Migration]":
-    # Without the lock, so that an ordinary start neither waits nor needs any right to change.
+    # Without the lock, so that an ordinary start neither waits nor needs the right to change
+    # anything.
     if not await _missing(connection, migrations):
         return []
     async with _locked(connection):

@@ -18,7 +18,7 @@ from latchkey_service.settings.traces import PROVIDERS
 
 __all__ = ["Requests"]
 
-# Errors of libraries wrap each other a few times. Bounded, because they may form a circle.
+# Errors of libraries wrap each other a few times. Bounded, because they may form a cycle.
 _WRAPPED_MAX: Final = 20
 # The first kind that is among the wrapped errors counts: the special before the general.
 _CAUSES: Final[tuple[tuple[tuple[type[BaseException], ...], str], ...]] = (

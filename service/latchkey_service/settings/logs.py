@@ -60,7 +60,7 @@ def start() -> None:
 
 
 def say(text: str) -> None:
-    """Print a text for people on stdout. Neither a full disk nor a reader that hangs matters."""
+    """Print text for people on stdout. Neither a full disk nor a reader that hangs matters."""
     _stdout.put(text.encode(errors="replace"))
     _stdout.start()
 

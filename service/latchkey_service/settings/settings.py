@@ -217,10 +217,10 @@ class Settings(BaseSettings):
         "and how long a Delete may wait for an unresponsive verifier",
     )
     cache: Literal["on", "off"] = Field(
-        "on", description="on or off; off: each verify reads the database, also in client libraries"
+        "on", description="on or off; off: each verify reads the database, and clients cache nothing"
     )
     cache_entries: int = Field(
-        100_000, ge=1, le=50_000_000, description="cached verdicts per worker, some 500 bytes each"
+        100_000, ge=1, le=50_000_000, description="cached verdicts per worker, about 500 bytes each"
     )
     cache_seconds: float = Field(
         300.0,

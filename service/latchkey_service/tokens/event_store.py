@@ -14,7 +14,7 @@ from latchkey_service.tokens.event_table import EXPIRING, Outbox
 
 __all__ = ["Backlog", "Event", "EventStore", "ExpiryCursor"]
 
-# The counts are bounded, because their time is proportional to the rows. 10⁶ take some 0.2 s.
+# The counts are bounded, because their time is proportional to the rows. 10⁶ take about 0.2 s.
 BACKLOG_COUNTED_MAX = 100_000
 EXPIRING_COUNTED_MAX = 1_000_000
 

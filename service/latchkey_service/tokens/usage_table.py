@@ -25,7 +25,7 @@ WRITER_KEPT = "1 day"
 # if it was committed before. So each use is counted once.
 #
 # A commit does not wait for the disk or for a standby: uses of the last second before Postgres
-# crashes may be lost, and a standby that is away does not hold up a connection.
+# crashes may be lost, and a missing standby does not hold up a connection.
 #
 # Only reads the token's row, without a lock, so that a Delete never waits for this statement and
 # this statement never waits for a Delete.
@@ -167,7 +167,7 @@ class UsageTable:
 
     @retry_on_conflict
     async def purge(self, today: date, limit: int) -> int:
-        """Remove up to `limit` counts of days too long ago; return how many.
+        """Remove up to `limit` counts of days that are too long ago; return how many.
 
         Removes the leftovers of stopped writers, too.
         """

@@ -160,7 +160,7 @@ class Server(pygrpc_native.aio.Server):
             # Closing discards the answers that the library's thread has not sent yet. On busy
             # cores, an immediate close lost one answer in ten.
             await sleep(ANSWERS_OUT_SECONDS)
-            # Calls that are still running end UNAVAILABLE with it.
+            # Calls that are still running then end with UNAVAILABLE.
             await asyncio.get_running_loop().run_in_executor(None, self._front.close)
         await super().stop(0)
 

@@ -63,7 +63,7 @@ async def rows_of(url: str, token_id: str) -> list[Any]:
         ]
 
 
-# Each change of a token that makes new seals. Disable and Enable need a token in the other state.
+# Each change to a token that makes new seals. Disable and Enable need a token in the other state.
 CHANGES: dict[str, Callable[[Any, str], Awaitable[Any]]] = {
     "Rotate": lambda stub, t: stub.Rotate(pb.RotateRequest(**named(t)), timeout=9),
     "Update": lambda stub, t: stub.Update(renamed(t), timeout=9),

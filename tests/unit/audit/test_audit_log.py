@@ -54,7 +54,8 @@ async def written(log: AuditLog, table: Table) -> list[NewEntry]:
 @pytest.mark.parametrize(("code", "reason"), [("PERMISSION_DENIED", "METHOD_DENIED"), ("OK", "")])
 async def test_repeated_calls_do_not_flood(code: str, reason: str) -> None:
     """A caller's first denials or reads of one kind get an entry each. Of the others, a few do, and
-    one entry has the number of the rest. Other kinds and other callers are counted separately."""
+    one entry states the number of the rest. Other kinds and other callers are counted
+    separately."""
     table, clock = Table(), [0.0]
     log = log_on(table, clock)
     told = [log.record(delete("shop"), code, reason) for _ in range(10_000)]

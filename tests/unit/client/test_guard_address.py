@@ -63,7 +63,7 @@ def test_the_header_is_read_from_the_right(
 
 
 def test_without_trusted_proxies_the_header_is_ignored() -> None:
-    """The address is then that of the peer, also if it is a private one."""
+    """The address is then that of the peer, even if it is a private one."""
     for peer in ("10.0.0.1", "::1", "", "testclient"):
         assert TrustedProxies(()).client_address(peer, ["198.51.100.1"]) == peer
 

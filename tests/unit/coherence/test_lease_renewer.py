@@ -194,7 +194,7 @@ async def test_the_row_lists_the_siblings_now_and_then(sibling: Sibling) -> None
     sibling.now += LEASE_SECONDS / 4
     assert (await acknowledged(8)).siblings == listed
     assert (await acknowledged(9)).siblings is None
-    # A sibling has come.
+    # A sibling has connected.
     rows.calls.clear()
     renewer.renew_now()
     await eventually(lambda: bool(rows.calls), "the row is renewed")

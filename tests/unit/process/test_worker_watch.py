@@ -112,7 +112,7 @@ async def test_the_watch_works_while_the_supervisor_is_blocked() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is checked only on Linux")
 async def test_a_worker_that_cannot_be_examined_leaves_the_others_watched() -> None:
     """If the check of one worker fails, whatever the reason, the next one is killed nevertheless.
-    The log has one line for each kind of failure, and not one for each check."""
+    The log contains one line for each kind of failure, and not one for each check."""
     watch = WorkerWatch(bytes_max=1)
     processes = []
     for _ in range(2):

@@ -192,7 +192,7 @@ def test_removals_are_charged_apart() -> None:
 
 
 class Waiting:
-    """A limiter whose calls have released their slots, as Deletes do that wait for verifiers."""
+    """A limiter whose calls have released their slots, like Deletes that wait for verifiers."""
 
     def __init__(self, total_max: int) -> None:
         self.limiter = ConcurrencyLimiter(2, total_max, lambda: 1_000.0)

@@ -62,7 +62,7 @@ def test_free_memory_ends_no_connection() -> None:
 
 
 def test_connections_end_again_only_after_further_growth() -> None:
-    """A worker whose memory stays in use accepts new connections. If its memory grows on, more
+    """A worker whose memory stays in use accepts new connections. If its memory keeps growing, more
     connections end. Once it was low, the first threshold applies again."""
     memory = Memory(LEAST)
     judge = pressure(memory)

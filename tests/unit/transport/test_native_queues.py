@@ -54,7 +54,7 @@ async def test_anonymous_calls_take_no_place() -> None:
 @pytest.mark.parametrize("path", [VERIFY, BATCH, CREATE])
 async def test_large_anonymous_calls_reach_no_handler(path: str) -> None:
     """A handler would keep the request until its answer, which may be delayed by half a minute. So
-    a large one is refused first, also without load. That of a known caller starts."""
+    a large one is refused first, even without load. That of a known caller starts."""
     one = server()
     data = bytes(SMALL_BYTES + 1)
     one.come(path, [1], data=data)
