@@ -205,7 +205,7 @@ async def test_operators_of_all_accounts_may_call_it(settings: Settings, scratch
         ]
 
 
-async def test_a_receipt_counts_servers_and_clients_apart(settings: Settings) -> None:
+async def test_a_receipt_counts_servers_and_clients_separately(settings: Settings) -> None:
     """The client library's receipt has every count of the contract's receipt."""
     async with (
         serving(with_lease(settings, LONG_LEASE_SECONDS)) as address,

@@ -148,7 +148,7 @@ def fork_service(
 ) -> ForkedProcess | None:
     """Run `python -m latchkey_service` in a forked process, or return None if it needs a Python
     that was started for it."""
-    # A test changes what Python does at its start.
+    # A test changes what Python does at startup.
     if not _servers or sys.platform != "linux" or "PYTHONPATH" in environment:
         return None
     return _servers[-1].service.fork("latchkey_service", (), environment, folder, out, err)

@@ -229,7 +229,7 @@ def _rows(
         where = f"line {error.line} of {progress.source}" if error.line else progress.source
         raise Failure(
             f"{where} {error}",
-            "correct it and run this again, which skips what is there already",
+            "correct it and run this again, which skips what was imported before",
             Exit.USAGE,
             code="USAGE",
         ) from None

@@ -81,7 +81,7 @@ class Session:
         """Return `error`, or the error of the address that matters.
 
         A name such as localhost often has two addresses. gRPC reports the error of the one that it
-        tried last. If nothing listens on that one, the error hides a fault of TLS on the other.
+        tried last. If nothing listens on that one, the error hides a TLS fault on the other.
         """
         if not isinstance(error, latchkey.Unavailable) or error.reason is not None:
             return error

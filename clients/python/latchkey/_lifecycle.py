@@ -1,6 +1,7 @@
 """The methods of `Client` that change existing tokens.
 
-This module builds their requests. `client.py` has the other methods, and `_connection` the calls.
+This module builds their requests. `client.py` contains the other methods, and `_connection` the
+calls.
 """
 
 from collections.abc import Iterable, Mapping

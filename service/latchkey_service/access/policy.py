@@ -125,7 +125,7 @@ class Policy:
     is not secret: nobody can compute a credential of 256 random bits from it."""
 
     unidentified: tuple[str, ...] = ()
-    """Callers with neither certificate nor credential, which no call can be from."""
+    """Callers with neither certificate nor credential, so no call can come from them."""
     digest: str = ""
     """SHA-256 of the text, in hexadecimal."""
 

@@ -12,7 +12,7 @@ __all__ = ["Report", "check"]
 
 # Batches in a read: up to 100,000 entries.
 BATCHES_IN_READ: Final = 100
-# What a person can read.
+# As many ids as a person can read.
 NAMED_MAX: Final = 10
 # Workers seal entries every few seconds.
 UNSEALED_MAX: Final = timedelta(minutes=10)

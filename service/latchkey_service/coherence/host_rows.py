@@ -173,7 +173,7 @@ class HostRows:
             # It acknowledges nothing, so every Delete waits for the renewal below.
             await self._postgres.register(acknowledge=False)
             self._own, self._row = True, self._postgres.row
-            self._log.info("the lead of this host is away: this process has a row now")
+            self._log.info("the lead of this host cannot be reached: this process has a row now")
         return await self._postgres.renew(applied, acknowledged, report)
 
     async def renewed(self, state: VerifierState[Any]) -> None:

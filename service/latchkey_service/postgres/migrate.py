@@ -122,7 +122,7 @@ async def _database(
     if problems := database_url.file_problems(url):
         raise MigrationError("; ".join(problems))
     for text in database_url.warnings(url):
-        logger().warning("the database URL promises more than it holds", what_to_do=text)
+        logger().warning("the database URL has a parameter without effect", what_to_do=text)
     try:
         hosts = Hosts(url)
     except (OSError, ValueError) as error:

@@ -29,8 +29,8 @@ __all__ = ["database_findings"]
 # Time limits for one host and for one statement: short, because a person waits.
 CONNECT_SECONDS: Final = 5.0
 STATEMENT_SECONDS: Final = 5.0
-# Difference of the clocks. Expiry is judged by the clock of each host, so a wrong one lets expired
-# tokens live longer. NTP keeps clocks within milliseconds.
+# Difference between the clocks. Expiry is judged by the clock of each host, so a wrong one lets
+# expired tokens live longer. NTP keeps clocks within milliseconds.
 CLOCK_WARNING_SECONDS: Final = 1.0
 CLOCK_FAILURE_SECONDS: Final = 30.0
 _URL: Final = f"{PREFIX}DATABASE_URL"

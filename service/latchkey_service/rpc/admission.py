@@ -14,7 +14,7 @@ the database at once, and the queue for these slots is short:
   total has shares too, because most calls in it are Deletes that are already committed: they cannot
   make room. A caller may have no more calls than there are free places (dynamic thresholds,
   Choudhury and Hahne 1998). So n callers that all want more end up with 1/(n+1) each, and the same
-  is left for a further one. If they arrive one after the other, each gets half of what the others
+  is left for a further one. If they arrive one after another, each gets half of what the others
   left.
 - Calls that only take rights away (removals) go before others, and have their own room. While other
   calls wait, every fourth slot goes to those: otherwise anyone who may delete could stop them.

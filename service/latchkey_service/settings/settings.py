@@ -217,7 +217,8 @@ class Settings(BaseSettings):
         "and how long a Delete may wait for an unresponsive verifier",
     )
     cache: Literal["on", "off"] = Field(
-        "on", description="on or off; off: each verify reads the database, and clients cache nothing"
+        "on",
+        description="on or off; off: each verify reads the database, and clients cache nothing",
     )
     cache_entries: int = Field(
         100_000, ge=1, le=50_000_000, description="cached verdicts per worker, about 500 bytes each"

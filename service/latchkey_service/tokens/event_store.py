@@ -130,7 +130,8 @@ class EventStore:
 
     @retry_on_conflict
     async def take_turn(self, task: str, seconds: float) -> bool:
-        """Return whether this process does `task` now. Nobody else does for so many seconds."""
+        """Return whether this process does `task` now. If so, no other process does for
+        `seconds`."""
         async with self._pool.session() as session:
             return bool(
                 await session.fetchval(

@@ -401,7 +401,7 @@ async def test_impossible_times_are_an_internal_error(
         await client.get("acme", "t1")
 
 
-async def test_unix_sockets_and_own_channels(fake: FakeLatchkey, tmp_path: Path) -> None:
+async def test_unix_sockets_and_supplied_channels(fake: FakeLatchkey, tmp_path: Path) -> None:
     """A unix: target works. A channel that was passed in is used and stays open."""
     await fake.stop()
     await fake.start(f"unix:{tmp_path}/s")

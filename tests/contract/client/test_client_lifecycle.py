@@ -297,9 +297,7 @@ async def test_delete_all_sends_its_filter(client: latchkey.Client, fake: FakeLa
     assert len(fake.calls[0].request.filter.ListFields()) == len(pb.TokenFilter.DESCRIPTOR.fields)
 
 
-async def test_delete_all_of_nothing_but_a_look(
-    client: latchkey.Client, fake: FakeLatchkey
-) -> None:
+async def test_delete_all_dry_run(client: latchkey.Client, fake: FakeLatchkey) -> None:
     """A dry run lists tokens and has no receipt. The empty filter sends no field."""
     fake.on("DeleteAll", fake.says(pb.DeleteAllResponse(count=700, tokens=[fake.token("t3")])))
     deletions = await client.delete_all("acme", dry_run=True)

@@ -107,7 +107,7 @@ async def test_among_too_many_targets_chance_decides() -> None:
         assert sum(entry.calls for entry in entries) == calls
         assert len(entries) == TARGETS_MAX + CHOSEN_MAX + 1
         for entry in entries[TARGETS_MAX:-1]:
-            # Which quarter of the calls without an own entry.
+            # Which quarter of the calls without their own entry.
             number = int(entry.token_id.removeprefix("tok_")) - TARGETS_MAX
             hits[4 * number // (calls - TARGETS_MAX)] += 1
     # 500 are expected in each; a fair choice is outside of this once in a million runs.

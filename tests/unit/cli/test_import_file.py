@@ -204,11 +204,11 @@ def test_rows_without_what_a_token_needs(
             ImportResult(
                 outcome=ImportOutcome.INVALID,
                 field_violations=(
-                    FieldViolation("allowed_networks[1]", "is no network"),
+                    FieldViolation("allowed_networks[1]", "is not a network"),
                     FieldViolation("name", "is empty"),
                 ),
             ),
-            "2: networks[1]: is no network; name: is empty",
+            "2: networks[1]: is not a network; name: is empty",
         ),
     ],
 )

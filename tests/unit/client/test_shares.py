@@ -284,7 +284,7 @@ def test_limits_as_text(text: str, limit: RateLimit) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "5", "5/day", "/minute", "-5/minute", "5/minute,", "٥/hour"])
-def test_texts_that_are_no_limit(text: str) -> None:
+def test_invalid_limits_are_rejected(text: str) -> None:
     """Anything else is an error."""
     with pytest.raises(ValueError, match="100/minute"):
         RateLimit.parse(text)

@@ -119,7 +119,7 @@ async def test_a_wake_up_reads_the_log_although_one_was_sent(sibling: Sibling) -
     assert sibling.state.cache.position == at(9)
 
 
-async def test_a_renewal_at_the_lead_is_no_read(sibling: Sibling) -> None:
+async def test_a_renewal_at_the_lead_is_not_a_read(sibling: Sibling) -> None:
     """A wake-up during a read of the log causes another read, although a renewal comes between:
     the lead answers that from its memory.
     """

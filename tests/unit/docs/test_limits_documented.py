@@ -307,7 +307,7 @@ PARAGRAPHS: dict[str, tuple[str, ...]] = {
         QUEUES + "test_removals_go_first",
         FAIR + "test_removals_go_first",
         FAIR + "test_what_may_narrow",
-        FAIR + "test_removals_are_charged_apart",
+        FAIR + "test_removals_are_counted_separately",
     ),
     "Malformed calls.": (
         "tests/contract/test_malformed_calls.py::test_malformed_deadlines_are_refused",

@@ -52,7 +52,7 @@ def test_a_starting_worker_does_not_hang() -> None:
 
 
 def test_a_frozen_machine_is_not_a_hang() -> None:
-    """If the looks themselves come late, however late, the worker was probably frozen as well."""
+    """If the checks themselves come late, however late, the worker was probably frozen as well."""
     vitals = Vitals(MAX)
     assert vitals.judge(LOOK_SECONDS, heartbeat=True, resident=1) is None
     for pause in (SILENCE_SECONDS_MAX * 2, 3_600.0, 86_400.0):

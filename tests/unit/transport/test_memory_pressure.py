@@ -122,7 +122,7 @@ def test_the_level_follows_memory_below_the_threshold() -> None:
     assert judge.judge(0.2)
 
 
-def test_what_ended_connections_used_goes_back() -> None:
+def test_ended_connections_return_what_they_used() -> None:
     """After connections have ended, the memory that they used is returned within seconds."""
     memory = Memory(LEAST)
     judge = pressure(memory)

@@ -149,7 +149,7 @@ async def test_health_checks_are_bounded() -> None:
     assert -1 in one.started
 
 
-def test_every_method_has_a_lane() -> None:
+def test_every_method_has_a_queue() -> None:
     """Only the methods that need no identity share the queue of health checks."""
     one = server()
     for path, rule in METHODS.items():
