@@ -211,8 +211,8 @@ class Keyring:
 def hint_of(secret: str) -> str:
     """Return the prefix and the last four characters of a secret, so that people recognise it.
 
-    The prefix is the part before the first underscore, if it looks like one of ours: an imported
-    secret may have none, and its first characters may be secret.
+    The prefix is the part before the first underscore, if it looks like a prefix of Latchkey: an
+    imported secret may have none, and its first characters may be secret.
     """
     prefix = _HINT_PREFIX.match(secret)
     return f"{prefix[0] if prefix else ''}…{secret[-HINT_CHARACTERS:]}"

@@ -13,7 +13,7 @@ _HOP = frozenset({"connection", "keep-alive", "transfer-encoding", "content-leng
 
 
 class Balancer(ThreadingHTTPServer):
-    """Listens on `url` and forwards to `ports`. `served` has the requests of each port.
+    """Listens on `url` and forwards to `ports`. `served` counts the requests of each port.
 
     Static files take no turn, so that a form and the redirect after it always reach different
     processes.

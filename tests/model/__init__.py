@@ -9,8 +9,8 @@ model explores the rules, not the code that implements them. It consists of plai
 small tuples. The explorer applies them in every order in which messages can be delayed or lost, and
 processes can pause, die and restart.
 
-**The rules**, as the model has them (docs/protocol.md explains them). T is the length of a lease,
-and ρ the largest difference between clock rates.
+**The rules**, as the model implements them (docs/protocol.md explains them). T is the length of a
+lease, and ρ the largest difference between clock rates.
 
 1.  Every change that can turn VALID into another verdict takes the next revision from one counter
     row, locks the row until it commits, and names its token in a log under that revision. So

@@ -174,7 +174,9 @@ def _words(  # noqa: PLR0911 - a table with one row for each error
             to_do = f"{doing.if_lost}; --timeout allows more time"
             return f"{target} did not answer in time", to_do, Exit.UNAVAILABLE
         case latchkey.Unavailable() if error.reason == "TLS_HANDSHAKE_FAILED":
-            to_do = "check --tls-ca, and that the server's certificate has the name in --target"
+            to_do = (
+                "check --tls-ca, and that the server's certificate contains the name in --target"
+            )
             return f"{target} is not trusted, or does not speak TLS", to_do, Exit.UNAVAILABLE
         case latchkey.Unavailable() if error.reason == "CONNECTION_CLOSED":
             to_do = "check --tls-ca, --tls-certificate and --tls-key: the server may require TLS "

@@ -232,8 +232,8 @@ class TokenServiceServicer(object):
         matter: `expires_before`, `never_expires` and TOKEN_STATE_EXPIRED with
         TOKEN_ORDER_EXPIRY, `unused_since` and `never_used` with
         TOKEN_ORDER_LAST_USE, and `ids` with any order.
-        Errors: INVALID_ARGUMENT, also for a condition that this server does not
-        know; UNAVAILABLE.
+        Errors: INVALID_ARGUMENT, including for a condition that this server does
+        not know; UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -268,11 +268,11 @@ class TokenServiceServicer(object):
         permissions or rate_limit to the values that they already have returns a
         receipt for a later position, once earlier changes are in effect
         everywhere.
-        Errors: INVALID_ARGUMENT, also for an unknown path, and with the reason
-        EXPIRY_REQUIRED or EXPIRY_TOO_LATE as for Create; NOT_FOUND if the account
-        has no live token with this id; ALREADY_EXISTS if another live token has the
-        new name; FAILED_PRECONDITION; UNAVAILABLE, after which the change may or
-        may not be committed: retry.
+        Errors: INVALID_ARGUMENT, including for an unknown path, and with the
+        reason EXPIRY_REQUIRED or EXPIRY_TOO_LATE as for Create; NOT_FOUND if the
+        account has no live token with this id; ALREADY_EXISTS if another live
+        token has the new name; FAILED_PRECONDITION; UNAVAILABLE, after which the
+        change may or may not be committed: retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -363,15 +363,15 @@ class TokenServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Import(self, request, context):
-        """Creates tokens whose secrets exist already, from the SHA-256 hashes of these
+        """Creates tokens for existing secrets, from the SHA-256 hashes of these
         secrets, so that a platform can move here without new secrets. Needs a caller
         with the role importer for all accounts, because the rows may name any.
 
-        Safe to repeat: a secret that a token has already is not imported again, also
-        if that secret or its token has ended, and its row has the outcome EXISTS.
-        Each row has a result, and a wrong row does not affect the others. All new
-        tokens are committed together. Verifies accept an imported secret if its
-        prefix is among LATCHKEY_IMPORTED_PREFIXES, on every server within
+        Safe to repeat: a secret that a token already has is not imported again,
+        even if that secret or its token has ended, and its row has the outcome
+        EXISTS. Each row has a result, and a wrong row does not affect the others.
+        All new tokens are committed together. Verifies accept an imported secret
+        if its prefix is among LATCHKEY_IMPORTED_PREFIXES, on every server within
         milliseconds, without notifications within a third of a lease. Rotate gives
         an imported token a secret of this service.
         Errors: INVALID_ARGUMENT if there are no tokens or too many;

@@ -94,8 +94,8 @@ class TokenServiceStub:
     matter: `expires_before`, `never_expires` and TOKEN_STATE_EXPIRED with
     TOKEN_ORDER_EXPIRY, `unused_since` and `never_used` with
     TOKEN_ORDER_LAST_USE, and `ids` with any order.
-    Errors: INVALID_ARGUMENT, also for a condition that this server does not
-    know; UNAVAILABLE.
+    Errors: INVALID_ARGUMENT, including for a condition that this server does
+    not know; UNAVAILABLE.
     """
     Delete: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.DeleteRequest, _token_service_pb2.DeleteResponse]
     """Deletes a token permanently. After this returns OK, no verify that starts
@@ -122,11 +122,11 @@ class TokenServiceStub:
     permissions or rate_limit to the values that they already have returns a
     receipt for a later position, once earlier changes are in effect
     everywhere.
-    Errors: INVALID_ARGUMENT, also for an unknown path, and with the reason
-    EXPIRY_REQUIRED or EXPIRY_TOO_LATE as for Create; NOT_FOUND if the account
-    has no live token with this id; ALREADY_EXISTS if another live token has the
-    new name; FAILED_PRECONDITION; UNAVAILABLE, after which the change may or
-    may not be committed: retry.
+    Errors: INVALID_ARGUMENT, including for an unknown path, and with the
+    reason EXPIRY_REQUIRED or EXPIRY_TOO_LATE as for Create; NOT_FOUND if the
+    account has no live token with this id; ALREADY_EXISTS if another live
+    token has the new name; FAILED_PRECONDITION; UNAVAILABLE, after which the
+    change may or may not be committed: retry.
     """
     Disable: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.DisableRequest, _token_service_pb2.DisableResponse]
     """Refuses all secrets of a token with the verdict DISABLED until Enable.
@@ -185,15 +185,15 @@ class TokenServiceStub:
     Errors: INVALID_ARGUMENT; UNAVAILABLE: retry.
     """
     Import: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.ImportRequest, _token_service_pb2.ImportResponse]
-    """Creates tokens whose secrets exist already, from the SHA-256 hashes of these
+    """Creates tokens for existing secrets, from the SHA-256 hashes of these
     secrets, so that a platform can move here without new secrets. Needs a caller
     with the role importer for all accounts, because the rows may name any.
 
-    Safe to repeat: a secret that a token has already is not imported again, also
-    if that secret or its token has ended, and its row has the outcome EXISTS.
-    Each row has a result, and a wrong row does not affect the others. All new
-    tokens are committed together. Verifies accept an imported secret if its
-    prefix is among LATCHKEY_IMPORTED_PREFIXES, on every server within
+    Safe to repeat: a secret that a token already has is not imported again,
+    even if that secret or its token has ended, and its row has the outcome
+    EXISTS. Each row has a result, and a wrong row does not affect the others.
+    All new tokens are committed together. Verifies accept an imported secret
+    if its prefix is among LATCHKEY_IMPORTED_PREFIXES, on every server within
     milliseconds, without notifications within a third of a lease. Rotate gives
     an imported token a secret of this service.
     Errors: INVALID_ARGUMENT if there are no tokens or too many;
@@ -326,8 +326,8 @@ class TokenServiceAsyncStub(TokenServiceStub):
     matter: `expires_before`, `never_expires` and TOKEN_STATE_EXPIRED with
     TOKEN_ORDER_EXPIRY, `unused_since` and `never_used` with
     TOKEN_ORDER_LAST_USE, and `ids` with any order.
-    Errors: INVALID_ARGUMENT, also for a condition that this server does not
-    know; UNAVAILABLE.
+    Errors: INVALID_ARGUMENT, including for a condition that this server does
+    not know; UNAVAILABLE.
     """
     Delete: _aio.UnaryUnaryMultiCallable[_token_service_pb2.DeleteRequest, _token_service_pb2.DeleteResponse]  # type: ignore[assignment]
     """Deletes a token permanently. After this returns OK, no verify that starts
@@ -354,11 +354,11 @@ class TokenServiceAsyncStub(TokenServiceStub):
     permissions or rate_limit to the values that they already have returns a
     receipt for a later position, once earlier changes are in effect
     everywhere.
-    Errors: INVALID_ARGUMENT, also for an unknown path, and with the reason
-    EXPIRY_REQUIRED or EXPIRY_TOO_LATE as for Create; NOT_FOUND if the account
-    has no live token with this id; ALREADY_EXISTS if another live token has the
-    new name; FAILED_PRECONDITION; UNAVAILABLE, after which the change may or
-    may not be committed: retry.
+    Errors: INVALID_ARGUMENT, including for an unknown path, and with the
+    reason EXPIRY_REQUIRED or EXPIRY_TOO_LATE as for Create; NOT_FOUND if the
+    account has no live token with this id; ALREADY_EXISTS if another live
+    token has the new name; FAILED_PRECONDITION; UNAVAILABLE, after which the
+    change may or may not be committed: retry.
     """
     Disable: _aio.UnaryUnaryMultiCallable[_token_service_pb2.DisableRequest, _token_service_pb2.DisableResponse]  # type: ignore[assignment]
     """Refuses all secrets of a token with the verdict DISABLED until Enable.
@@ -417,15 +417,15 @@ class TokenServiceAsyncStub(TokenServiceStub):
     Errors: INVALID_ARGUMENT; UNAVAILABLE: retry.
     """
     Import: _aio.UnaryUnaryMultiCallable[_token_service_pb2.ImportRequest, _token_service_pb2.ImportResponse]  # type: ignore[assignment]
-    """Creates tokens whose secrets exist already, from the SHA-256 hashes of these
+    """Creates tokens for existing secrets, from the SHA-256 hashes of these
     secrets, so that a platform can move here without new secrets. Needs a caller
     with the role importer for all accounts, because the rows may name any.
 
-    Safe to repeat: a secret that a token has already is not imported again, also
-    if that secret or its token has ended, and its row has the outcome EXISTS.
-    Each row has a result, and a wrong row does not affect the others. All new
-    tokens are committed together. Verifies accept an imported secret if its
-    prefix is among LATCHKEY_IMPORTED_PREFIXES, on every server within
+    Safe to repeat: a secret that a token already has is not imported again,
+    even if that secret or its token has ended, and its row has the outcome
+    EXISTS. Each row has a result, and a wrong row does not affect the others.
+    All new tokens are committed together. Verifies accept an imported secret
+    if its prefix is among LATCHKEY_IMPORTED_PREFIXES, on every server within
     milliseconds, without notifications within a third of a lease. Rotate gives
     an imported token a secret of this service.
     Errors: INVALID_ARGUMENT if there are no tokens or too many;
@@ -573,8 +573,8 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         matter: `expires_before`, `never_expires` and TOKEN_STATE_EXPIRED with
         TOKEN_ORDER_EXPIRY, `unused_since` and `never_used` with
         TOKEN_ORDER_LAST_USE, and `ids` with any order.
-        Errors: INVALID_ARGUMENT, also for a condition that this server does not
-        know; UNAVAILABLE.
+        Errors: INVALID_ARGUMENT, including for a condition that this server does
+        not know; UNAVAILABLE.
         """
 
     @_abc_1.abstractmethod
@@ -613,11 +613,11 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         permissions or rate_limit to the values that they already have returns a
         receipt for a later position, once earlier changes are in effect
         everywhere.
-        Errors: INVALID_ARGUMENT, also for an unknown path, and with the reason
-        EXPIRY_REQUIRED or EXPIRY_TOO_LATE as for Create; NOT_FOUND if the account
-        has no live token with this id; ALREADY_EXISTS if another live token has the
-        new name; FAILED_PRECONDITION; UNAVAILABLE, after which the change may or
-        may not be committed: retry.
+        Errors: INVALID_ARGUMENT, including for an unknown path, and with the
+        reason EXPIRY_REQUIRED or EXPIRY_TOO_LATE as for Create; NOT_FOUND if the
+        account has no live token with this id; ALREADY_EXISTS if another live
+        token has the new name; FAILED_PRECONDITION; UNAVAILABLE, after which the
+        change may or may not be committed: retry.
         """
 
     @_abc_1.abstractmethod
@@ -724,15 +724,15 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _token_service_pb2.ImportRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_token_service_pb2.ImportResponse, _abc.Awaitable[_token_service_pb2.ImportResponse]]:
-        """Creates tokens whose secrets exist already, from the SHA-256 hashes of these
+        """Creates tokens for existing secrets, from the SHA-256 hashes of these
         secrets, so that a platform can move here without new secrets. Needs a caller
         with the role importer for all accounts, because the rows may name any.
 
-        Safe to repeat: a secret that a token has already is not imported again, also
-        if that secret or its token has ended, and its row has the outcome EXISTS.
-        Each row has a result, and a wrong row does not affect the others. All new
-        tokens are committed together. Verifies accept an imported secret if its
-        prefix is among LATCHKEY_IMPORTED_PREFIXES, on every server within
+        Safe to repeat: a secret that a token already has is not imported again,
+        even if that secret or its token has ended, and its row has the outcome
+        EXISTS. Each row has a result, and a wrong row does not affect the others.
+        All new tokens are committed together. Verifies accept an imported secret
+        if its prefix is among LATCHKEY_IMPORTED_PREFIXES, on every server within
         milliseconds, without notifications within a third of a lease. Rotate gives
         an imported token a secret of this service.
         Errors: INVALID_ARGUMENT if there are no tokens or too many;

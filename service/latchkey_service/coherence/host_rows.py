@@ -193,7 +193,7 @@ class HostRows:
         if now < self._return_at:
             return
         if state.acknowledged != before and now < self._return_at + self._busy_seconds:
-            # A Delete may be about to read this row. Its receipt would count a process less.
+            # A Delete may be about to read this row. Its receipt would count one process fewer.
             return
         self._return_at = now + self._return_seconds
         if state.acknowledged == state.cache.position.revision:

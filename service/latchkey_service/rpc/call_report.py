@@ -290,7 +290,7 @@ def end_with(context: CallContext, status: StatusParts) -> bytes:
     """Set the status of a refused call, and return what its handler returns.
 
     Not `abort`: grpcio keeps the exception that it raises until a full garbage collection. The
-    exception's traceback has every frame of the call, and a frame may hold a large request.
+    exception's traceback contains every frame of the call, and a frame may hold a large request.
     """
     context.set_code(status.code)
     context.set_details(status.message)

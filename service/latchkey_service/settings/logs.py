@@ -162,7 +162,7 @@ class _InvalidText(logging.Filter):
     """Logs metadata that is not UTF-8 as one line without a traceback, and not each time.
 
     grpcio logs such a header of any peer as an error, before the caller is known. The next line
-    after the pause has the number of those that were not logged.
+    after the pause states the number of those that were not logged.
     """
 
     def __init__(self, monotonic: Callable[[], float]) -> None:

@@ -1,7 +1,7 @@
 """The SQL of events: claiming and removing them, announcing expiries, and counting.
 
-`event_table.py` has the part that writes an event with its change. `process/webhook.py` delivers.
-All times of attempts are by the clock of the database, because several hosts deliver.
+`event_table.py` contains the part that writes an event with its change. `process/webhook.py`
+delivers. All times of attempts are by the clock of the database, because several hosts deliver.
 """
 
 from collections.abc import Sequence

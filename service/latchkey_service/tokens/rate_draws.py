@@ -45,7 +45,7 @@ SECONDS_MAX: Final = 1.0
 
 
 class Drawn(NamedTuple):
-    """What one caller of `draw` gets of one token."""
+    """What one caller of `draw` gets for one token."""
 
     live: bool
     limit: RateLimit | None

@@ -77,7 +77,8 @@ class Sealer:
         )
 
     def seal_token(self, token: TokenRecord, pepper_ids: Iterable[str]) -> TokenSeal:
-        """Return the seal of a live token's row, made with the first of these peppers that is here.
+        """Return the seal of a live token's row, made with the first of these peppers that this
+        host has.
 
         Raises ValueError if none is.
         """

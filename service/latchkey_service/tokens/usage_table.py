@@ -106,7 +106,7 @@ SELECT h.revision, h.mark, h.timeline, t.id, u.caller, u.first_time, u.last_time
 
 
 class CallerUsage(NamedTuple):
-    """The uses of a token by one caller. `days` has the days with uses, the newest first."""
+    """The uses of a token by one caller. `days` lists the days with uses, the newest first."""
 
     caller: str
     first_time: datetime

@@ -60,7 +60,7 @@ async def test_create_returns_token_and_redacted_secret(
 
 
 async def test_times_are_converted_to_utc(client: latchkey.Client, fake: FakeLatchkey) -> None:
-    """An expire_time of any time zone arrives as the same moment, and returns in UTC."""
+    """An expire_time in any time zone arrives as the same moment, and returns in UTC."""
     moment = datetime(2030, 6, 1, 12, 0, 0, 250, tzinfo=timezone(timedelta(hours=5, minutes=30)))
     token = fake.token()
     token.expire_time.FromDatetime(moment)

@@ -107,7 +107,7 @@ async def test_update_sends_only_what_was_given(
     token: pb.Token,
     path: str,
 ) -> None:
-    """Exactly the given fields are in the mask, also those that are cleared."""
+    """Exactly the given fields are in the mask, including those that are cleared."""
     fake.on("Update", fake.says(pb.UpdateResponse(token=fake.token())))
     change = await client.update("acme", "t1", **arguments)
     assert change == latchkey.Change(token=change.token, receipt=None)

@@ -11,7 +11,8 @@ Create = Callable[..., Awaitable[pb.CreateResponse]]
 
 
 async def test_tokens_of_all_accounts_are_found(run: Run, address: str, create: Create) -> None:
-    """An id shows one token in full, and the end of a secret lists tokens, also deleted ones."""
+    """An id shows one token in full, and the end of a secret lists tokens, including deleted
+    ones."""
     created = await create(account_id="globex", name="nightly export")
     token = created.token
     one = await run("find", token.id, "--target", address)

@@ -203,8 +203,8 @@ async def test_a_token_without_secrets_is_rotated(settings: Settings, database_u
 async def test_tokens_of_an_earlier_release_are_sealed(
     settings: Settings, database_url: str
 ) -> None:
-    """Tokens of a release that sealed no tokens get seals at the first start, also those without a
-    working secret. A token whose secret shows that its row was changed does not."""
+    """Tokens of a release that sealed no tokens get seals at the first start, including those
+    without a working secret. A token whose secret shows that its row was changed does not."""
     async with stub_of(settings) as stub:
         await eventually(lambda: all_sealed(database_url), "the proof that all rows are sealed")
         working, without = await create(stub, "working"), await create(stub, "without")

@@ -132,7 +132,7 @@ async def test_import_gives_up_if_the_service_does_not_return(passing: Time) -> 
 async def test_import_does_not_wait_for_what_a_restart_cannot_cure(
     passing: Time, error: LatchkeyError
 ) -> None:
-    """A request that is too large and a certificate that is not trusted fail at once, also later
+    """A request that is too large and a certificate that is not trusted fail at once, even later
     in an import."""
     service = Service(error)
     with pytest.raises(type(error)):

@@ -58,7 +58,7 @@ def test_the_header_is_read_from_the_right(
     peer: str, forwarded_for: list[str], address: str
 ) -> None:
     """The address is the last one that is not a trusted proxy. What a client invented, to the left
-    of it, is never used, also not in place of a damaged entry."""
+    of it, is never used, not even in place of a damaged entry."""
     assert PROXIES.client_address(peer, forwarded_for) == address
 
 

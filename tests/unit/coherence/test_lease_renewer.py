@@ -165,7 +165,7 @@ async def test_a_lease_that_began_earlier_is_renewed_earlier(
     sibling: Sibling, left: float, next_after: float
 ) -> None:
     """At the next renewal, 0.6 of the lease is left, whatever the lead has used of it already. A
-    lead that does not renew is not asked all the time.
+    lead that does not renew is not asked continually.
     """
     sibling.rows.ends = sibling.now + left
     sibling.renewer.renew_now()

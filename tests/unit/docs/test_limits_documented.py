@@ -339,7 +339,7 @@ PARAGRAPHS: dict[str, tuple[str, ...]] = {
         JUDGED + "test_free_memory_ends_no_connection",
     ),
     "`grpcio` may notice late that a client has gone.": (TRANSPORT + "test_unanswered_pings",),
-    "`grpcio` reads too large metadata before it rejects them": (
+    "`grpcio` reads excessive metadata before it rejects them": (
         HOSTILE + "test_too_much_metadata_ends_a_worker_and_no_more",
     ),
 }
