@@ -35,7 +35,7 @@ Parse = Callable[[bytes], Any]
 # once and 25,000 per second, of up to 131 bytes each.
 STREAM_BYTES_BURST: Final = 32 * 1024 * 1024
 STREAM_BYTES_PER_SECOND: Final = 4 * 1024 * 1024
-# What a message costs besides, so that empty ones are limited too: to about 16,000 a second.
+# What a message costs in addition, so that empty ones are limited too: to about 16,000 a second.
 MESSAGE_BYTES: Final = 256
 # Streams that need no identity, in a worker and from one address. Each takes about 20 kB. A prober
 # needs one.
