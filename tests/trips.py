@@ -48,7 +48,7 @@ PATHS = {"rpc/verify_calls.py", "rpc/managed_calls.py"}
 REPEATS = 10
 # Far more than a call takes on a busy machine.
 CALL_SECONDS = 20.0
-# The task that measures the event loop all the time. It runs beside each call that takes long.
+# The task that measures the event loop continuously. It runs beside each call that takes long.
 SAMPLER = "LoopWatch.run"
 
 _numbers = itertools.count(1)
@@ -57,9 +57,9 @@ _numbers = itertools.count(1)
 class Trip(NamedTuple):
     """The files of one kind of call, in the order of first use.
 
-    `call` has the files that run in the call's own task, and the transport's. `beside` has those
-    that run for the call only in other tasks. `sometimes` has the files that only some of the
-    traced calls used, by coincidence or not.
+    `call` lists the files that run in the call's own task, and the transport's. `beside` lists
+    those that run for the call only in other tasks. `sometimes` lists the files that only some of
+    the traced calls used, by coincidence or not.
     """
 
     call: list[str]

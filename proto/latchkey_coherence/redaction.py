@@ -16,7 +16,7 @@ __all__ = ["redact"]
 # group repeats because in two secrets without a separator, the second prefix reads like the end of
 # the first secret.
 _WITHIN: Final = re.compile(r"([A-Za-z]{2,10})(?:_[0-9A-Za-z]{43,})+")
-# A whole secret or credential in which white space, also as `repr` shows it, or invisible
+# A whole secret or credential in which white space, even as `repr` shows it, or invisible
 # characters follow any character.
 _BREAK: Final = rf"(?:\s|\\[nrt]|{IGNORABLE.pattern.removesuffix('+')})"
 _DIGIT: Final = rf"(?:[0-9A-Za-z]{_BREAK}*)"
@@ -24,7 +24,8 @@ _BROKEN: Final = re.compile(
     rf"([A-Za-z]{{2,10}})_((?<=[Ll][Kk][Cc]_){_DIGIT}{{48}}[0-9A-Za-z]|{_DIGIT}{{56}}[0-9A-Za-z])"
     r"(?![0-9A-Za-z_])"
 )
-# Into how many pieces a secret may be broken. More pieces are words that happen to have its length.
+# Into how many pieces a secret may be broken. A text in more pieces is ordinary words that happen
+# to be as long as a secret.
 _PIECES_MAX: Final = 3
 
 

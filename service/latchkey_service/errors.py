@@ -16,8 +16,8 @@
     ├── WatchRefused          this server grants no leases
     ├── WatchTimedOut         the client of a Watch sent nothing for too long
     └── Unavailable           a dependency is unreachable or too slow; retryable
-        ├── NotConfirmed      a deletion stands, but verifiers have yet to confirm it
-        │   └── ChangeNotConfirmed  the same for another change of a token
+        ├── NotConfirmed      a deletion is committed, but verifiers have yet to confirm it
+        │   └── ChangeNotConfirmed  the same for another change to a token
         └── StoreUnavailable  Postgres
             ├── CacheStartedOver a read was under way meanwhile
             ├── NotReplicated a failover may undo the committed change
@@ -74,7 +74,7 @@ DOMAIN = "latchkey"
 # Metadata with the id under which the service logs the call. Callers may send their own.
 REQUEST_ID_METADATA = "x-request-id"
 PUSHBACK_METADATA = "grpc-retry-pushback-ms"
-INTERNAL_MESSAGE = "Internal error. The server log has the cause under this request id."
+INTERNAL_MESSAGE = "Internal error. The cause is in the server log under this request id."
 # Long enough not to prolong an outage, and short enough that calls resume soon after Postgres.
 RETRY_DELAY_SECONDS = 0.25
 TOO_LATE = "The answer would arrive after the deadline; try again shortly."
@@ -110,7 +110,7 @@ class LatchkeyError(Exception):
     retry_seconds = RETRY_DELAY_SECONDS
     """Delay before a retry, for retryable errors."""
     metadata: Mapping[str, str] = MappingProxyType({})
-    """What `reason` leaves open, for programs."""
+    """Details beyond `reason`, for programs."""
 
 
 class InvalidArgument(LatchkeyError):
@@ -273,13 +273,13 @@ class Unavailable(LatchkeyError):
 
 
 class NotConfirmed(Unavailable):
-    """The deletion stands, but the deadline came before the last verifier's confirmation."""
+    """The deletion is committed, but the deadline came before the last verifier's confirmation."""
 
     reason = "DELETION_NOT_CONFIRMED"
 
 
 class ChangeNotConfirmed(NotConfirmed):
-    """The change stands, but the deadline came before the last verifier's confirmation."""
+    """The change is committed, but the deadline came before the last verifier's confirmation."""
 
     reason = "CHANGE_NOT_CONFIRMED"
 

@@ -30,7 +30,7 @@ class Histogram:
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds = tuple(bounds)
-        """The upper bounds of the buckets, inclusive and rising. A last bucket has no bound."""
+        """The upper bounds of the buckets, inclusive and rising. The last bucket has no bound."""
         self.counts = [0] * (len(self.bounds) + 1)
         """The observations in each bucket, without those in smaller ones."""
         self.total = 0.0

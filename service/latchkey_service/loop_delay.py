@@ -15,7 +15,7 @@ from latchkey_service.settings.logs import logger
 
 __all__ = ["LATE_SECONDS", "TICK_SECONDS", "WATCH", "LoopWatch", "reason_for"]
 
-# How often the loop ticks. Each tick costs some microseconds.
+# How often the loop ticks. Each tick costs a few microseconds.
 TICK_SECONDS: Final = 0.05
 # A tick that is late by no more than this does not count as delayed.
 GRACE_SECONDS: Final = 0.02

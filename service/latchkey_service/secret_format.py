@@ -13,8 +13,9 @@ Secrets that another system made can be imported by their SHA-256 hashes. Their 
 
     HMAC-SHA-256(pepper, "latchkey imported secret", NUL, SHA-256(secret))
 
-So the database never contains the hash itself: a dump confirms no guessed secret, and a hash that
-somebody writes into the database is nobody's digest. Such secrets have neither tag nor checksum.
+So the database never contains the hash itself: nobody can check a guessed secret against a dump,
+and a hash that somebody writes into the database matches no secret. Such secrets have neither tag
+nor checksum.
 
 Does not own the file of the peppers (`tokens/pepper_file.py`), and does not know whether a digest
 belongs to a live token (`tokens/verifier.py`). The caller passes the keys in.
@@ -210,8 +211,8 @@ class Keyring:
 def hint_of(secret: str) -> str:
     """Return the prefix and the last four characters of a secret, so that people recognise it.
 
-    The prefix is the part before the first underscore, if it looks like one of ours: an imported
-    secret may have none, and its first characters may be secret.
+    The prefix is the part before the first underscore, if it looks like a prefix of Latchkey: an
+    imported secret may have none, and its first characters may be secret.
     """
     prefix = _HINT_PREFIX.match(secret)
     return f"{prefix[0] if prefix else ''}…{secret[-HINT_CHARACTERS:]}"
@@ -221,7 +222,7 @@ def contains_secret(text: str) -> bool:
     """Return whether `text` contains the secret of a token or a caller's credential.
 
     Recognises them by shape and checksum, whatever characters surround them. In lower or upper
-    case, it recognises them by their shape alone, also if they are broken into a few lines.
+    case, it recognises them by their shape alone, even if they are broken into a few lines.
     """
     return any(
         checksum(match[1][:-CHECKSUM_DIGITS]) == match[1][-CHECKSUM_DIGITS:]

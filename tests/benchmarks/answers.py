@@ -100,7 +100,7 @@ def _wrong_pages(stub: pb_grpc.TokenServiceStub, seeded: Seeded) -> Iterable[str
         answer = stub.List(request, timeout=CALL_SECONDS_MAX)
         expected = [seeded.position(PAGE * (page - 1) + n).id for n in range(1, PAGE + 1)]
         if [token.id for token in answer.tokens] != expected:
-            yield f"List, page {page}: not the tokens that it should have"
+            yield f"List, page {page}: not the expected tokens"
         if bool(answer.next_page_token) != (page < last_page):
             yield f"List, page {page}: wrong about whether there is a next page"
 

@@ -15,8 +15,8 @@ __all__ = ["Bench", "Figure", "percentile"]
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """The environment of the measurements. `servers` has `native`, which caches, and `reading`,
-    which does not, both on the database `usual`; parts that need others start them."""
+    """The environment of the measurements. `servers` contains `native`, which caches, and
+    `reading`, which does not, both on the database `usual`; parts that need others start them."""
 
     scratch: Path
     pepper_file: Path

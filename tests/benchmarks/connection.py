@@ -387,7 +387,7 @@ class Connection:
             self._end(stream, UNAVAILABLE, 0)
         self._outcome.connections_lost += 1
         if not self._open_loop or self._outcome.connections_lost > LOST_MAX:
-            raise LoadError("the server closed the connection, or one after the other")
+            raise LoadError("the server closed the connection, or one after another")
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self.close()

@@ -130,7 +130,7 @@ class Databases:
     async def _usage(self, name: str) -> tuple[int, list[int]]:
         connection = await asyncpg.connect(self._url)
         try:
-            # Each statement of ours is a transaction.
+            # Each of our statements is a transaction.
             transactions = await connection.fetchval(
                 "SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = $1", name
             )

@@ -65,7 +65,7 @@ class Run:
     """The measurements of a stretch: each traffic's outcome, and the state of the generator.
 
     `late_ms` is the delay after arrival within which 99 of 100 calls were sent, `cpu_seconds` the
-    time for which this process worked. `metered` has the counts of `meter`.
+    time for which this process worked. `metered` contains the counts of `meter`.
     """
 
     outcomes: list[Outcome]

@@ -79,7 +79,7 @@ class Slicer:
         longer: float = 1.0,
         in_flight_max: int = UNLIMITED,
     ) -> Seen:
-        """Send calls of one row or of two at these rates per second, with health checks besides.
+        """Send calls of one row or of two at these rates per second, plus health checks.
         Raises RuntimeError at a wrong answer, LoadError and OSError."""
         self.settle(rates[0][0])
         traffics = [

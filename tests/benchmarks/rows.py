@@ -79,7 +79,7 @@ class Row:
 
 
 def rows(seeded: Mapping[str, Seeded], sizes: Sizes) -> list[Row]:
-    """Return all rows. `seeded` has the databases: usual, small, large.
+    """Return all rows. `seeded` contains the databases: usual, small, large.
 
     "warm" is answered from the server's cache, as by default; "reading" uses a server without a
     cache, so that each verify is a look-up in Postgres.

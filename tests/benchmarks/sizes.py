@@ -161,7 +161,7 @@ def _stamp(time: datetime) -> Timestamp:
 
 def _lists(tokens: int) -> dict[str, pb.ListRequest]:
     """Return the measured lists of an account with so many tokens."""
-    # In so many days, more tokens expire than fit on a page, also among 10,000.
+    # In so many days, more tokens expire than fit on a page, even among 10,000.
     soon, before = _stamp(NOW + timedelta(days=21)), _stamp(NOW - timedelta(days=90))
     active = pb.TOKEN_STATE_ACTIVE
     spread = [f"tok_{n * (tokens // 100):026}" for n in range(100)]

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-# A change waits for verifiers for some seconds.
+# A change waits for verifiers for a few seconds.
 ANSWER_SECONDS = 30.0
 _HOP = frozenset({"connection", "keep-alive", "transfer-encoding", "content-length"})
 
 
 class Balancer(ThreadingHTTPServer):
-    """Listens on `url` and forwards to `ports`. `served` has the requests of each port.
+    """Listens on `url` and forwards to `ports`. `served` counts the requests of each port.
 
     Static files take no turn, so that a form and the redirect after it always reach different
     processes.

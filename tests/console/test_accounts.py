@@ -84,7 +84,7 @@ async def test_account_by_header(address: str, create: Any) -> None:
 async def test_person_in_the_audit_log(
     address: str, settings: dict[str, Any], headers: dict[str, str], person: str
 ) -> None:
-    """The audit log has the person whom the sign-in proxy names, or else the account."""
+    """The audit log names the person that the sign-in proxy reports, or else the account."""
     async with visitor(address, **PROXY, **settings) as browser:
         sent = {"x-forwarded-user": "acme"} | headers
         encoded: Any = {name: value.encode("latin-1") for name, value in sent.items()}

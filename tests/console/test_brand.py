@@ -37,7 +37,7 @@ async def test_the_page_has_the_product_s_name(address: str) -> None:
 
 
 async def test_without_settings_it_is_latchkey_s_page(address: str) -> None:
-    """By default the page has Latchkey's name and icon, and no link to support."""
+    """By default the page shows Latchkey's name and icon, and no link to support."""
     async with visitor(address, account="acme") as browser:
         page = (await browser.get("/")).text
         assert "<title>API Tokens · Latchkey</title>" in page

@@ -76,7 +76,7 @@ sys.exit(main())
 
 
 def test_a_request_must_arrive_in_time(tmp_path: Path) -> None:
-    """A connection that sends a byte now and then is closed when its time is over, also after a
+    """A connection that sends a byte now and then is closed when its time is over, even after a
     first complete request."""
     start = (sys.executable, "-c", IMPATIENT)
     running = Console(tmp_path / "page", "--account", "acme", start=start)

@@ -163,7 +163,7 @@ async def test_a_pasted_secret_is_not_repeated(browser: httpx.AsyncClient, creat
 async def test_audit_log_in_pages(
     browser: httpx.AsyncClient, create: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The audit log filters and goes on to older entries, with the same filter."""
+    """The audit log can be filtered, and its next page of older entries has the same filter."""
     monkeypatch.setattr("latchkey_console.operations.ROWS", 2)
     created = [await create(account_id="paged") for _ in range(3)]
     page = (await browser.get("/audit?account=paged&method=Create")).text

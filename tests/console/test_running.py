@@ -318,7 +318,7 @@ def test_make_console_reports_a_failed_service() -> None:
 
 
 async def test_make_console_uses_a_running_service(address: str) -> None:
-    """Beside a service that runs already, `make console` starts only the console."""
+    """Beside a service that is already running, `make console` starts only the console."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("LATCHKEY_")}
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-P", "-m", "latchkey_console.together", "team-7"),

@@ -236,7 +236,7 @@ def test_an_unconfirmed_deletion_can_be_repeated(browser: Browser, world: World)
     assert {world.verdict(created.secret) for created in made} == {"VERDICT_DELETED"}
 
 
-def test_a_review_can_be_done_with(browser: Browser, world: World, script: bool) -> None:
+def test_a_review_can_be_marked_as_done(browser: Browser, world: World, script: bool) -> None:
     """A finding that was reviewed is hidden until further tokens have it or until it is shown
     again. Another account sees all of its own."""
     fine = {"seconds": 60 * 86_400}

@@ -188,7 +188,7 @@ class Life:
             token=pb.Token(**{path: value}),
             update_mask=field_mask_pb2.FieldMask(paths=[path]),
         )
-        # The name that a token shows changes nothing, also if it has lost it.
+        # The name that a token shows changes nothing, even if it has lost it.
         changes = getattr(token, attribute) != value
         answer = await self.call("Update", token.account, request, changes=changes)
         if token.deleted:
@@ -261,7 +261,7 @@ class Life:
         await self.create(token.account, token.name, token.scope, lost=0)
 
     async def prolong(self, token: Model) -> None:
-        """Let the token live for ever, also if it has expired."""
+        """Let the token live for ever, even if it has expired."""
         if isinstance(await self.set_expiry(token, None), pb.UpdateResponse):
             token.expired = False
 

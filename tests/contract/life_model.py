@@ -38,7 +38,7 @@ class Model:
     secrets: list[tuple[str, bool]] = field(default_factory=list)
     # The secret whose first use will end the older ones.
     unused: str | None = None
-    # Those that a first use ends, in a moment.
+    # Those that a first use is about to end.
     ending: set[str] = field(default_factory=set)
     # The secret with which it was imported.
     imported: str | None = None

@@ -244,7 +244,7 @@ async def test_untrusted_proxy_headers_are_refused(
         (("x-forwarded-client-cert", "By=spiffe://x/y;Hash=ab"), *forwarded(manager)),
         (*forwarded(manager), *forwarded(manager)),
         forwarded(f"URI={uri('verifier')},By={PROXY};{manager}"),
-        # A SPIFFE name must be the only URI in its certificate; and values that look like parts of
+        # A SPIFFE name must be the only URI in its certificate. Values must not look like parts of
         # a name.
         forwarded(f"URI=http://x;{manager}"),
         forwarded(f"DNS=x;{manager}"),

@@ -1,4 +1,4 @@
-"""Changes of a token as any client sees them, over each transport: Update, Disable, Enable."""
+"""Changes to a token as any client sees them, over each transport: Update, Disable, Enable."""
 
 import asyncio
 from datetime import UTC, datetime, timedelta

@@ -94,7 +94,7 @@ async def test_old_secrets_and_deleted_tokens_are_found(
 
 
 async def test_pages_cover_all_accounts_once(own_address: str, database_url: str) -> None:
-    """Pages list each token once, newest first, also one that has two secrets with the hint."""
+    """Pages list each token once, newest first, even one that has two secrets with the hint."""
     async with (
         grpc.aio.insecure_channel(own_address) as channel,
         session(database_url) as connection,

@@ -99,7 +99,7 @@ async def test_create_within_the_strictest_limit(stub: Any) -> None:
 
 
 async def test_update_and_rotate_within_the_limit(stub: Any) -> None:
-    """An Update of the expiry, and the grace of a Rotate, have the same limit. Other changes of a
+    """An Update of the expiry, and the grace of a Rotate, have the same limit. Other changes to a
     token that lives longer, because it is older than the limit, stay possible."""
     made = await stub.Create(create(ttl=days(90)), **as_("manager"))
 

@@ -331,7 +331,7 @@ async def test_the_largest_filter(stub: TokenServiceAsyncStub) -> None:
     assert (await stub.DeleteAll(request)).count == 0
 
 
-async def test_a_leaked_secret_counts_until_it_has_gone(stub: Any, create: Create) -> None:
+async def test_a_leaked_secret_counts_until_it_is_gone(stub: Any, create: Create) -> None:
     """The filter finds a token while a reported secret is one that owners see: the newest one, or
     an older one that still works."""
 

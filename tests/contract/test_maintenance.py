@@ -205,8 +205,8 @@ async def test_operators_of_all_accounts_may_call_it(settings: Settings, scratch
         ]
 
 
-async def test_a_receipt_counts_servers_and_clients_apart(settings: Settings) -> None:
-    """The client library's receipt has every count of the contract's receipt."""
+async def test_a_receipt_counts_servers_and_clients_separately(settings: Settings) -> None:
+    """The client library's receipt contains every count of the contract's receipt."""
     async with (
         serving(with_lease(settings, LONG_LEASE_SECONDS)) as address,
         latchkey.Client(address) as operator,

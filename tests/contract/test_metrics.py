@@ -168,7 +168,7 @@ async def test_an_unreachable_database(server: Server) -> None:
 
     parts.connector._hosts.connect = away  # type: ignore[method-assign]  # the network fails
     parts.lookup.reconnect()
-    # Health looks up a secret all the time.
+    # Health looks up a secret continually.
     await eventually(lambda: read(server).get("latchkey_lookup_failures_total") > 0, "it fails")
     rows = parts.renewer._rows
     assert isinstance(rows, PostgresRows)

@@ -80,7 +80,7 @@ async def test_limit_fills_again(stub, create):
 
 
 async def test_batch_spends_a_call_for_each_item(stub, create):
-    """Each item of a BatchVerify counts, also for the same token, cached or not."""
+    """Each item of a BatchVerify counts, even for the same token, cached or not."""
     created = await create(rate_limit=limit(1, burst=5))
     other = await create(rate_limit=limit(1, burst=1))
     free = await create()

@@ -91,7 +91,7 @@ async def test_files_have_comments(channel: grpc.aio.Channel) -> None:
 
 
 async def test_unknown_names_are_answers(channel: grpc.aio.Channel) -> None:
-    """Whatever does not exist is NOT_FOUND within the stream, which then goes on."""
+    """Whatever does not exist is NOT_FOUND within the stream, which then continues."""
     extension = {"containing_type": "latchkey.v1.Token", "extension_number": 7}
     answers = await ask(
         channel,

@@ -361,7 +361,7 @@ async def test_report_secrets(stub, create, address):
     ours = {one.token.id, two.token.id}
     entries = [(e.account_id, e.token_id) for e in page.entries if e.token_id in ours]
     assert sorted(entries) == [("acme", one.token.id), ("other", two.token.id)]
-    # The mark goes with the secret that leaked.
+    # The mark disappears with the secret that leaked.
     retired = await stub.RetireSecrets(pb.RetireSecretsRequest(account_id="acme", id=one.token.id))
     assert not any(secret.HasField("leak_report_time") for secret in retired.token.secrets)
 

@@ -369,7 +369,8 @@ async def test_a_client_that_does_not_report_is_served_as_before(
 async def test_a_server_that_stops_writes_the_uses(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A clean stop of a server loses no use, also of those that clients report in the meantime."""
+    """A clean stop of a server loses no use, including those that clients report in the
+    meantime."""
 
     async def write_nothing(_writer: UsageWriter) -> None:
         await asyncio.Event().wait()

@@ -193,7 +193,7 @@ async def test_a_client_that_never_confirms_delays_one_delete_by_its_lease(
 ):
     """The Delete waits once for the end of an unconfirming client's lease, however often the
     client requests grants. The client receives no grant, and the next Delete does not wait for
-    it. The receipt counts it. `tests/unit/coherence` has the other ways to dodge.
+    it. The receipt counts it. `tests/unit/coherence` tests the other ways to dodge.
     """
     await client.granted()
     known = client.applied

@@ -168,7 +168,7 @@ async def knocks(postgres: BreakablePostgres) -> AsyncIterator[Callable[[], Knoc
 
 
 @pytest.mark.parametrize("fault", ["stopped", "frozen"])
-async def test_recovery_is_no_stampede(
+async def test_recovery_causes_no_stampede(
     fault: str,
     postgres: BreakablePostgres,
     ask: Asker,

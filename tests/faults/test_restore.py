@@ -1,7 +1,7 @@
 """A deleted token stays dead when Postgres loses commits: a backup is restored, or commits were not
 durable.
 
-The service runs as its users run it, also while the database is replaced.
+The service runs as its users run it, even while the database is replaced.
 """
 
 import asyncio

@@ -57,7 +57,7 @@ class Entry:
 
 TARGETS = {
     "secrets": Entry(
-        "secret_text", "nothing", "parser of secrets, the client's too, and redaction"
+        "secret_text", "nothing", "parsers of secrets in server and client, and redaction"
     ),
     "page-tokens": Entry("page_tokens", "nothing", "page tokens of tokens and of the audit log"),
     "policy": Entry("policy_file", "nothing", "policy file: a Policy, or an error with its line"),

@@ -83,7 +83,7 @@ def waiting_server(
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         cwd=ROOT,
-        # Python chooses its encodings at its start.
+        # Python chooses its encodings at startup.
         env={
             **os.environ,
             "LANG": "C.UTF-8",
@@ -242,7 +242,7 @@ def receive(connection: socket.socket) -> Run | None:
 
 
 def become(run: Run) -> list[str]:
-    """Give this process what Python would have given it at its start; return its arguments."""
+    """Give this process what Python would have given it at startup; return its arguments."""
     option, *arguments = run.arguments
     if option == "--terminal":
         os.setsid()
@@ -259,7 +259,7 @@ def become(run: Run) -> list[str]:
     os.environ.update(run.variables)
     time.tzset()
     sys.path[0] = run.folder
-    # As from a terminal, also if the tests run under nohup.
+    # As from a terminal, even if the tests run under nohup.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # As Python opens them in a locale of UTF-8.

@@ -1,7 +1,7 @@
 """Starts the service and the console in processes that are forked from one that has imported them.
 
 Supervisor and worker each need almost half a second of processor time to import what they use, and
-tests start a service some hundred times. Tests of the start itself, of what Python does before the
+tests start a service hundreds of times. Tests of the start itself, of what Python does before the
 service's own code runs, and of memory start Python instead.
 """
 
@@ -148,7 +148,7 @@ def fork_service(
 ) -> ForkedProcess | None:
     """Run `python -m latchkey_service` in a forked process, or return None if it needs a Python
     that was started for it."""
-    # A test changes what Python does at its start.
+    # A test changes what Python does at startup.
     if not _servers or sys.platform != "linux" or "PYTHONPATH" in environment:
         return None
     return _servers[-1].service.fork("latchkey_service", (), environment, folder, out, err)

@@ -1,7 +1,7 @@
 """One Postgres cluster with the embedded binaries, for tests that break and restore databases.
 
 A test drives each step itself and waits until Postgres reports its effect: nothing here fails
-over automatically. Nodes listen on loopback with SCRAM, also when the tests run as root. Call
+over automatically. Nodes listen on loopback with SCRAM, even when the tests run as root. Call
 `Node.start` on the main thread: Linux ends a postmaster together with the thread that started
 it.
 """
@@ -349,7 +349,7 @@ class Node:
         )
 
     async def flush(self) -> None:
-        """Make everything durable that was committed so far, also without synchronous_commit."""
+        """Make everything durable that was committed so far, even without synchronous_commit."""
         await self.execute("SELECT pg_logical_emit_message(true, 'test', '')")
 
     async def restore(self, backup: Path, *, new_timeline: bool, **recovery: str) -> None:

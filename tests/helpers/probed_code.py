@@ -3,7 +3,7 @@ tests only one prepares each module.
 
 SlipCover parses and compiles a module from its source, and with Python 3.11 adds probes to the
 code. For all modules of the service and the clients, that takes several seconds of processor time,
-and a run has some ten processes that import them.
+and a run has about ten processes that import them.
 """
 
 import ast

@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 TOOLS = ROOT / ".tools"
-# A slow apt mirror; some 100 MB.
+# A slow apt mirror; about 100 MB.
 APT_SECONDS = 420.0
 # A build on a slow machine: Helm takes two minutes of one processor.
 GO_SECONDS = 480.0

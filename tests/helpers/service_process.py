@@ -31,7 +31,7 @@ PYTHON: Final = (sys.executable,)
 class Service:
     """`python -m latchkey_service` as a separate process, with its settings in the environment.
 
-    It always ends with everything that it started, also when a test fails.
+    It always ends with everything that it started, even when a test fails.
     """
 
     # A subclass that replaces it belongs to the tests.

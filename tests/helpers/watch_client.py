@@ -25,8 +25,8 @@ HOLD_SECONDS = 0.3
 
 
 class WatchClient:
-    """One stream. `events` has the received events in order, whether or not the test waited for
-    them."""
+    """One stream. `events` contains the received events in order, whether or not the test waited
+    for them."""
 
     def __init__(self, stub: Any, metadata: Metadata = ()) -> None:
         self.call = stub.Watch(metadata=metadata)

@@ -1,6 +1,6 @@
 """Checks the guarantee on recorded histories: no verify that began after Delete returned is VALID.
 
-What is said of Delete here holds for every change that ends a token (`records.ENDS`).
+What is said about Delete here applies to every change that ends a token (`records.ENDS`).
 
 A pure function of the histories. A Delete counts once it is confirmed. Before that, and for a
 verify that overlaps it, either answer is correct. A rejection before any Delete began is also an

@@ -118,7 +118,8 @@ class Deleters:
     async def _until_confirmed(
         self, kind: Kind, subject: Subject, number: int, *, again: bool
     ) -> None:
-        """End a token until that is confirmed, and verify it on every connection right after."""
+        """End a token, repeating the call until it is confirmed, and verify it on every connection
+        right after."""
         loop = asyncio.get_running_loop()
         give_up = loop.time() + CONFIRM_SECONDS_MAX
         while not await self._end(kind, subject, number, again=again):

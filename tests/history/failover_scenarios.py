@@ -24,7 +24,7 @@ from tests.history.scenarios import OTHER, SUSPECT, WAIT_SECONDS, Stage, Subject
 
 __all__ = ["EVERY", "MISSED", "FailoverScenario", "FailoverStage", "failover_staged", "perform"]
 
-# A host's row must outlive the failover, also on a busy machine. A host without its row starts
+# A host's row must outlive the failover, even on a busy machine. A host without its row starts
 # over, even if it lacks a rule.
 LEASE_SECONDS = 3.0
 RETRY_SECONDS = 0.1

@@ -34,7 +34,7 @@ class Kind(enum.IntEnum):
     CREATE = 4
     DELETE = 5
     COUNTS = 6
-    """Not a call: the verifier's counts so far. The start field has the number of answers from
+    """Not a call: the verifier's counts so far. The start field contains the number of answers from
     the cache, the end field the number of answers from the service, and the token field the
     verifier's number.
     """
@@ -51,7 +51,7 @@ class Kind(enum.IntEnum):
     REVOKE_SECRET = 15
     DELETE_ALL = 16
     IMPORT = 17
-    """As CREATE, but the secret exists already."""
+    """As CREATE, but for an existing secret."""
 
 
 CREATES = frozenset({Kind.CREATE, Kind.IMPORT})

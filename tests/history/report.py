@@ -116,7 +116,7 @@ def table(outcome: Outcome) -> list[str]:
     no_wait = sum(findings.ended(kind, Ended.COMMITTED) for kind in ENDS)
     run = f"{size.seconds:.0f} s, seed {size.seed}, leases of {size.lease_seconds:g} s"
     who = f"{size.workers} workers ({hosts}), {size.clients} clients, {size.deleters} deleters"
-    planned = f"of {len(outcome.planned)} planned" if outcome.planned else "one after the other"
+    planned = f"of {len(outcome.planned)} planned" if outcome.planned else "one after another"
     others = f"{no_wait} not waited for, {unconfirmed} failed and tried again"
     return [
         f"{run}, {who}",

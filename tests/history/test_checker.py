@@ -197,7 +197,7 @@ def test_lost_token(answer: Record) -> None:
 
 
 def test_not_found_is_right() -> None:
-    """NOT_FOUND is right if the Create failed or overlaps, or if a Get overlaps the token's
+    """NOT_FOUND is correct if the Create failed or overlaps, or if a Get overlaps the token's
     Delete."""
     assert judge(create(1, 1, 2, Outcome.FAILED), get(1, 10, 11)).lost_count == 0
     assert judge(create(1, 1, 10), get(1, 9, 11)).lost_count == 0

@@ -9,8 +9,8 @@ model explores the rules, not the code that implements them. It consists of plai
 small tuples. The explorer applies them in every order in which messages can be delayed or lost, and
 processes can pause, die and restart.
 
-**The rules**, as the model has them (docs/protocol.md explains them). T is the length of a lease,
-and ρ the largest difference between clock rates.
+**The rules**, as the model implements them (docs/protocol.md explains them). T is the length of a
+lease, and ρ the largest difference between clock rates.
 
 1.  Every change that can turn VALID into another verdict takes the next revision from one counter
     row, locks the row until it commits, and names its token in a log under that revision. So
@@ -81,7 +81,7 @@ The model has one token (and changes that name another) and one Delete, and T is
 **Other changes that narrow a token** (Update, Disable, Rotate, RetireSecrets, RevokeSecret and
 DeleteAll) differ from Delete in two ways. A call that is repeated reads the token first, and
 confirms the change that it finds there: histories.py has that. And a later change may make the
-token VALID again. Then VALID is right from that change's commit on, and the guarantee for the
+token VALID again. Then VALID is correct from that change's commit on, and the guarantee for the
 narrowing says nothing about it. Otherwise they are the same: each takes a revision, names its
 tokens in the log and waits by rule 8, and a verdict that was read before it is outdated for the
 same reasons. What it changes does not matter: a cache drops all that it knows of a named token.

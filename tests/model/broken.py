@@ -268,7 +268,7 @@ BROKEN = (
 # Breaking these rules causes no violation, because another rule gives the same protection.
 HARMLESS = (
     # The other half of rule 11, detecting that entries are missing, is enough. (Keeping the log
-    # longer only avoids emptying caches without need.)
+    # longer only avoids emptying caches needlessly.)
     _server("11 unacknowledged entries pruned", 0),
     # Within one process that reads tokens where it reads the log, a look-up sent after the deletion
     # was applied cannot find VALID. Within a client it can.

@@ -112,7 +112,7 @@ def deletes(s: State, w: World) -> Iterator[State]:
             continue
         after = s if deletion(log) else written(s, x, log=log + letter)
         again = after is s and "8 a retry trusts a deletion that is not durable" in w.broken
-        # A repeated call that has found the deletion can do no more from now on than this one.
+        # From now on, a repeated call that has found the deletion can do no more than this one.
         confirmed = after._replace(delete=w.ticks, found=False)
         yield confirmed if durable(s, x, w) or again else after
 

@@ -80,7 +80,7 @@ def deletes(s: State, w: World) -> Iterator[State]:
 
 
 def changes_another(s: State, w: World) -> Iterator[State]:
-    """A change of another token commits (rule 1)."""
+    """A change to another token commits (rule 1)."""
     if w.others and w.others not in s.log:
         yield s._replace(log=s.log + w.others)
 

@@ -184,7 +184,7 @@ class Sibling(Server):
             self.renew_once()
 
     def stop(self) -> None:
-        """Shut down. The row at the lead goes with the release, which may be lost."""
+        """Shut down. The release removes the row at the lead, but may be lost."""
         self.stopping = True
         for stream in self.streams:
             stream.session.close()

@@ -41,7 +41,7 @@ class LimitedSteps:
         self._all_verify(40)
 
     def a_busy_time(self) -> None:
-        """All need more calls than there are, for some seconds. Leases are renewed meanwhile."""
+        """All need more calls than there are, for a few seconds. Leases are renewed meanwhile."""
         for number in range(self.random.randint(4, 24)):
             self.now += ROUND_SECONDS
             if number % 3 == 0:

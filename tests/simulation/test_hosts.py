@@ -77,7 +77,7 @@ def renew_for_longer(self: HostLead, sibling: Record, applied: Any, acknowledged
 
 
 def adopt_without_a_record(self: HostLead, *arguments: Any) -> bool:
-    """Rule 7 broken: the sibling's row goes before the lead has its lease on record."""
+    """Rule 7 broken: the sibling's row is removed before the lead has recorded its lease."""
     sibling = arguments[0]
     done = adopt(self, *arguments)
     if done:
@@ -94,7 +94,7 @@ def adopt_what_is_behind(
     server: Any,
     now: float,
 ) -> bool:
-    """Rule 8 broken: a row goes although the lead's row has acknowledged more."""
+    """Rule 8 broken: a row is removed although the lead's row has acknowledged more."""
     state = self._state
     if not self.ready(now) or state.recent.after(applied) is None:
         return False

@@ -27,7 +27,7 @@ SEEDS_FOR_A_MUTANT = range(40, 240)
 def run(seed: int) -> World:
     """Run a new world to its end, or until it exceeds the bound."""
     random = Random(seed)  # noqa: S311 - a schedule, not a secret
-    # Without timelines, a server may draw from a deposed primary until the next change of a token
+    # Without timelines, a server may draw from a deposed primary until the next change to a token
     # shows that its history is another one.
     world = World(random, timelines=True, limited=True)
     for _ in range(STEPS):

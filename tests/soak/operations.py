@@ -67,7 +67,7 @@ class Operations:
         self.live: list[str] = []
         """Secrets of the permanent tokens."""
         self._guest_is_in = True
-        # Each change of the policy is in force before the next one is made.
+        # Each change to the policy is in force before the next one is made.
         self._policy_changes = asyncio.Lock()
 
     @property

@@ -23,7 +23,7 @@ async def patiently(
 
     Repeats what the service asks to repeat, because of its load or that of the database: on a busy
     machine, the disk may take seconds for a commit. A soak looks for growth and wrong answers. It
-    goes on until `seconds` have passed, as `latchkey import` does for longer: the library's five
+    continues until `seconds` have passed, as `latchkey import` does for longer: the library's five
     attempts may not outlast a busy machine.
     """
     end = time.monotonic() + seconds

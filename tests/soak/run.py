@@ -26,7 +26,7 @@ __all__ = ["run"]
 
 SAMPLE_SECONDS = 5.0
 SAMPLES_MIN = 40
-# A busy machine takes fewer samples in the same time. Too few show no trend, so the load goes on
+# A busy machine takes fewer samples in the same time. Too few show no trend, so the load continues
 # until so many can be judged, but not much longer than the run may take.
 JUDGED_MIN = 2 * BLOCKS_MIN
 LONGER_SECONDS_MAX = 60.0

@@ -36,7 +36,7 @@ class Name:
 
 
 class Samples:
-    """Series of samples of a running service. `series` has all samples so far."""
+    """Series of samples of a running service. `series` contains all samples so far."""
 
     def __init__(self, service: Service, database_url: str) -> None:
         self.series: dict[Name, list[Point]] = defaultdict(list)

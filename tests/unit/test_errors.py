@@ -39,7 +39,7 @@ def test_clients_can_receive_any_number_of_violations(text: str, count: int) -> 
 
 
 def test_the_reason_of_an_unnamed_violation_counts() -> None:
-    """Programs see the reason of a violation, also if the status does not name it."""
+    """Programs see the reason of a violation, even if the status does not name it."""
     many = [FieldViolation("permissions", "x" * 80)] * 64
     expiry = FieldViolation("ttl", "is required", "EXPIRY_REQUIRED")
     assert InvalidArgument(*many, expiry).reason == "EXPIRY_REQUIRED"

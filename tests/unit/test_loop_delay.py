@@ -148,7 +148,7 @@ def test_time_outs_of_a_busy_process_are_explained(monkeypatch: pytest.MonkeyPat
 
 
 def test_an_old_delay_does_not_excuse_the_database(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A database that hangs is named, although the event loop was late some seconds before."""
+    """A database that hangs is named, although the event loop was late a few seconds before."""
     loop = Loop()
     monkeypatch.setattr(loop_delay, "WATCH", loop.watch)
     loop.block(1.0)

@@ -155,7 +155,7 @@ def test_what_a_dump_confirms(entropy, other):
 
 
 def test_imported_digest_depends_on_pepper_and_secret():
-    """The digest of an imported secret is neither its hash nor that of a secret of ours, and each
+    """The digest of an imported secret is neither its hash nor that of a Latchkey secret, and each
     pepper has another one."""
     secret = "acme_live_" + "x" * 30
     hashed = sha256(secret.encode()).digest()
@@ -183,6 +183,6 @@ def test_imported_digest_depends_on_pepper_and_secret():
     ],
 )
 def test_hint_shows_little(secret, hint):
-    """A hint has the last four characters, and a prefix only if it looks like one of ours. Service
-    and client library agree, so that the uses of a secret count together."""
+    """A hint contains the last four characters, and a prefix only if it looks like a prefix of
+    Latchkey. Service and client library agree, so that the uses of a secret count together."""
     assert hint_of(secret) == client_hint_of(secret) == hint

@@ -194,7 +194,7 @@ def delete_all(
     the command again: it deletes what is left.
 
     With --json, the output is one object with the count and the last receipt,
-    which also covers the earlier calls. With --dry-run, it has the count and
+    which also covers the earlier calls. With --dry-run, it contains the count and
     the first 500 tokens.
     """
     if not yes and not dry_run:

@@ -89,7 +89,7 @@ def update(
     for each one that the token should have afterwards.
 
     If the change takes something away, it is in effect everywhere when the
-    command returns. With --json, the output has the token and the receipt,
+    command returns. With --json, the output contains the token and the receipt,
     which is null if nothing was taken away.
     """
     for values, none, options in (

@@ -1,4 +1,4 @@
-"""The command `import`: creates tokens from the hashes of secrets that exist already."""
+"""The command `import`: creates tokens from the hashes of existing secrets."""
 
 import asyncio
 import io
@@ -44,7 +44,7 @@ NUMBER_MAX: Final = 100
 _NAME_LENGTH_MAX: Final = 64
 # For each batch. Longer than a failover, and than any queue of the service takes.
 PATIENCE_SECONDS: Final = 60.0
-# From one attempt to the next while the service restarts, which takes some seconds.
+# From one attempt to the next while the service restarts, which takes a few seconds.
 RESTART_RETRY_SECONDS: Final = 1.0
 # Refused rows in JSON output.
 _LISTED_MAX: Final = 10_000
@@ -140,15 +140,15 @@ def import_tokens(
     timeout: TimeoutOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Create tokens whose secrets exist already, from the hashes of these secrets.
+    """Create tokens for existing secrets, from the hashes of these secrets.
 
-    Each row has the SHA-256 hash of a whole secret, in hexadecimal or base64,
+    Each row contains the SHA-256 hash of a whole secret, in hexadecimal or base64,
     in the column 'hash'. Other columns: account, name, scope, expires, created,
     hint, description, networks, permissions, rate, enabled, and label.NAME.
 
-    It is safe to run this again: rows whose secrets are there already are
-    skipped. A row that is refused does not stop the others. The exit code is 2
-    if any row is refused.
+    It is safe to run this again: rows whose secrets are already imported are
+    skipped. A row that is refused does not stop the others. The exit code is 2 if
+    any row is refused.
     """
     progress = _Progress("standard input" if file == "-" else file, dry_run, as_json)
     defaults = _Defaults(account, scope, expires or Expiry(), labels_of(label or []))
@@ -230,7 +230,7 @@ def _rows(
         where = f"line {error.line} of {progress.source}" if error.line else progress.source
         raise Failure(
             f"{where} {error}",
-            "correct it and run this again, which skips what is there already",
+            "correct it and run this again, which skips what is already imported",
             Exit.USAGE,
             code="USAGE",
         ) from None
@@ -320,7 +320,7 @@ def _call(
 
     doing = Doing(
         f"import lines {batch[0].line} to {batch[-1].line}",
-        "run this again, which is safe: it skips what is there already",
+        "run this again, which is safe: it skips what is already imported",
         # Whether this call was sent or not, earlier batches have changed something.
         changes=False,
     )
@@ -403,7 +403,7 @@ def _summarise(progress: _Progress) -> None:
         return
     rows = [
         ("would be imported" if progress.dry_run else "imported", counts["imported"]),
-        ("there already, skipped", counts["exists"]),
+        ("already imported, skipped", counts["exists"]),
         ("expired, skipped", counts["expired"]),
         ("refused", counts["refused"]),
     ]

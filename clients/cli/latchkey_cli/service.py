@@ -153,7 +153,7 @@ def migrate(
     """Bring the database to this release, as the owner of its tables.
 
     Needed only if the service runs with a role that may not change tables, or
-    with LATCHKEY_MIGRATE=off. LATCHKEY_MIGRATION_URL or --database-url-file has
+    with LATCHKEY_MIGRATE=off. LATCHKEY_MIGRATION_URL or --database-url-file gives
     the URL of the owner, otherwise LATCHKEY_DATABASE_URL. --grant gives the role
     of the service its rights, and no others.
     """

@@ -61,7 +61,7 @@ class Session:
         self._runner = asyncio.Runner()
 
     def run(self, call: Coroutine[Any, Any, T], doing: Doing) -> T:
-        """Run `call` and return its result. Raises Failure, also on Ctrl-C."""
+        """Run `call` and return its result. Raises Failure, even on Ctrl-C."""
         try:
             return self._runner.run(call)
         except latchkey.LatchkeyError as error:
@@ -81,7 +81,7 @@ class Session:
         """Return `error`, or the error of the address that matters.
 
         A name such as localhost often has two addresses. gRPC reports the error of the one that it
-        tried last. If nothing listens on that one, the error hides a fault of TLS on the other.
+        tried last. If nothing listens on that one, the error hides a TLS fault on the other.
         """
         if not isinstance(error, latchkey.Unavailable) or error.reason is not None:
             return error
@@ -174,7 +174,9 @@ def _words(  # noqa: PLR0911 - a table with one row for each error
             to_do = f"{doing.if_lost}; --timeout allows more time"
             return f"{target} did not answer in time", to_do, Exit.UNAVAILABLE
         case latchkey.Unavailable() if error.reason == "TLS_HANDSHAKE_FAILED":
-            to_do = "check --tls-ca, and that the server's certificate has the name in --target"
+            to_do = (
+                "check --tls-ca, and that the server's certificate contains the name in --target"
+            )
             return f"{target} is not trusted, or does not speak TLS", to_do, Exit.UNAVAILABLE
         case latchkey.Unavailable() if error.reason == "CONNECTION_CLOSED":
             to_do = "check --tls-ca, --tls-certificate and --tls-key: the server may require TLS "

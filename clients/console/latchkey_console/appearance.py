@@ -101,7 +101,7 @@ def _properties(path: Path, rule: Any) -> dict[str, str]:
     """Return the properties that a rule sets, by name."""
     selector = tinycss2.serialize(rule.prelude).strip() if rule.type == "qualified-rule" else ""
     if selector != ":root":
-        raise _at(path, rule, "write only :root { … }, also in a media query")
+        raise _at(path, rule, "write only :root { … }, even in a media query")
     items: list[Any] = tinycss2.parse_declaration_list(
         rule.content, skip_comments=True, skip_whitespace=True
     )

@@ -28,7 +28,7 @@ RECEIVE_SECONDS: Final = 20.0
 # Complete requests that are being answered, each of which may wait for Latchkey. Further requests
 # get 503.
 REQUESTS_MAX: Final = 500
-# For an answer by the application. A Delete waits for verifiers for some seconds.
+# For an answer by the application. A Delete waits for verifiers for a few seconds.
 ANSWER_SECONDS: Final = 60.0
 # From the end of the request until the client has read the answer.
 DELIVERY_SECONDS: Final = ANSWER_SECONDS + 10.0

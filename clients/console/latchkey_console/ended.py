@@ -37,7 +37,7 @@ PEER_SECONDS: Final = 2.0
 FETCH_SECONDS: Final = 15.0
 # How long a message is valid. This allows for its travel time and for clocks that differ.
 MESSAGE_SECONDS: Final = 60
-# The id of a session and a time, sealed. An answer can have ENDED_MAX of them.
+# A message is the id of a session and a time, sealed. An answer contains up to ENDED_MAX of them.
 MESSAGE_BYTES_MAX: Final = 1_024
 ANSWER_BYTES_MAX: Final = 4_194_304
 

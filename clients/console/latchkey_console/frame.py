@@ -267,7 +267,7 @@ def _further(listed: Listed, wanted: Filter) -> dict[str, Any]:
         return {"further": None}
     after = wanted.after(listed.following, wanted.at or listed.now)
     # Without the script, the next page repeats these rows, up to a limit. A search that found fewer
-    # goes on where it ended.
+    # continues where it ended.
     full = len(listed.rows) == wanted.rows < ROWS_MAX
     whole = wanted.more() if full else after
     anchor = f"#{listed.rows[-1].id}" if whole is not after and listed.rows else ""

@@ -297,7 +297,7 @@ async def _rows(
 async def _findings(
     client: Client, account_id: str, now: datetime, *, use_recorded: bool
 ) -> list[review.Finding]:
-    """Return the findings about all tokens, most urgent first, without kinds that have none."""
+    """Return the findings about all tokens, most urgent first, omitting kinds without findings."""
     at_once = asyncio.Semaphore(COUNTS_AT_ONCE)
 
     async def count(kind: review.Kind) -> review.Finding | None:

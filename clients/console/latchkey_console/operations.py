@@ -128,7 +128,7 @@ class Operations:
         return self._page(request, viewer, "token", values)
 
     async def _recent_calls(self, token_id: str) -> list[latchkey.AuditEntry]:
-        """Return the newest calls about a token, without those that visits of this view make."""
+        """Return the newest calls about a token, except those that this view itself makes."""
         calls: list[latchkey.AuditEntry] = []
         wanted, position = latchkey.AuditFilter(token_id=token_id), ""
         for _ in range(RECENT_PAGES_MAX):

@@ -208,7 +208,7 @@ class Pages:
             try:
                 token = await self._client.get(visit.account_id, used.token_id)
             except latchkey.LatchkeyError as error:
-                _log.info("the token is not named: %s", error.code.name)
+                _log.info("token name unavailable: %s", error.code.name)
             else:
                 what = f"the token “{visible(token.name)}”"
         text = (

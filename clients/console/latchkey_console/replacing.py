@@ -53,8 +53,8 @@ class Replacements:
         moved = False
         try:
             if wanted.ttl is not None:
-                # First, because a failure leaves nothing behind that somebody could miss. A new
-                # secret that nobody sees would be worse.
+                # First, because nothing is lost if it fails. If it came last, its failure would
+                # leave a new secret that nobody has seen.
                 expire_time = self._now() + wanted.ttl
                 await self._client.update(account_id, wanted.token_id, expire_time=expire_time)
                 moved = True

@@ -12,7 +12,7 @@ __all__ = ["REFUSED_SECONDS", "Reporters"]
 _log = logging.getLogger("latchkey.console")
 
 # How long the answer of the policy to one account counts. Each refusal makes an entry in the audit
-# log. After a change of the policy or of the credential, nobody should wait longer for the names.
+# log. After a change to the policy or the credential, nobody should wait longer for the names.
 REFUSED_SECONDS: Final = 600.0
 # Accounts whose refusals are remembered. One takes about a hundred bytes.
 ACCOUNTS_MAX: Final = 10_000

@@ -124,7 +124,8 @@ _BY_USE: Final = frozenset({Kind.UNUSED, Kind.NEVER_USED})
 _REPLACE: Final = ("replace", "Replace")
 _DELETE: Final = ("delete", "Delete")
 _EDIT: Final = ("edit", "Edit")
-# For the other kinds, a new secret is the remedy. Its form suggests a later expiry if that is near.
+# For the other kinds, a new secret is the remedy. Its form suggests a later expiry if the current
+# one is near.
 _REMEDIES: Final = {
     Kind.LEAKED: (_REPLACE, _DELETE),
     Kind.EXPIRED: (_DELETE,),

@@ -40,7 +40,7 @@ def serve(
 ) -> None:
     """Serve an application on the main thread until a signal. Logs to standard error.
 
-    `name` is that of the logger whose information is shown too, not only its warnings.
+    The logger called `name` also shows information, and not only warnings.
     """
     _log_to_stderr(name)
     # One process: the first signal stops it, and a load balancer can spread over several.

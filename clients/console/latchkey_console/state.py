@@ -1,7 +1,8 @@
 """Seals what browsers and other processes of the console keep for it: encrypted and authenticated.
 
 The console has no database. With a key file that all its processes share, each of them can continue
-what another one began. Without it, each process has a random key, and its state ends with it.
+what another one began. Without a key file, each process uses a random key, and what it sealed is
+lost when it stops.
 
 Each console and each purpose has separate keys, derived from those of the file, so that a value
 that was sealed for one of them is worthless for any other.

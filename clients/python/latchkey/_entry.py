@@ -78,7 +78,7 @@ class CacheEntry(Entry):
         Only one clock, the service's, decides whether a token has expired.
         """
         self.uses = 0
-        """How often it has answered VALID or, if it is final, at all. Any thread may count."""
+        """How often it has answered VALID or, if it is final, anything. Any thread may count."""
         self.last_use = 0.0
         """When it last did. In seconds of `boottime`."""
         self.idle = True

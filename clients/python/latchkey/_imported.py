@@ -12,7 +12,7 @@ from latchkey.models import Scope
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportedToken:
-    """A token to import, whose secret exists already. The fields are those of `Client.create`."""
+    """A token to import, for an existing secret. The fields are those of `Client.create`."""
 
     account_id: str
     name: str

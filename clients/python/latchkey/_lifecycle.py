@@ -1,6 +1,7 @@
 """The methods of `Client` that change existing tokens.
 
-This module builds their requests. `client.py` has the other methods, and `_connection` the calls.
+This module builds their requests. `client.py` contains the other methods, and `_connection` the
+calls.
 """
 
 from collections.abc import Iterable, Mapping
@@ -249,9 +250,9 @@ class LifecycleCalls(Connection):
         validate_only: bool = False,
         timeout_seconds: float | None = None,
     ) -> tuple[ImportResult, ...]:
-        """Create 1 to 1,000 tokens whose secrets exist already, from the hashes of these secrets.
+        """Create 1 to 1,000 tokens for existing secrets, from the hashes of these secrets.
 
-        The results come in the order of the tokens. A secret that a token has already, or had, is
+        The results come in the order of the tokens. A secret that a token already has, or had, is
         not imported again, so this is safe to repeat. With `validate_only`, it imports nothing.
         Needs the role `importer` for all accounts if the service has a policy.
         """

@@ -57,7 +57,7 @@ BUDGET_TOKENS_PER_SUCCESS: Final = 0.1
 
 
 # The default deadline of the whole call, including attempts and delays. Every method may be
-# retried: repeating it is harmless by the contract, also after an answer was lost. Create and
+# retried: repeating it is harmless by the contract, even after an answer was lost. Create and
 # Rotate are repeated under one request_id, which the client sets.
 TIMEOUTS_SECONDS: Final[Mapping[str, float]] = {
     # A repeated Create or Rotate ends the secret that nobody received, and waits for that.

@@ -122,7 +122,7 @@ def metadata() -> tuple[tuple[str, str], ...]:
 def continued(traceparent: Sequence[str]) -> Iterator[None]:
     """Continue the trace of a request, unless the application itself does.
 
-    `traceparent` has the values of the request's header.
+    `traceparent` contains the values of the request's header.
     """
     if (
         not _installed

@@ -26,7 +26,7 @@ REPORT_SECONDS_MAX: Final = 4.0
 REPORT_SHARE_MIN: Final = 0.75
 # The most uses that a server accepts in one report.
 USES_IN_REPORT_MAX: Final = 1_000
-# Used entries that wait to be reported. Most are also in the cache; the others, at some 300 bytes
+# Used entries that wait to be reported. Most are also in the cache; the others, at about 300 bytes
 # each, were evicted meanwhile. When the list is full, further entries are not counted.
 USED_MAX: Final = 200_000
 # At this share of it, uses are reported early.

@@ -210,7 +210,7 @@ def _pem(name: str, path: Path, kind: str) -> bytes:
     kinds = [block.decode() for block in re.findall(rb"-----BEGIN ([A-Z0-9 ]+)-----", data)]
     if any(found.endswith(kind) for found in kinds):
         return data
-    # It may be a key in the place of a certificate. See Access.__init__.
+    # It may be a key in place of a certificate. See Access.__init__.
     del data
     if not kinds:
         raise AccessError(f"{name}: {path} is not a PEM file")

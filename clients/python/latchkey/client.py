@@ -1,7 +1,7 @@
 """`Client`: one method for each RPC of `latchkey.v1`, except Watch, which `Verifier` uses.
 
-`_connection` makes the calls, and `_lifecycle` has the methods that change existing tokens. None of
-them caches tokens or verdicts; the Verifier does.
+`_connection` makes the calls, and `_lifecycle` contains the methods that change existing tokens.
+None of them caches tokens or verdicts; the Verifier does.
 """
 
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping

@@ -338,7 +338,7 @@ class _Engine:
 
     It has no reference to its owner, the `Verifier` or `Client` of this module, which would never
     be garbage-collected. This is not anyio's portal, because a call and a stop must end within
-    bounds, also during a garbage collection, and a forked child must get an error.
+    bounds, even during a garbage collection, and a forked child must get an error.
     """
 
     # The process that first used gRPC. In a child forked later, gRPC aborts the process or receives

@@ -168,8 +168,8 @@ class Verifier:
     ) -> Verification | None:
         """Return a cached answer that may not be VALID, unless the token may have expired.
 
-        Separate, so that the common path need not look at the verdict to count a use. Returns None
-        too if the token has a rate limit, and the service may have a call of it.
+        Separate, so that the common path need not look at the verdict to count a use. Also returns
+        None if the token has a rate limit and the service may have a call left for it.
         """
         if entry.expires_at is not None and _wall_clock() >= entry.expires_at:
             return None

@@ -167,7 +167,7 @@ class AuditEntry(_message.Message):
     method: _builtins.str
     """Full name of the method, such as /latchkey.v1.TokenService/Create. Or
     /latchkey.v1.Policy/InForce: a server process put a policy in force; then
-    `peer` names the process, and `reason` has the SHA-256 of the policy.
+    `peer` names the process, and `reason` contains the SHA-256 of the policy.
     """
     account_id: _builtins.str
     """The account that the request named. Empty: invalid, or several accounts."""

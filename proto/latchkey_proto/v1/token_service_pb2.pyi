@@ -1345,8 +1345,8 @@ class RotateResponse(_message.Message):
 
     @_builtins.property
     def receipt(self) -> Global___Receipt:
-        """Proof that the end of the older secrets, now or after `grace`, is known
-        everywhere.
+        """Proof that every verifier knows when the older secrets end: now, or after
+        `grace`.
         """
 
     def __init__(
@@ -1814,7 +1814,7 @@ Global___ImportRequest: _TypeAlias = ImportRequest  # noqa: Y015
 
 @_typing.final
 class ImportedToken(_message.Message):
-    """A token to import. Its fields have the rules of CreateRequest."""
+    """A token to import. Its fields follow the rules of CreateRequest."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

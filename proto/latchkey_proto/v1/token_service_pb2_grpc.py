@@ -39,12 +39,12 @@ class TokenServiceStub(object):
     takes something away narrow. When such a call returns OK with a Receipt that
     has an effective_time, no verify that starts anywhere answers under the old
     state: the call waits as described at Delete. With the reason
-    CHANGE_NOT_CONFIRMED, the change stands, but the deadline was too short for
-    the wait: repeat the call. With `no_wait`, the call returns once the change is
-    committed, and its receipt has no effective_time. A change that widens a token
-    returns at once, without a receipt. Verifiers apply it as soon as they read
-    it: usually within milliseconds, without notifications within a third of a
-    lease, and a verifier that is cut off once its lease has ended.
+    CHANGE_NOT_CONFIRMED, the change is committed, but the deadline was too short
+    for the wait: repeat the call. With `no_wait`, the call returns once the
+    change is committed, and its receipt has no effective_time. A change that
+    widens a token returns at once, without a receipt. Verifiers apply it as soon
+    as they read it: usually within milliseconds, without notifications within a
+    third of a lease, and a verifier that is cut off once its lease has ended.
 
     While a server of a release without these methods still runs on the same
     database, the changes that it would not respect fail with FAILED_PRECONDITION
@@ -174,12 +174,12 @@ class TokenServiceServicer(object):
     takes something away narrow. When such a call returns OK with a Receipt that
     has an effective_time, no verify that starts anywhere answers under the old
     state: the call waits as described at Delete. With the reason
-    CHANGE_NOT_CONFIRMED, the change stands, but the deadline was too short for
-    the wait: repeat the call. With `no_wait`, the call returns once the change is
-    committed, and its receipt has no effective_time. A change that widens a token
-    returns at once, without a receipt. Verifiers apply it as soon as they read
-    it: usually within milliseconds, without notifications within a third of a
-    lease, and a verifier that is cut off once its lease has ended.
+    CHANGE_NOT_CONFIRMED, the change is committed, but the deadline was too short
+    for the wait: repeat the call. With `no_wait`, the call returns once the
+    change is committed, and its receipt has no effective_time. A change that
+    widens a token returns at once, without a receipt. Verifiers apply it as soon
+    as they read it: usually within milliseconds, without notifications within a
+    third of a lease, and a verifier that is cut off once its lease has ended.
 
     While a server of a release without these methods still runs on the same
     database, the changes that it would not respect fail with FAILED_PRECONDITION
@@ -214,7 +214,7 @@ class TokenServiceServicer(object):
     def Get(self, request, context):
         """Returns one live token. Has no side effects and is safe to retry.
         Errors: INVALID_ARGUMENT; NOT_FOUND if the account has no live token with
-        this id, also if the token belongs to another account; UNAVAILABLE.
+        this id, even if the token belongs to another account; UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -232,8 +232,8 @@ class TokenServiceServicer(object):
         matter: `expires_before`, `never_expires` and TOKEN_STATE_EXPIRED with
         TOKEN_ORDER_EXPIRY, `unused_since` and `never_used` with
         TOKEN_ORDER_LAST_USE, and `ids` with any order.
-        Errors: INVALID_ARGUMENT, also for a condition that this server does not
-        know; UNAVAILABLE.
+        Errors: INVALID_ARGUMENT, including for a condition that this server does
+        not know; UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -250,9 +250,9 @@ class TokenServiceServicer(object):
         retry is safe.
         Errors: INVALID_ARGUMENT; NOT_FOUND if the account has no such token: it
         never had it, or the tombstone has been removed; UNAVAILABLE, after which
-        the deletion may or may not stand: retry. With the reason
-        DELETION_NOT_CONFIRMED, the deletion stands, but the deadline was too short
-        for the wait: retry to get the receipt.
+        the deletion may or may not be committed: retry. With the reason
+        DELETION_NOT_CONFIRMED, the deletion is committed, but the deadline was too
+        short for the wait: retry to get the receipt.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -265,13 +265,14 @@ class TokenServiceServicer(object):
         a smaller burst; otherwise it widens the token or changes nothing that
         verifies depend on. An Update that does both narrows.
         Idempotent: an Update that sets scope, expire_time, allowed_networks,
-        permissions or rate_limit to the values that they have returns a receipt for
-        a later position, once earlier changes are in effect everywhere.
-        Errors: INVALID_ARGUMENT, also for an unknown path, and with the reason
-        EXPIRY_REQUIRED or EXPIRY_TOO_LATE as for Create; NOT_FOUND if the account
-        has no live token with this id; ALREADY_EXISTS if another live token has the
-        new name; FAILED_PRECONDITION; UNAVAILABLE, after which the change may or may
-        not stand: retry.
+        permissions or rate_limit to the values that they already have returns a
+        receipt for a later position, once earlier changes are in effect
+        everywhere.
+        Errors: INVALID_ARGUMENT, including for an unknown path, and with the
+        reason EXPIRY_REQUIRED or EXPIRY_TOO_LATE as for Create; NOT_FOUND if the
+        account has no live token with this id; ALREADY_EXISTS if another live
+        token has the new name; FAILED_PRECONDITION; UNAVAILABLE, after which the
+        change may or may not be committed: retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -309,7 +310,8 @@ class TokenServiceServicer(object):
         Errors: INVALID_ARGUMENT; NOT_FOUND if the account has no live token with
         this id; ALREADY_EXISTS with the reason REQUEST_ID_REUSED;
         FAILED_PRECONDITION with the reason TOO_MANY_SECRETS if more than 5 secrets
-        would work; UNAVAILABLE, after which the rotation may or may not stand.
+        would work; UNAVAILABLE, after which the rotation may or may not be
+        committed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -361,15 +363,15 @@ class TokenServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Import(self, request, context):
-        """Creates tokens whose secrets exist already, from the SHA-256 hashes of these
+        """Creates tokens for existing secrets, from the SHA-256 hashes of these
         secrets, so that a platform can move here without new secrets. Needs a caller
         with the role importer for all accounts, because the rows may name any.
 
-        Safe to repeat: a secret that a token has already is not imported again, also
-        if that secret or its token has ended, and its row has the outcome EXISTS.
-        Each row has a result, and a wrong row does not affect the others. All new
-        tokens are committed together. Verifies accept an imported secret if its
-        prefix is among LATCHKEY_IMPORTED_PREFIXES, on every server within
+        Safe to repeat: a secret that a token already has is not imported again,
+        even if that secret or its token has ended, and its row has the outcome
+        EXISTS. Each row has a result, and a wrong row does not affect the others.
+        All new tokens are committed together. Verifies accept an imported secret
+        if its prefix is among LATCHKEY_IMPORTED_PREFIXES, on every server within
         milliseconds, without notifications within a third of a lease. Rotate gives
         an imported token a secret of this service.
         Errors: INVALID_ARGUMENT if there are no tokens or too many;
@@ -583,12 +585,12 @@ class TokenService(object):
     takes something away narrow. When such a call returns OK with a Receipt that
     has an effective_time, no verify that starts anywhere answers under the old
     state: the call waits as described at Delete. With the reason
-    CHANGE_NOT_CONFIRMED, the change stands, but the deadline was too short for
-    the wait: repeat the call. With `no_wait`, the call returns once the change is
-    committed, and its receipt has no effective_time. A change that widens a token
-    returns at once, without a receipt. Verifiers apply it as soon as they read
-    it: usually within milliseconds, without notifications within a third of a
-    lease, and a verifier that is cut off once its lease has ended.
+    CHANGE_NOT_CONFIRMED, the change is committed, but the deadline was too short
+    for the wait: repeat the call. With `no_wait`, the call returns once the
+    change is committed, and its receipt has no effective_time. A change that
+    widens a token returns at once, without a receipt. Verifiers apply it as soon
+    as they read it: usually within milliseconds, without notifications within a
+    third of a lease, and a verifier that is cut off once its lease has ended.
 
     While a server of a release without these methods still runs on the same
     database, the changes that it would not respect fail with FAILED_PRECONDITION

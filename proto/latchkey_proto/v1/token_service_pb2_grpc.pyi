@@ -40,12 +40,12 @@ class TokenServiceStub:
     takes something away narrow. When such a call returns OK with a Receipt that
     has an effective_time, no verify that starts anywhere answers under the old
     state: the call waits as described at Delete. With the reason
-    CHANGE_NOT_CONFIRMED, the change stands, but the deadline was too short for
-    the wait: repeat the call. With `no_wait`, the call returns once the change is
-    committed, and its receipt has no effective_time. A change that widens a token
-    returns at once, without a receipt. Verifiers apply it as soon as they read
-    it: usually within milliseconds, without notifications within a third of a
-    lease, and a verifier that is cut off once its lease has ended.
+    CHANGE_NOT_CONFIRMED, the change is committed, but the deadline was too short
+    for the wait: repeat the call. With `no_wait`, the call returns once the
+    change is committed, and its receipt has no effective_time. A change that
+    widens a token returns at once, without a receipt. Verifiers apply it as soon
+    as they read it: usually within milliseconds, without notifications within a
+    third of a lease, and a verifier that is cut off once its lease has ended.
 
     While a server of a release without these methods still runs on the same
     database, the changes that it would not respect fail with FAILED_PRECONDITION
@@ -80,7 +80,7 @@ class TokenServiceStub:
     Get: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.GetRequest, _token_service_pb2.GetResponse]
     """Returns one live token. Has no side effects and is safe to retry.
     Errors: INVALID_ARGUMENT; NOT_FOUND if the account has no live token with
-    this id, also if the token belongs to another account; UNAVAILABLE.
+    this id, even if the token belongs to another account; UNAVAILABLE.
     """
     List: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.ListRequest, _token_service_pb2.ListResponse]
     """Lists the live tokens of an account, or those that match a filter, the newest
@@ -94,8 +94,8 @@ class TokenServiceStub:
     matter: `expires_before`, `never_expires` and TOKEN_STATE_EXPIRED with
     TOKEN_ORDER_EXPIRY, `unused_since` and `never_used` with
     TOKEN_ORDER_LAST_USE, and `ids` with any order.
-    Errors: INVALID_ARGUMENT, also for a condition that this server does not
-    know; UNAVAILABLE.
+    Errors: INVALID_ARGUMENT, including for a condition that this server does
+    not know; UNAVAILABLE.
     """
     Delete: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.DeleteRequest, _token_service_pb2.DeleteResponse]
     """Deletes a token permanently. After this returns OK, no verify that starts
@@ -108,9 +108,9 @@ class TokenServiceStub:
     retry is safe.
     Errors: INVALID_ARGUMENT; NOT_FOUND if the account has no such token: it
     never had it, or the tombstone has been removed; UNAVAILABLE, after which
-    the deletion may or may not stand: retry. With the reason
-    DELETION_NOT_CONFIRMED, the deletion stands, but the deadline was too short
-    for the wait: retry to get the receipt.
+    the deletion may or may not be committed: retry. With the reason
+    DELETION_NOT_CONFIRMED, the deletion is committed, but the deadline was too
+    short for the wait: retry to get the receipt.
     """
     Update: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.UpdateRequest, _token_service_pb2.UpdateResponse]
     """Changes the fields of a token that `update_mask` lists (AIP-134). Narrows the
@@ -119,13 +119,14 @@ class TokenServiceStub:
     a smaller burst; otherwise it widens the token or changes nothing that
     verifies depend on. An Update that does both narrows.
     Idempotent: an Update that sets scope, expire_time, allowed_networks,
-    permissions or rate_limit to the values that they have returns a receipt for
-    a later position, once earlier changes are in effect everywhere.
-    Errors: INVALID_ARGUMENT, also for an unknown path, and with the reason
-    EXPIRY_REQUIRED or EXPIRY_TOO_LATE as for Create; NOT_FOUND if the account
-    has no live token with this id; ALREADY_EXISTS if another live token has the
-    new name; FAILED_PRECONDITION; UNAVAILABLE, after which the change may or may
-    not stand: retry.
+    permissions or rate_limit to the values that they already have returns a
+    receipt for a later position, once earlier changes are in effect
+    everywhere.
+    Errors: INVALID_ARGUMENT, including for an unknown path, and with the
+    reason EXPIRY_REQUIRED or EXPIRY_TOO_LATE as for Create; NOT_FOUND if the
+    account has no live token with this id; ALREADY_EXISTS if another live
+    token has the new name; FAILED_PRECONDITION; UNAVAILABLE, after which the
+    change may or may not be committed: retry.
     """
     Disable: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.DisableRequest, _token_service_pb2.DisableResponse]
     """Refuses all secrets of a token with the verdict DISABLED until Enable.
@@ -151,7 +152,8 @@ class TokenServiceStub:
     Errors: INVALID_ARGUMENT; NOT_FOUND if the account has no live token with
     this id; ALREADY_EXISTS with the reason REQUEST_ID_REUSED;
     FAILED_PRECONDITION with the reason TOO_MANY_SECRETS if more than 5 secrets
-    would work; UNAVAILABLE, after which the rotation may or may not stand.
+    would work; UNAVAILABLE, after which the rotation may or may not be
+    committed.
     """
     RetireSecrets: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.RetireSecretsRequest, _token_service_pb2.RetireSecretsResponse]
     """Ends all secrets of a token except the newest. Narrows. Idempotent: if there
@@ -183,15 +185,15 @@ class TokenServiceStub:
     Errors: INVALID_ARGUMENT; UNAVAILABLE: retry.
     """
     Import: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.ImportRequest, _token_service_pb2.ImportResponse]
-    """Creates tokens whose secrets exist already, from the SHA-256 hashes of these
+    """Creates tokens for existing secrets, from the SHA-256 hashes of these
     secrets, so that a platform can move here without new secrets. Needs a caller
     with the role importer for all accounts, because the rows may name any.
 
-    Safe to repeat: a secret that a token has already is not imported again, also
-    if that secret or its token has ended, and its row has the outcome EXISTS.
-    Each row has a result, and a wrong row does not affect the others. All new
-    tokens are committed together. Verifies accept an imported secret if its
-    prefix is among LATCHKEY_IMPORTED_PREFIXES, on every server within
+    Safe to repeat: a secret that a token already has is not imported again,
+    even if that secret or its token has ended, and its row has the outcome
+    EXISTS. Each row has a result, and a wrong row does not affect the others.
+    All new tokens are committed together. Verifies accept an imported secret
+    if its prefix is among LATCHKEY_IMPORTED_PREFIXES, on every server within
     milliseconds, without notifications within a third of a lease. Rotate gives
     an imported token a secret of this service.
     Errors: INVALID_ARGUMENT if there are no tokens or too many;
@@ -273,12 +275,12 @@ class TokenServiceAsyncStub(TokenServiceStub):
     takes something away narrow. When such a call returns OK with a Receipt that
     has an effective_time, no verify that starts anywhere answers under the old
     state: the call waits as described at Delete. With the reason
-    CHANGE_NOT_CONFIRMED, the change stands, but the deadline was too short for
-    the wait: repeat the call. With `no_wait`, the call returns once the change is
-    committed, and its receipt has no effective_time. A change that widens a token
-    returns at once, without a receipt. Verifiers apply it as soon as they read
-    it: usually within milliseconds, without notifications within a third of a
-    lease, and a verifier that is cut off once its lease has ended.
+    CHANGE_NOT_CONFIRMED, the change is committed, but the deadline was too short
+    for the wait: repeat the call. With `no_wait`, the call returns once the
+    change is committed, and its receipt has no effective_time. A change that
+    widens a token returns at once, without a receipt. Verifiers apply it as soon
+    as they read it: usually within milliseconds, without notifications within a
+    third of a lease, and a verifier that is cut off once its lease has ended.
 
     While a server of a release without these methods still runs on the same
     database, the changes that it would not respect fail with FAILED_PRECONDITION
@@ -310,7 +312,7 @@ class TokenServiceAsyncStub(TokenServiceStub):
     Get: _aio.UnaryUnaryMultiCallable[_token_service_pb2.GetRequest, _token_service_pb2.GetResponse]  # type: ignore[assignment]
     """Returns one live token. Has no side effects and is safe to retry.
     Errors: INVALID_ARGUMENT; NOT_FOUND if the account has no live token with
-    this id, also if the token belongs to another account; UNAVAILABLE.
+    this id, even if the token belongs to another account; UNAVAILABLE.
     """
     List: _aio.UnaryUnaryMultiCallable[_token_service_pb2.ListRequest, _token_service_pb2.ListResponse]  # type: ignore[assignment]
     """Lists the live tokens of an account, or those that match a filter, the newest
@@ -324,8 +326,8 @@ class TokenServiceAsyncStub(TokenServiceStub):
     matter: `expires_before`, `never_expires` and TOKEN_STATE_EXPIRED with
     TOKEN_ORDER_EXPIRY, `unused_since` and `never_used` with
     TOKEN_ORDER_LAST_USE, and `ids` with any order.
-    Errors: INVALID_ARGUMENT, also for a condition that this server does not
-    know; UNAVAILABLE.
+    Errors: INVALID_ARGUMENT, including for a condition that this server does
+    not know; UNAVAILABLE.
     """
     Delete: _aio.UnaryUnaryMultiCallable[_token_service_pb2.DeleteRequest, _token_service_pb2.DeleteResponse]  # type: ignore[assignment]
     """Deletes a token permanently. After this returns OK, no verify that starts
@@ -338,9 +340,9 @@ class TokenServiceAsyncStub(TokenServiceStub):
     retry is safe.
     Errors: INVALID_ARGUMENT; NOT_FOUND if the account has no such token: it
     never had it, or the tombstone has been removed; UNAVAILABLE, after which
-    the deletion may or may not stand: retry. With the reason
-    DELETION_NOT_CONFIRMED, the deletion stands, but the deadline was too short
-    for the wait: retry to get the receipt.
+    the deletion may or may not be committed: retry. With the reason
+    DELETION_NOT_CONFIRMED, the deletion is committed, but the deadline was too
+    short for the wait: retry to get the receipt.
     """
     Update: _aio.UnaryUnaryMultiCallable[_token_service_pb2.UpdateRequest, _token_service_pb2.UpdateResponse]  # type: ignore[assignment]
     """Changes the fields of a token that `update_mask` lists (AIP-134). Narrows the
@@ -349,13 +351,14 @@ class TokenServiceAsyncStub(TokenServiceStub):
     a smaller burst; otherwise it widens the token or changes nothing that
     verifies depend on. An Update that does both narrows.
     Idempotent: an Update that sets scope, expire_time, allowed_networks,
-    permissions or rate_limit to the values that they have returns a receipt for
-    a later position, once earlier changes are in effect everywhere.
-    Errors: INVALID_ARGUMENT, also for an unknown path, and with the reason
-    EXPIRY_REQUIRED or EXPIRY_TOO_LATE as for Create; NOT_FOUND if the account
-    has no live token with this id; ALREADY_EXISTS if another live token has the
-    new name; FAILED_PRECONDITION; UNAVAILABLE, after which the change may or may
-    not stand: retry.
+    permissions or rate_limit to the values that they already have returns a
+    receipt for a later position, once earlier changes are in effect
+    everywhere.
+    Errors: INVALID_ARGUMENT, including for an unknown path, and with the
+    reason EXPIRY_REQUIRED or EXPIRY_TOO_LATE as for Create; NOT_FOUND if the
+    account has no live token with this id; ALREADY_EXISTS if another live
+    token has the new name; FAILED_PRECONDITION; UNAVAILABLE, after which the
+    change may or may not be committed: retry.
     """
     Disable: _aio.UnaryUnaryMultiCallable[_token_service_pb2.DisableRequest, _token_service_pb2.DisableResponse]  # type: ignore[assignment]
     """Refuses all secrets of a token with the verdict DISABLED until Enable.
@@ -381,7 +384,8 @@ class TokenServiceAsyncStub(TokenServiceStub):
     Errors: INVALID_ARGUMENT; NOT_FOUND if the account has no live token with
     this id; ALREADY_EXISTS with the reason REQUEST_ID_REUSED;
     FAILED_PRECONDITION with the reason TOO_MANY_SECRETS if more than 5 secrets
-    would work; UNAVAILABLE, after which the rotation may or may not stand.
+    would work; UNAVAILABLE, after which the rotation may or may not be
+    committed.
     """
     RetireSecrets: _aio.UnaryUnaryMultiCallable[_token_service_pb2.RetireSecretsRequest, _token_service_pb2.RetireSecretsResponse]  # type: ignore[assignment]
     """Ends all secrets of a token except the newest. Narrows. Idempotent: if there
@@ -413,15 +417,15 @@ class TokenServiceAsyncStub(TokenServiceStub):
     Errors: INVALID_ARGUMENT; UNAVAILABLE: retry.
     """
     Import: _aio.UnaryUnaryMultiCallable[_token_service_pb2.ImportRequest, _token_service_pb2.ImportResponse]  # type: ignore[assignment]
-    """Creates tokens whose secrets exist already, from the SHA-256 hashes of these
+    """Creates tokens for existing secrets, from the SHA-256 hashes of these
     secrets, so that a platform can move here without new secrets. Needs a caller
     with the role importer for all accounts, because the rows may name any.
 
-    Safe to repeat: a secret that a token has already is not imported again, also
-    if that secret or its token has ended, and its row has the outcome EXISTS.
-    Each row has a result, and a wrong row does not affect the others. All new
-    tokens are committed together. Verifies accept an imported secret if its
-    prefix is among LATCHKEY_IMPORTED_PREFIXES, on every server within
+    Safe to repeat: a secret that a token already has is not imported again,
+    even if that secret or its token has ended, and its row has the outcome
+    EXISTS. Each row has a result, and a wrong row does not affect the others.
+    All new tokens are committed together. Verifies accept an imported secret
+    if its prefix is among LATCHKEY_IMPORTED_PREFIXES, on every server within
     milliseconds, without notifications within a third of a lease. Rotate gives
     an imported token a secret of this service.
     Errors: INVALID_ARGUMENT if there are no tokens or too many;
@@ -502,12 +506,12 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
     takes something away narrow. When such a call returns OK with a Receipt that
     has an effective_time, no verify that starts anywhere answers under the old
     state: the call waits as described at Delete. With the reason
-    CHANGE_NOT_CONFIRMED, the change stands, but the deadline was too short for
-    the wait: repeat the call. With `no_wait`, the call returns once the change is
-    committed, and its receipt has no effective_time. A change that widens a token
-    returns at once, without a receipt. Verifiers apply it as soon as they read
-    it: usually within milliseconds, without notifications within a third of a
-    lease, and a verifier that is cut off once its lease has ended.
+    CHANGE_NOT_CONFIRMED, the change is committed, but the deadline was too short
+    for the wait: repeat the call. With `no_wait`, the call returns once the
+    change is committed, and its receipt has no effective_time. A change that
+    widens a token returns at once, without a receipt. Verifiers apply it as soon
+    as they read it: usually within milliseconds, without notifications within a
+    third of a lease, and a verifier that is cut off once its lease has ended.
 
     While a server of a release without these methods still runs on the same
     database, the changes that it would not respect fail with FAILED_PRECONDITION
@@ -549,7 +553,7 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_token_service_pb2.GetResponse, _abc.Awaitable[_token_service_pb2.GetResponse]]:
         """Returns one live token. Has no side effects and is safe to retry.
         Errors: INVALID_ARGUMENT; NOT_FOUND if the account has no live token with
-        this id, also if the token belongs to another account; UNAVAILABLE.
+        this id, even if the token belongs to another account; UNAVAILABLE.
         """
 
     @_abc_1.abstractmethod
@@ -569,8 +573,8 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         matter: `expires_before`, `never_expires` and TOKEN_STATE_EXPIRED with
         TOKEN_ORDER_EXPIRY, `unused_since` and `never_used` with
         TOKEN_ORDER_LAST_USE, and `ids` with any order.
-        Errors: INVALID_ARGUMENT, also for a condition that this server does not
-        know; UNAVAILABLE.
+        Errors: INVALID_ARGUMENT, including for a condition that this server does
+        not know; UNAVAILABLE.
         """
 
     @_abc_1.abstractmethod
@@ -589,9 +593,9 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         retry is safe.
         Errors: INVALID_ARGUMENT; NOT_FOUND if the account has no such token: it
         never had it, or the tombstone has been removed; UNAVAILABLE, after which
-        the deletion may or may not stand: retry. With the reason
-        DELETION_NOT_CONFIRMED, the deletion stands, but the deadline was too short
-        for the wait: retry to get the receipt.
+        the deletion may or may not be committed: retry. With the reason
+        DELETION_NOT_CONFIRMED, the deletion is committed, but the deadline was too
+        short for the wait: retry to get the receipt.
         """
 
     @_abc_1.abstractmethod
@@ -606,13 +610,14 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         a smaller burst; otherwise it widens the token or changes nothing that
         verifies depend on. An Update that does both narrows.
         Idempotent: an Update that sets scope, expire_time, allowed_networks,
-        permissions or rate_limit to the values that they have returns a receipt for
-        a later position, once earlier changes are in effect everywhere.
-        Errors: INVALID_ARGUMENT, also for an unknown path, and with the reason
-        EXPIRY_REQUIRED or EXPIRY_TOO_LATE as for Create; NOT_FOUND if the account
-        has no live token with this id; ALREADY_EXISTS if another live token has the
-        new name; FAILED_PRECONDITION; UNAVAILABLE, after which the change may or may
-        not stand: retry.
+        permissions or rate_limit to the values that they already have returns a
+        receipt for a later position, once earlier changes are in effect
+        everywhere.
+        Errors: INVALID_ARGUMENT, including for an unknown path, and with the
+        reason EXPIRY_REQUIRED or EXPIRY_TOO_LATE as for Create; NOT_FOUND if the
+        account has no live token with this id; ALREADY_EXISTS if another live
+        token has the new name; FAILED_PRECONDITION; UNAVAILABLE, after which the
+        change may or may not be committed: retry.
         """
 
     @_abc_1.abstractmethod
@@ -656,7 +661,8 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors: INVALID_ARGUMENT; NOT_FOUND if the account has no live token with
         this id; ALREADY_EXISTS with the reason REQUEST_ID_REUSED;
         FAILED_PRECONDITION with the reason TOO_MANY_SECRETS if more than 5 secrets
-        would work; UNAVAILABLE, after which the rotation may or may not stand.
+        would work; UNAVAILABLE, after which the rotation may or may not be
+        committed.
         """
 
     @_abc_1.abstractmethod
@@ -718,15 +724,15 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _token_service_pb2.ImportRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_token_service_pb2.ImportResponse, _abc.Awaitable[_token_service_pb2.ImportResponse]]:
-        """Creates tokens whose secrets exist already, from the SHA-256 hashes of these
+        """Creates tokens for existing secrets, from the SHA-256 hashes of these
         secrets, so that a platform can move here without new secrets. Needs a caller
         with the role importer for all accounts, because the rows may name any.
 
-        Safe to repeat: a secret that a token has already is not imported again, also
-        if that secret or its token has ended, and its row has the outcome EXISTS.
-        Each row has a result, and a wrong row does not affect the others. All new
-        tokens are committed together. Verifies accept an imported secret if its
-        prefix is among LATCHKEY_IMPORTED_PREFIXES, on every server within
+        Safe to repeat: a secret that a token already has is not imported again,
+        even if that secret or its token has ended, and its row has the outcome
+        EXISTS. Each row has a result, and a wrong row does not affect the others.
+        All new tokens are committed together. Verifies accept an imported secret
+        if its prefix is among LATCHKEY_IMPORTED_PREFIXES, on every server within
         milliseconds, without notifications within a third of a lease. Rotate gives
         an imported token a secret of this service.
         Errors: INVALID_ARGUMENT if there are no tokens or too many;

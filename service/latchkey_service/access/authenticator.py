@@ -73,7 +73,7 @@ class ActivePolicy:
             raise failures[0]
 
     def on_change(self, changed: Callable[[], None]) -> None:
-        """Call `changed` after each change of the policy."""
+        """Call `changed` after each change to the policy."""
         self._watchers.append(changed)
 
 

@@ -118,7 +118,8 @@ def _host(host: str) -> x509.GeneralName:
 def _instructions(folder: Path, caller: str) -> str:
     path = shlex.quote(str(folder))
     return f"""\
-{folder} has a CA and certificates for {DAYS} days. They are for trying TLS, not for production.
+{folder} contains a CA and certificates, valid for {DAYS} days. They are for trying TLS, not for
+production.
 
 The service, in its environment:
   LATCHKEY_TLS_LISTEN=127.0.0.1:50052

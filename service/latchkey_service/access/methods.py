@@ -59,10 +59,10 @@ TOKEN_BYTES_MAX: Final = 32 * 1024
 # 48,000 empty ids, takes 2 ms to parse.
 FILTER_BYTES_MAX: Final = 96 * 1024
 # 1,000 secrets of 128 characters, as long as imported ones may be, take 131 KB. The slowest request
-# within the limit, 65,000 empty ones, takes some milliseconds to parse.
+# within the limit, 65,000 empty ones, takes a few milliseconds to parse.
 REVOKE_SECRET_BYTES_MAX: Final = 128 * 1024
 # 1,000 tokens with 500 bytes of name, account, hash, hint, times and labels each. Larger rows go in
-# smaller batches. The slowest request within the limit, 260,000 empty rows, takes some 15 ms to
+# smaller batches. The slowest request within the limit, 260,000 empty rows, takes about 15 ms to
 # parse; only importers may send one.
 IMPORT_BYTES_MAX: Final = 512 * 1024
 # A report of 1,000 uses takes up to 90 KB: a token's id, a hint, a count and two ages each. The

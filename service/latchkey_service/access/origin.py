@@ -1,8 +1,8 @@
 """Where a call comes from: a client's address, and the person behind a caller.
 
-Anyone can send these headers, so each counts only from whom the operator trusts: the address from
-the trusted proxy, and the person from callers with `reports_people` in the policy. They are for the
-audit log and for limits per address, and decide about no access.
+Anyone can send these headers, so each counts only from senders that the operator trusts: the
+address from the trusted proxy, and the person from callers with `reports_people` in the policy.
+They serve the audit log and the limits per address, and never decide access.
 """
 
 from collections.abc import Iterable

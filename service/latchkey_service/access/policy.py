@@ -121,11 +121,11 @@ class Policy:
     certificates: Mapping[str, Caller]
     """By SPIFFE URI, or by DNS name in lower case."""
     credentials: Mapping[bytes, Caller] = field(repr=False)
-    """By digest (32 bytes). The time that a look-up takes may reveal part of a digest, which is no
-    secret: nobody can compute a credential of 256 random bits from it."""
+    """By digest (32 bytes). The time that a look-up takes may reveal part of a digest, but a digest
+    is not secret: nobody can compute a credential of 256 random bits from it."""
 
     unidentified: tuple[str, ...] = ()
-    """Callers with neither certificate nor credential, which no call can be from."""
+    """Callers with neither certificate nor credential, so no call can come from them."""
     digest: str = ""
     """SHA-256 of the text, in hexadecimal."""
 

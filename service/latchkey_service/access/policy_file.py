@@ -17,7 +17,7 @@ __all__ = ["SIZE_MAX", "PolicyFile", "read_text"]
 
 # A change is read after two checks: at most one second.
 LOOK_SECONDS = 0.5
-# Enough for some ten thousand callers.
+# Enough for about ten thousand callers.
 SIZE_MAX = 4 * 1024 * 1024
 
 

@@ -18,7 +18,7 @@ class RateLimits:
     """One caller's limits and usage in one process. Event loop only.
 
     A caller that has used up its rate can still take rights away: removals have the same rate, but
-    are charged apart.
+    are counted separately.
 
     A leaky bucket (GCRA). For each role it stores the theoretical arrival time: the moment at which
     the calls so far would have ended at the steady rate. A call is allowed while that time is less

@@ -85,19 +85,19 @@ class ChainKeys:
         return pepper_id in self._keys
 
     def seal(self, head: Head) -> bytes:
-        """Return the seal of a batch, by the newest pepper."""
+        """Seal a batch with the newest pepper."""
         return self._mac(self.newest_id, _SEAL_USE, head)
 
     def seal_start(self, head: Head) -> bytes:
-        """Return the seal of a start, by the newest pepper."""
+        """Seal a start with the newest pepper."""
         return self._mac(self.newest_id, _START_USE, head)
 
     def is_genuine(self, batch: Batch) -> bool:
-        """Return whether a batch's seal is right. Requires that its pepper is known."""
+        """Return whether a batch's seal is valid. Its pepper must be known."""
         return hmac.compare_digest(self._mac(batch.pepper_id, _SEAL_USE, batch.head), batch.seal)
 
     def is_genuine_start(self, start: Start, head: Head) -> bool:
-        """Return whether a start's seal is right, with the batch that it names."""
+        """Return whether a start's seal is valid for `head`, the batch that it names."""
         return (
             start.pepper_id in self._keys
             and start.seal is not None

@@ -12,7 +12,7 @@ __all__ = ["Report", "check"]
 
 # Batches in a read: up to 100,000 entries.
 BATCHES_IN_READ: Final = 100
-# What a person can read.
+# As many ids as a person can read.
 NAMED_MAX: Final = 10
 # Workers seal entries every few seconds.
 UNSEALED_MAX: Final = timedelta(minutes=10)
@@ -48,7 +48,7 @@ class _Check:
         self._keys = keys
         self._noted = noted
         self._noted_found = noted is None
-        # The last batch with a right seal. It proves all batches before it.
+        # The last batch with a valid seal. It proves all batches before it.
         self._proven = 0
         self._report = Report()
 
@@ -129,7 +129,7 @@ class _Check:
                 report.problems.append(f"batch {batch.number}: its seal is wrong")
 
     def _compare(self, head: Head) -> None:
-        """Compare a batch with the one that was noted, if it is that one."""
+        """Compare a batch with the noted one if it has the same number."""
         if self._noted is not None and head.number == self._noted.number:
             self._noted_found = True
             if head.digest != self._noted.digest:

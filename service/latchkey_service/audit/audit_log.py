@@ -2,8 +2,8 @@
 
 The statement that makes a change also writes its entry (`token_store.py`, from an `AuditContext`).
 Calls that change nothing, reads and failures, are recorded here and written in batches shortly
-after: no caller waits for that. If a process is killed, its log still has the calls that it had not
-written.
+after: no caller waits for that. If a process is killed, its log still contains the calls that it
+had not written.
 
 Those are sampled (`sampling.py`), because otherwise a caller could fill the table.
 """
@@ -80,8 +80,8 @@ class AuditLog:
         self._logged: dict[_Kind, Sample[NewEntry]] = {}
         self._failing = False
         self.written = self.lost = self.aggregated = 0
-        """Entries of calls without a change: written, and lost; and calls that share an entry with
-        others like them. These only increase."""
+        """Entries of calls that changed nothing: written and lost. `aggregated`: calls that share
+        an entry with similar ones. These only increase."""
         self._log = logger()
 
     @property
@@ -102,7 +102,7 @@ class AuditLog:
         return False
 
     def would_record(self, caller: str, method: str, code: str, reason: str) -> bool:
-        """Return whether `should_record` would surely return True. Counts nothing."""
+        """Return whether `should_record` is certain to return True. Counts nothing."""
         sample = self._samples.get(_Kind(caller, method, code, reason))
         return not self._full and (sample is None or sample.has_room)
 
@@ -211,7 +211,7 @@ class AuditLog:
                 # Keep counting; the entry is written when the database is back.
                 continue
             del self._samples[kind]
-            # One place stays for the count.
+            # One place is reserved for the count.
             kept = sample.kept[: max(0, WAITING_MAX - len(self._waiting) - 1)]
             self._waiting += kept
             if sample.without_entry > len(kept):

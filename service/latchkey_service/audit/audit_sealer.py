@@ -18,7 +18,7 @@ __all__ = ["BATCH_MAX", "SEAL_SECONDS", "AuditSealer"]
 # Whoever removes an entry within this time of its commit leaves no trace in the chain. Each pass
 # adds a row to it.
 SEAL_SECONDS: Final = 5.0
-# Digesting takes some microseconds per entry, on the event loop.
+# Digesting takes a few microseconds per entry, on the event loop.
 BATCH_MAX: Final = 1_000
 # How often the log names the newest batch, as evidence outside of the database.
 LOG_SECONDS: Final = 3_600.0
@@ -69,7 +69,7 @@ class AuditSealer:
         """Cover all entries that no batch covers yet, unless another process is doing this."""
         digest, newest, waiting = await self._table.look(self.head.number)
         self._compare(digest, newest)
-        # A new pepper seals what exists, so that the old one can be removed.
+        # The chain is sealed again with a new pepper, so that the old one can be removed.
         waiting = waiting or (newest is not None and newest.pepper_id != self._keys.newest_id)
         while waiting and (batch := await self._table.append(BATCH_MAX, self._next)) is not None:
             self.head = batch.head

@@ -79,7 +79,7 @@ class ChainTable:
     async def removable(self, before: datetime, limit: int) -> Head | None:
         """Return the last batch that retention may remove next, or None.
 
-        With those before it, it has up to `limit` entries, or is the only one.
+        It and the batches before it contain up to `limit` entries, unless it is the first.
         """
         async with self._pool.session() as session:
             row = await session.fetchrow(

@@ -46,7 +46,7 @@ class Sample(Generic[_Entry]):
         self._randrange = randrange
         self._calls = 0
         self._looked = 0
-        # The call that `is_wanted` has chosen is the next one.
+        # Whether `is_wanted` has chosen the next call.
         self._chosen = False
         self._targets: set[object] = set()
         self.without_entry = 0

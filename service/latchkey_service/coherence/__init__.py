@@ -13,12 +13,12 @@ Pure, with the clock passed in:
 Around them:
 - `lease_renewer` registers, renews the lease and reads the log. `notify_listener` wakes it, and
   `dead_rows` removes the rows of dead processes for it.
-- `watch_sessions` serves clients; each session is pure. `watch_events` has the messages, and
+- `watch_sessions` serves clients; each session is pure. `watch_events` defines the messages, and
   `use_reports` limits the reports of uses.
 - `ack_waiter` lets Deletes wait.
 - `reads` decides which reads of the database to accept.
 - `primary` follows the primary server.
-- `verifier_table` has the SQL, `rows` the row of a process in Postgres.
+- `verifier_table` contains the SQL, `rows` the row of a process in Postgres.
 - `host_rows` is the row of a sibling, at the lead of its host: `lead_client`, `lead_server`.
 
 "Rule N" means rule N of docs/protocol.md, here and in the rest of the service.

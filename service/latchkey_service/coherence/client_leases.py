@@ -18,7 +18,7 @@ class ClientLease:
         self.client = client
         """The caller's name and its address, for people."""
         self.is_process = is_process
-        """Whether this is another process of this host. Its own clients are part of it."""
+        """Whether this is another process of this host. It answers for its own clients too."""
         self.confirmed = 0
         self.ends = -math.inf
         """The time, on this process's clock, at which it has certainly ended."""

@@ -1,7 +1,7 @@
 """The lead's side of sharing one row among the processes of a host. Pure, with the clock passed in.
 
 One process of a host, the lead, has a row. The others, its siblings, answer under the lease of
-that row. A sibling follows the rules of a row, with the lead in the place of Postgres: it renews,
+that row. A sibling follows the rules of a row, with the lead in place of Postgres: it renews,
 reads the log, acknowledges. Unlike a client on a Watch stream, it gets its lease although it owes
 confirmations: otherwise one slow client of a sibling would end the sibling's lease.
 
@@ -177,7 +177,7 @@ class HostLead:
         done: the sibling may then remove its row.
 
         The lead's row may already have acknowledged what the lead has applied. A Delete that waits
-        for the sibling's row alone would return when that row is gone. So the sibling and its
+        for the sibling's row alone would return when that row is removed. So the sibling and its
         clients must have confirmed everything that the lead has applied.
         """
         state = self._state

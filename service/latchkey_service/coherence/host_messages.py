@@ -2,8 +2,9 @@
 
 Both ends are the same release: the supervisor starts them. Owns the conversion of logs.
 
-A line without a question is news: "log" if the log has new entries, with these if they are few;
-"lease" if the lead's lease has changed, or its doubt about Postgres; "closing" if it will stop.
+A line without a question is news: "log" if the log has new entries, and includes them if they are
+few; "lease" if the lead's lease has changed, or its doubt about Postgres; "closing" if it will
+stop.
 """
 
 import json
@@ -24,7 +25,7 @@ __all__ = [
     "unasked_log_of",
 ]
 
-# A log has at most 10,000 changes and tokens, of some 100 bytes each.
+# A log has at most 10,000 changes and tokens, of about 100 bytes each.
 LINE_BYTES_MAX: Final = 4 * 1024 * 1024
 _ENCODER: Final = json.JSONEncoder(separators=(",", ":"))
 
@@ -43,7 +44,7 @@ def decode(line: bytes) -> dict[str, Any]:
 
 
 def log_out(log: Log) -> dict[str, Any]:
-    """Return a log as JSON."""
+    """Convert a log to JSON."""
     return {
         "known": log.known,
         "server": log.server,
@@ -54,7 +55,7 @@ def log_out(log: Log) -> dict[str, Any]:
 
 
 def log_of(message: dict[str, Any]) -> Log:
-    """Return the log of a JSON object. Raises KeyError, TypeError and ValueError."""
+    """Convert JSON to a log. Raises KeyError, TypeError and ValueError."""
     return Log(
         bool(message["known"]),
         Server(*message["server"]),
@@ -68,14 +69,14 @@ def log_of(message: dict[str, Any]) -> Log:
 
 
 def news_of_log(unasked: UnaskedLog | None) -> dict[str, Any]:
-    """Return the news that the log has new entries, with these if there is a log to send."""
+    """Return the news that the log has new entries, including them if there is a log to send."""
     if unasked is None:
         return {"news": "log"}
     return {"news": "log", "after": unasked.after, "log": log_out(unasked.log)}
 
 
 def unasked_log_of(news: dict[str, Any]) -> UnaskedLog | None:
-    """Return the log of such news, if any. Raises KeyError, TypeError and ValueError."""
+    """Return the log that such news contains, if any. Raises KeyError, TypeError and ValueError."""
     if "log" not in news:
         return None
     return UnaskedLog(Position(*news["after"]), log_of(news["log"]))

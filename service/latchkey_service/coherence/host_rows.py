@@ -1,4 +1,4 @@
-"""Where a sibling has its row: at the lead of its host, or in Postgres while the lead is away.
+"""Where a sibling has its row: at the lead of its host, or in Postgres while there is no lead.
 
 Owns the moves between the two. No move empties the cache, resets clients or delays Deletes.
 
@@ -67,7 +67,7 @@ class HostRows:
         self._return_seconds = lease_seconds * RETURN_LEASES
         self._postgres = postgres
         self._clock = clock
-        # Called with the kind of news from the lead, and "gone" if it is away.
+        # Called with the kind of news from the lead, and "gone" if it cannot be reached.
         self._on_news = on_news
         # Called after each renewal at the lead with the host and the server of its row.
         self._on_server = on_server
@@ -107,7 +107,8 @@ class HostRows:
             await self._postgres.get()
 
     async def own_row(self) -> OwnRow | None:
-        """Return the row in Postgres, or None: the lead looks for dead rows, unless it is away."""
+        """Return the row in Postgres, or None: the lead looks for dead rows, unless it cannot be
+        reached."""
         return await self._postgres.own_row() if self._own else None
 
     async def register(self, *, acknowledge: bool) -> Registration:
@@ -150,7 +151,7 @@ class HostRows:
         return unasked and unasked.following(applied)
 
     async def renew(self, applied: Position, acknowledged: int, report: Report) -> Renewal:
-        """Renew at the lead, or in Postgres if the lead is away."""
+        """Renew at the lead, or in Postgres if the lead cannot be reached."""
         if self._shared and self._lead is not None:
             request = {"kind": "renew", "applied": applied, "acknowledged": acknowledged}
             request["report"] = {
@@ -172,7 +173,7 @@ class HostRows:
             # It acknowledges nothing, so every Delete waits for the renewal below.
             await self._postgres.register(acknowledge=False)
             self._own, self._row = True, self._postgres.row
-            self._log.info("the lead of this host is away: this process has a row now")
+            self._log.info("the lead of this host cannot be reached: this process has a row now")
         return await self._postgres.renew(applied, acknowledged, report)
 
     async def renewed(self, state: VerifierState[Any]) -> None:
@@ -192,7 +193,7 @@ class HostRows:
         if now < self._return_at:
             return
         if state.acknowledged != before and now < self._return_at + self._busy_seconds:
-            # A Delete may be about to read this row. Its receipt would count a process less.
+            # A Delete may be about to read this row. Its receipt would count one process fewer.
             return
         self._return_at = now + self._return_seconds
         if state.acknowledged == state.cache.position.revision:
@@ -264,7 +265,7 @@ class HostRows:
             return
         if not answer["adopted"]:
             return
-        # On record at the lead: only now may the row go.
+        # The lead has recorded it: only now may the row be removed.
         self._shared, self._own, self._row = True, False, RowId(*answer["row"])
         await self._postgres.remove()
         self._on_left_postgres()

@@ -119,8 +119,8 @@ class LeaseRenewer:
         return self._rows.row
 
     def renew_now(self) -> None:
-        """Renew at once, because the lead of this host has a longer lease or is away, or because a
-        sibling has come.
+        """Renew at once, because the lead of this host has a longer lease or cannot be reached, or
+        because a sibling has connected.
         """
         self._next_renewal = self._next_list = -math.inf
         self._woken.set()

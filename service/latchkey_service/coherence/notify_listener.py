@@ -29,7 +29,7 @@ __all__ = ["Notifications", "NotifyListener"]
 # square of their number. A connection that is dead is noticed without one, because the lease is
 # renewed on it. A probe notices a pooler that keeps the notifications to itself.
 PROBE_SECONDS = 30.0
-# Between probes while none arrives.
+# Between probes after one that did not arrive.
 RETRY_SECONDS = 2.0
 # Minimum time limit of a probe. With a shorter one, a busy machine would look like a broken
 # connection.

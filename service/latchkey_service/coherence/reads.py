@@ -37,7 +37,7 @@ class ReadBegan(NamedTuple):
 
     @classmethod
     def now(cls, state: VerifierState[Any]) -> "ReadBegan":
-        """Return the state before a read is sent."""
+        """Return the current state. Call it just before a read is sent."""
         return cls(state.cache.position.revision, state.epoch)
 
     def standing(self, snapshot: Snapshot, state: VerifierState[Any]) -> Standing:

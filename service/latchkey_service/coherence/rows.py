@@ -1,6 +1,6 @@
 """Where a process has its row, for the lease renewer: in Postgres.
 
-`host_rows` has the alternative for the siblings of a host.
+`host_rows` contains the alternative for the siblings of a host.
 """
 
 import asyncio
@@ -45,7 +45,7 @@ class Rows(Protocol):
 
     @property
     def in_doubt(self) -> bool:
-        """Whether whoever renews that row doubts that Postgres works."""
+        """Whether the process that renews that row doubts that Postgres works."""
 
     @property
     def address(self) -> str:
@@ -70,7 +70,7 @@ class Rows(Protocol):
         """Renew the lease, acknowledge, and return the log after a position (rule 3)."""
 
     async def renewed(self, state: VerifierState[Any]) -> None:
-        """Record that the lease was renewed, and that `state` has the result."""
+        """Record that the lease was renewed, and that `state` contains the result."""
 
     def failed(self, error: Exception) -> None:
         """Record that a call failed. The state of its connection is unknown."""

@@ -9,7 +9,7 @@ from typing import Final
 
 __all__ = ["USES_IN_REPORT_MAX", "UseReports"]
 
-# Some 100 kB, and some 2 ms for the event loop.
+# About 100 kB, and about 2 ms for the event loop.
 USES_IN_REPORT_MAX: Final = 1_000
 # Uses that a stream may report at once, and those that it may add per second. A client with 100,000
 # cached tokens, which is the default, reports each of them every four seconds without a delay.
@@ -32,7 +32,7 @@ class UseReports:
     def accept(self, number: int, uses: int, now: float) -> bool:
         """Return whether to record a report with this number, which has `uses` uses."""
         self._pay(now)
-        # An empty report has a cost too.
+        # An empty report costs something too.
         cost = max(uses, 1)
         if number <= self._received or self._debt + cost > DEBT_MAX:
             return False

@@ -54,8 +54,8 @@ TRIAL_TIMEOUT_SECONDS = 0.5
 POOL_SIZE_MAX = 19
 # Connections that were idle for this long are closed: other hosts may need them.
 REST_SECONDS = 30.0
-# Attempts at a transaction that conflicts with others. The longest random pause starts at the first
-# delay and doubles up to the second: half a second in total, enough for hundreds of transactions.
+# Attempts at a transaction that conflicts with others. The pauses are random, with a bound that
+# doubles up to the maximum: half a second in total, enough for hundreds of transactions.
 CONFLICT_ATTEMPTS = 14
 CONFLICT_DELAY_SECONDS = 0.008
 CONFLICT_DELAY_SECONDS_MAX = 0.1

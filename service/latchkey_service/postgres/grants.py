@@ -32,7 +32,7 @@ def rights_on(table: str) -> list[str]:
 
 
 async def grant(connection: "asyncpg.Connection[asyncpg.Record]", role: str) -> None:
-    """Give `role` the service's rights, and take all others on these tables from it.
+    """Give `role` the service's rights, and revoke all its others on these tables.
 
     Raises DatabaseError if the role does not exist, or could change the tables anyway.
     """

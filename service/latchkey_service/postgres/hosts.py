@@ -99,7 +99,8 @@ class Hosts:
         return _name(self._url_of[connection])
 
     def prove(self, host: "Connection | str") -> None:
-        """Try a host, or that of a connection, first from now on, whatever other hosts claim."""
+        """From now on, try this host, or the host of this connection, first, whatever other hosts
+        claim."""
         if isinstance(host, str):
             url = next((url for url in self._urls if _name(url) == host), None)
         else:

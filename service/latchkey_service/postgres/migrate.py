@@ -122,7 +122,7 @@ async def _database(
     if problems := database_url.file_problems(url):
         raise MigrationError("; ".join(problems))
     for text in database_url.warnings(url):
-        logger().warning("the database URL promises more than it holds", what_to_do=text)
+        logger().warning("the database URL has a parameter without effect", what_to_do=text)
     try:
         hosts = Hosts(url)
     except (OSError, ValueError) as error:
@@ -228,7 +228,8 @@ async def _check(
 async def _apply(
     connection: "asyncpg.Connection[asyncpg.Record]", migrations: "Sequence[Migration]"
 ) -> "list[Migration]":
-    # Without the lock, so that an ordinary start neither waits nor needs any right to change.
+    # Without the lock, so that an ordinary start neither waits nor needs the right to change
+    # anything.
     if not await _missing(connection, migrations):
         return []
     async with _locked(connection):

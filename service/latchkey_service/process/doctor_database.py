@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 __all__ = ["database_findings"]
 
-# Of one host, and of one statement: a person waits.
+# Time limits for one host and for one statement: short, because a person waits.
 CONNECT_SECONDS: Final = 5.0
 STATEMENT_SECONDS: Final = 5.0
-# Difference of the clocks. Expiry is judged by the clock of each host, so a wrong one lets expired
-# tokens live longer. NTP keeps clocks within milliseconds.
+# Difference between the clocks. Expiry is judged by the clock of each host, so a wrong one lets
+# expired tokens live longer. NTP keeps clocks within milliseconds.
 CLOCK_WARNING_SECONDS: Final = 1.0
 CLOCK_FAILURE_SECONDS: Final = 30.0
 _URL: Final = f"{PREFIX}DATABASE_URL"
@@ -177,7 +177,7 @@ async def _preflight(connection: "Connection", _: Settings, __: Hosts) -> list[F
         await preflight.check_database(connection)
     except preflight.DatabaseError as error:
         return _of(error, "database")
-    return [ok("database", "encoding, schema and mode are right")]
+    return [ok("database", "encoding, schema and mode are correct")]
 
 
 async def _pooler(connection: "Connection", settings: Settings, hosts: Hosts) -> list[Finding]:

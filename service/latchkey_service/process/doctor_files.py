@@ -31,7 +31,7 @@ def file_findings(settings: Settings) -> list[Finding]:
     """Check owners and modes of the files that may be used nevertheless, and the webhook's file."""
     found = [split(warning, "files", text) for text in file_warnings(settings)]
     if not found:
-        found = [ok("files", "owners and modes are right")]
+        found = [ok("files", "owners and modes are correct")]
     if settings.webhook_secret_file is not None:
         try:
             read_secrets(settings.webhook_secret_file)

@@ -30,7 +30,7 @@ def warning(check: str, text: str, what_to_do: str) -> Finding:
 
 
 def failure(check: str, text: str, what_to_do: str = "") -> Finding:
-    """Return a finding with which the service does not work, or not safely."""
+    """Return a finding that keeps the service from working, or from working safely."""
     return Finding(check, "failure", text, what_to_do)
 
 

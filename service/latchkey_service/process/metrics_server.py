@@ -67,7 +67,7 @@ class WorkerReports:
                 try:
                     line = await process.stdout.readline()
                 except ValueError:
-                    continue  # not a line of ours: longer than any answer
+                    continue  # not one of our lines: longer than any answer
                 if not line:
                     return
                 future = self._asked.pop(worker, None)

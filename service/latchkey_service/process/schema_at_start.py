@@ -1,6 +1,6 @@
 """The schema at the start of a service: migrates it, or checks that this release works with it.
 
-Owns what `LATCHKEY_MIGRATE` means. It does not own which schemas a release works with.
+Owns what `LATCHKEY_MIGRATE` means. `schema.py` decides which schemas a release works with.
 """
 
 from latchkey_service.postgres.migrate import bundled, migrate, pending

@@ -40,8 +40,8 @@ from latchkey_service.settings.logs import logger
 
 __all__ = ["TraceExport"]
 
-# Spans that wait to be sent: some 1.5 kB each, so 3 MB. At the default limit of calls, a collector
-# may be unavailable for some seconds.
+# Spans that wait to be sent: about 1.5 kB each, so 3 MB. At the default limit of calls, a collector
+# may be unavailable for a few seconds.
 QUEUE_MAX: Final = 2_048
 BATCH_MAX: Final = 512
 # The longest time until a span is sent, if the collector answers.

@@ -18,9 +18,9 @@ from latchkey_service.settings.traces import PROVIDERS
 
 __all__ = ["Requests"]
 
-# Errors of libraries wrap each other a few times. Bounded, because they may form a circle.
+# Errors of libraries wrap each other a few times. Bounded, because they may form a cycle.
 _WRAPPED_MAX: Final = 20
-# The first kind that is among the wrapped errors counts: the special before the general.
+# The first kind that is among the wrapped errors counts, so specific ones precede general ones.
 _CAUSES: Final[tuple[tuple[tuple[type[BaseException], ...], str], ...]] = (
     ((requests.exceptions.ProxyError,), "the proxy does not forward"),
     ((socket.gaierror,), "the host name is not known"),

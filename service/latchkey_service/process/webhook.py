@@ -24,7 +24,7 @@ from latchkey_service.tokens.event_store import Backlog, Event, EventStore
 
 __all__ = ["CONCURRENCY", "EVENTS_MAX", "Deliverer", "body_of", "delay_seconds"]
 
-# Requests of a worker at the same time. Each takes some 2 ms of the event loop, and calls wait for
+# Requests of a worker at the same time. Each takes about 2 ms of the event loop, and calls wait for
 # that. With 20 at once, the 95th percentile of Deletes was five times as high.
 CONCURRENCY: Final = 4
 EVENTS_MAX: Final = 20

@@ -198,7 +198,7 @@ async def _serve(
     answers: asyncio.WriteTransport | None = None
 
     def send_metrics() -> None:
-        """Send the metrics to the supervisor, unless it has not read those before."""
+        """Send the metrics to the supervisor, unless it has yet to read the previous ones."""
         if answers is not None and not answers.get_write_buffer_size():
             answers.write(answer_line(server.metrics.collect()))
 

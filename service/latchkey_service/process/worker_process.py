@@ -25,7 +25,7 @@ from latchkey_service.transport import tls
 __all__ = ["NotStarted", "policy_line", "send", "spawn", "temporary_folder"]
 
 
-# A worker's answer to a request for its metrics, which takes some 200 kB for all methods.
+# A worker's answer to a request for its metrics, which takes about 200 kB for all methods.
 ANSWER_BYTES_MAX: Final = 4 * 1024 * 1024
 
 

@@ -30,7 +30,7 @@ from latchkey_service.settings.settings import Settings
 __all__ = ["HEARTBEAT_VARIABLE", "Reason", "Vitals", "WorkerWatch", "beat", "memory_max_bytes"]
 
 MIB: Final = 1024 * 1024
-# Decompression fills some 500 MB a second, so detection is some 50 MB late. A check takes 10 µs.
+# Decompression fills about 500 MB a second, so detection is about 50 MB late. A check takes 10 µs.
 LOOK_SECONDS: Final = 0.1
 # A check that comes later than this was itself delayed: the machine was suspended, the container
 # was frozen, or this process got no CPU. The workers were probably delayed for the same reason.
@@ -40,7 +40,7 @@ BEAT_SECONDS: Final = 0.5
 # cached verdicts takes 0.3 s, a loaded machine may add seconds. Longer than the longest lease (5 s)
 # too, so no client still counts on the worker.
 SILENCE_SECONDS_MAX: Final = 10.0
-# An idle worker uses some 100 MB. The rest is for messages and answers in transit.
+# An idle worker uses about 100 MB. The rest is for messages and answers in transit.
 BASE_MIB: Final = 1024
 # Twice their real size, because an allocator cannot return all freed memory.
 ENTRY_BYTES: Final = 1_000

@@ -4,6 +4,6 @@ Owns admission, deadlines, error statuses and reports of calls. Besides this roo
 protobuf; pyproject.toml lists the exceptions.
 
 Imports: access, tokens, coherence, audit, settings.
-Begin with `handlers.py`, which puts each method on its path: `verify_calls.py` has the whole of a
+Begin with `handlers.py`, which puts each method on its path: `verify_calls.py` contains all of a
 Verify, `managed_calls.py` and `streams.py` wrap the servicers.
 """

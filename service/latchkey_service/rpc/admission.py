@@ -11,10 +11,11 @@ the database at once, and the queue for these slots is short:
   no call has been rejected for `CALM_SECONDS`.
 - A call whose deadline would pass in the queue is rejected at once.
 - Callers take turns, and a full queue makes room for a caller that has less than its share. The
-  total has shares too, because most calls in it are Deletes whose change stands: they cannot make
-  room. A caller may have no more calls than there are free places (dynamic thresholds, Choudhury
-  and Hahne 1998). So n callers that all want more end up with 1/(n+1) each, and the same is left
-  for a further one. If they arrive one after the other, each gets half of what the others left.
+  total has shares too, because most calls in it are Deletes that are already committed: they cannot
+  make room. A caller may have no more calls than there are free places (dynamic thresholds,
+  Choudhury and Hahne 1998). So n callers that all want more end up with 1/(n+1) each, and the same
+  is left for a further one. If they arrive one after another, each gets half of what the others
+  left.
 - Calls that only take rights away (removals) go before others, and have their own room. While other
   calls wait, every fourth slot goes to those: otherwise anyone who may delete could stop them.
 
@@ -76,8 +77,8 @@ QUEUE_SECONDS_MAX: Final = 2.0
 STUCK_SLOTS: Final = 8
 # The period is at least this many times the average duration of a call.
 STUCK_CALLS: Final = 5
-# Longest delay that a rejection asks of its caller, before jitter triples it at most. A longer one
-# would leave the library's five attempts no time within their deadline.
+# Longest delay that a rejection asks of its caller, before jitter, which at most triples it. A
+# longer one would leave the library's five attempts no time within their deadline.
 RETRY_SECONDS_MAX: Final = 1.0
 # Errors of calls that the database has answered. Others may be raised without a query.
 DECIDED_BY_DATABASE: Final = (NotFound, AlreadyExists, FailedPrecondition)
@@ -85,8 +86,8 @@ DECIDED_BY_DATABASE: Final = (NotFound, AlreadyExists, FailedPrecondition)
 SHARED_FAILURES: Final = (NO_ANSWER, BUSY, CHANGING_OVER)
 # Weight of the newest sample in the moving average of a call's duration.
 SMOOTHING: Final = 0.1
-# This rate takes some 3 % of a core. It rises only where a rejection would otherwise be delayed for
-# longer than the maximum. After a pause, a burst of rejections goes out at once.
+# This rate takes about 3 % of a core. It rises only where a rejection would otherwise be delayed
+# for longer than the maximum. After a pause, a burst of rejections goes out at once.
 REJECTIONS_PER_SECOND: Final = 1_000
 REJECTIONS_AT_ONCE: Final = 100
 REJECTION_SECONDS_MAX: Final = 1.0

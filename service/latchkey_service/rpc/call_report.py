@@ -90,7 +90,7 @@ class CallReporter:
         The delay is 0 if the call was `delayed` before.
 
         `entry` describes an audited call for its entry; its argument is the caller's name. `change`
-        describes a change that stands, whose entry was written in the same transaction.
+        describes a committed change, whose audit entry was written in the same transaction.
         """
         if isinstance(error, TimeoutError):
             error = Unavailable(TOO_LATE)
@@ -290,7 +290,7 @@ def end_with(context: CallContext, status: StatusParts) -> bytes:
     """Set the status of a refused call, and return what its handler returns.
 
     Not `abort`: grpcio keeps the exception that it raises until a full garbage collection. The
-    exception's traceback has every frame of the call, and a frame may hold a large request.
+    exception's traceback contains every frame of the call, and a frame may hold a large request.
     """
     context.set_code(status.code)
     context.set_details(status.message)
@@ -357,7 +357,7 @@ def describe_call(
 
 
 def _fields_of(audit_context: AuditContext) -> dict[str, str]:
-    """Return the fields of a call's log line that its audit entry has too, if they have a value."""
+    """Return the log fields that the call's audit entry also contains, without empty ones."""
     fields = {
         "caller": audit_context.caller,
         "account_id": audit_context.account_id,

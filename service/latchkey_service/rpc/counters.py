@@ -1,7 +1,7 @@
 """Counters of calls and verdicts, where a log line per event would cost too much.
 
 Plain integers: the path of a warm Verify adds to them and does nothing else. They only increase.
-The log has what was added since its last summary, and `process/worker_metrics.py` the totals.
+The log shows what was added since its last summary, and `process/worker_metrics.py` the totals.
 """
 
 from collections import Counter

@@ -112,7 +112,7 @@ class Registrar:
     registered by name, except request streams, which it would give to a no-op of grpcio. grpcio's
     asyncio server, and the grpcio part of `native`, only look handlers up by path.
 
-    grpcio refuses unary calls of no known caller before it has received their messages. With
+    grpcio refuses unary calls from unknown callers before it has received their messages. With
     `screen`, the metadata decide. With `by_certificate`, the connection does too.
     """
 
@@ -205,8 +205,8 @@ def _identified_first(handler: Any, refuser: Any, authenticator: Authenticator) 
 class _ByPath(grpc.GenericRpcHandler):
     """Finds handlers by exact path; `native` treats handlers keyed by service as registered.
 
-    `refusing` has other handlers of some paths, for calls that `screen` rejects. They are those of
-    streams, which need no message: until one is read, grpcio lets the client send 64 KiB.
+    For some paths, `refusing` contains other handlers, for calls that `screen` rejects. They are
+    those of streams, which need no message: until one is read, grpcio lets the client send 64 KiB.
     """
 
     def __init__(

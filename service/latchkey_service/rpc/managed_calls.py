@@ -67,7 +67,7 @@ CONCURRENCY_LIMITS: Mapping[str, tuple[int, int]] = {
     MANAGER: (8, 1_000),
     OPERATOR: (2, 100),
     REVOKER: (2, 100),
-    # An import sends one batch after the other.
+    # An import sends one batch after another.
     IMPORTER: (1, 100),
 }
 # Limit for callers with a longer deadline, or none: longer than any healthy call takes.
@@ -77,7 +77,7 @@ CALL_SECONDS_MAX = 10.0
 # is at most a tenth of the time, or short deadlines would leave no time for the work.
 ANSWER_SECONDS: Final = 0.1
 # Share of that time for which a Delete may wait for confirmations, so that its caller learns that
-# the deletion stands, rather than only that time ran out.
+# the deletion is committed, rather than only that time ran out.
 CONFIRMATION_SHARE: Final = 0.9
 # How long the message of a refused call may take to arrive, for the call's audit entry.
 REFUSED_MESSAGE_SECONDS: Final = 1.0
@@ -117,7 +117,7 @@ class ManagedCall:
         self._slot = slot
 
     def committed(self, token_id: str = "") -> None:
-        """Record that the change stands, with its audit entry. `token_id`: of a new token."""
+        """Record that the change is committed, with its audit entry. `token_id`: of a new token."""
         self.change = (
             replace(self.audit_context, token_id=token_id) if token_id else self.audit_context
         )

@@ -1,7 +1,7 @@
 """Paces the refusals of calls without an identity, and bounds how many of these calls are open.
 
 A refusal costs as much as a Verify, so refusals go out at a limited rate (`RejectionPacer`). Until
-then, the call stays open, and takes some 16 kB, most of it in `grpcio`. So only a limited number
+then, the call stays open, and takes about 16 kB, most of it in `grpcio`. So only a limited number
 may wait in a worker, and fewer from each address. A call above either limit ends its connection,
 with all calls on it. Refusing the call at once instead would let its client make the next one at
 once, and use up the processor. Calls are refused at once only where the connection cannot be ended,
@@ -25,12 +25,12 @@ __all__ = [
     "RefusedCalls",
 ]
 
-# grpcio needs 0.1 ms for each, so this takes some 2 % of a core. Until its answer, a call takes one
-# of its connection's places, so a flood with as many connections as one address may have cannot
+# grpcio needs 0.1 ms for each, so this takes about 2 % of a core. Until its answer, a call takes
+# one of its connection's places, so a flood with as many connections as one address may have cannot
 # make much more than a thousand calls in a second.
 PER_SECOND: Final = 200
 SECONDS_MAX: Final = 30.0
-# Some 500 MB, a sixth of the default limit of a worker.
+# About 500 MB, a sixth of the default limit of a worker.
 OPEN_MAX: Final = 30_000
 # As many as 100 connections may have open.
 OPEN_PER_ADDRESS_MAX: Final = 10_000

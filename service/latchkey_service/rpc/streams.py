@@ -30,14 +30,14 @@ current_caller: contextvars.ContextVar[Caller] = contextvars.ContextVar("current
 Parse = Callable[[bytes], Any]
 
 # Bytes that a client may send at once on a Watch, and those that it may add per second. A message
-# costs time before it is known whether its report of uses is accepted: 100 kB take some 2 ms. More
-# than a client needs that reports as fast as it may (`use_reports.py`): 200,000 uses at once and
-# 25,000 per second, of up to 131 bytes each.
+# costs time before it is known whether its report of uses is accepted: 100 kB take about 2 ms. That
+# is more than needed by a client that reports as fast as it may (`use_reports.py`): 200,000 uses at
+# once and 25,000 per second, of up to 131 bytes each.
 STREAM_BYTES_BURST: Final = 32 * 1024 * 1024
 STREAM_BYTES_PER_SECOND: Final = 4 * 1024 * 1024
-# What a message costs besides, so that empty ones are limited too: to some 16,000 a second.
+# What a message costs in addition, so that empty ones are limited too: to about 16,000 a second.
 MESSAGE_BYTES: Final = 256
-# Streams that need no identity, in a worker and from one address. Each takes some 20 kB. A prober
+# Streams that need no identity, in a worker and from one address. Each takes about 20 kB. A prober
 # needs one.
 OPEN_STREAMS_MAX: Final = 1_000
 OPEN_STREAMS_PER_ADDRESS_MAX: Final = 100

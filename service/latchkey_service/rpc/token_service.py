@@ -2,7 +2,7 @@
 
 Owns neither the rules of the contract (`tokens/`), nor limits, logging and error statuses
 (`managed_calls.py`, `streams.py`). The changes of existing tokens are in `lifecycle_service.py`.
-Verify and BatchVerify are not here: `verify_calls.py` has the whole of them.
+Verify and BatchVerify are not here: `verify_calls.py` contains all of their code.
 """
 
 import re

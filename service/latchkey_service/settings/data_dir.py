@@ -18,5 +18,6 @@ def default_data_dir() -> Path:
         return Path(platformdirs.user_data_dir("latchkey", appauthor=False))
     except RuntimeError:
         # A user without a home, as in some containers. With a database and a pepper file of its
-        # own, the service needs no data directory; else the error at its first use names this one.
+        # own, the service needs no data directory. Otherwise, the error at its first use names this
+        # one.
         return SYSTEM_DATA_DIR

@@ -60,7 +60,7 @@ _ADVICE: Final[Mapping[str, str]] = MappingProxyType(
         "ssl": "use sslmode=require, or sslmode=verify-full with sslrootcert=system or a file",
         "connection_limit": "it is Prisma's; remove it",
         "pool_timeout": "it is Prisma's; remove it",
-        "hostaddr": "put the address in the place of the host",
+        "hostaddr": "put the address in place of the host",
         "sslcrldir": "use sslcrl=FILE",
         "requirepeer": "the driver cannot check it; remove it",
         "require_auth": "the driver cannot check it; use sslmode=verify-full instead",

@@ -33,7 +33,7 @@ class Rule:
     """The owners and modes that a file may have.
 
     `refused` and `warned` are the mode bits that our own files must not have; `refused_of_root` and
-    `warned_of_root` are those that root's files must not have. Without `any_owner`, a file of
+    `warned_of_root` are the same for files that belong to root. Without `any_owner`, a file of
     another user is refused; with it, there is a warning.
     """
 

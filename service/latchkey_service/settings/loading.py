@@ -81,7 +81,7 @@ def _check_env_file() -> None:
 
 
 def file_warnings(settings: Settings) -> list[str]:
-    """Return what is wrong with the owner or mode of files that may be used nevertheless."""
+    """Return warnings about the owner or mode of files that are used nevertheless."""
     files = [
         (Path(ENV_FILE).absolute(), file_access.ENVIRONMENT),
         (settings.policy, file_access.POLICY),

@@ -60,7 +60,7 @@ def start() -> None:
 
 
 def say(text: str) -> None:
-    """Print a text for people on stdout. Neither a full disk nor a reader that hangs matters."""
+    """Print text for people on stdout. Neither a full disk nor a reader that hangs matters."""
     _stdout.put(text.encode(errors="replace"))
     _stdout.start()
 
@@ -162,7 +162,7 @@ class _InvalidText(logging.Filter):
     """Logs metadata that is not UTF-8 as one line without a traceback, and not each time.
 
     grpcio logs such a header of any peer as an error, before the caller is known. The next line
-    after the pause has the number of those that were not logged.
+    after the pause states the number of those that were not logged.
     """
 
     def __init__(self, monotonic: Callable[[], float]) -> None:

@@ -114,7 +114,7 @@ class Settings(BaseSettings):
     migrate: Literal["on", "off"] = Field(
         "on",
         description="on or off; off: the service changes no table, and starts only if 'latchkey "
-        "migrate' has",
+        "migrate' has run",
     )
     data_dir: Path = Field(
         default_factory=default_data_dir,
@@ -217,10 +217,11 @@ class Settings(BaseSettings):
         "and how long a Delete may wait for an unresponsive verifier",
     )
     cache: Literal["on", "off"] = Field(
-        "on", description="on or off; off: each verify reads the database, also in client libraries"
+        "on",
+        description="on or off; off: each verify reads the database, and clients cache nothing",
     )
     cache_entries: int = Field(
-        100_000, ge=1, le=50_000_000, description="cached verdicts per worker, some 500 bytes each"
+        100_000, ge=1, le=50_000_000, description="cached verdicts per worker, about 500 bytes each"
     )
     cache_seconds: float = Field(
         300.0,
@@ -276,7 +277,7 @@ class Settings(BaseSettings):
         100.0,
         ge=1,
         le=100_000,
-        description="most calls that a worker traces per second, whatever their callers ask for",
+        description="maximum calls per second that a worker traces, whatever their callers ask for",
     )
     log_format: Literal["json", "console", "auto"] = Field(
         "auto",

@@ -1,8 +1,8 @@
 """Writes lines to a stream from a thread, so that a reader that hangs cannot stop the service.
 
-A pipe holds 64 KiB. When its reader stops reading, as a log collector does whose own output hangs,
-the next write blocks, and with it the event loop: every call, health and the reaction to SIGTERM.
-So nothing but this thread writes to the stream. Its queue is bounded; lines that do not fit are
+A pipe holds 64 KiB. When its reader stops reading, like a log collector whose own output hangs, the
+next write blocks, and with it the event loop: every call, health and the reaction to SIGTERM. So
+nothing but this thread writes to the stream. Its queue is bounded; lines that do not fit are
 dropped and counted.
 
 Not logging.handlers.QueueListener: its end waits for the stream without a bound.
@@ -19,7 +19,7 @@ from typing import Final
 
 __all__ = ["StreamWriter"]
 
-# Some ten thousand lines: a reader may pause for seconds without a loss. Small beside a worker's
+# About ten thousand lines: a reader may pause for seconds without a loss. Small beside a worker's
 # memory.
 QUEUE_BYTES_MAX: Final = 4 * 1024 * 1024
 # At the end, this long for the remaining lines. A reader that needs more hangs.

@@ -28,7 +28,7 @@ _LIMITS: Final = (
 )
 # Not a limit: any number of them.
 _UNSET: Final = "unset"
-# The library replaces wrong values of these by its default, or drops them, without a word.
+# The library replaces wrong values of these by its default, or drops them, silently.
 _TIMEOUTS: Final = ("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "OTEL_EXPORTER_OTLP_TIMEOUT")
 _COMPRESSIONS: Final = ("OTEL_EXPORTER_OTLP_TRACES_COMPRESSION", "OTEL_EXPORTER_OTLP_COMPRESSION")
 _COMPRESSION: Final = ("none", "gzip", "deflate")

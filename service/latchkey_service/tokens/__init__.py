@@ -5,5 +5,5 @@ uses of tokens (`usage`) and writes them (`usage_writer`, `usage_table`).
 
 Imports: coherence, audit, postgres, settings.
 Begin with `verifier.py` for Verify, with `management.py` for Create, Get, List and Delete, and with
-`lifecycle.py` for the changes of a token.
+`lifecycle.py` for changes to a token.
 """

@@ -76,7 +76,7 @@ class Found(NamedTuple):
     secret: SecretRecord | None
     snapshot: Snapshot
     proven: bool = False
-    """Whether the seal is right. If not, `SealGuard.trusts` decides about the row."""
+    """Whether the seal is valid. If not, `SealGuard.trusts` decides about the row."""
 
 
 class _Waiter:

@@ -27,7 +27,7 @@ __all__ = ["DELETED_MAX", "LISTED_MAX", "REVOKED_MAX", "Bulk", "Deletions", "Out
 REVOKED_MAX = 1_000
 """Secrets in a call of RevokeSecret or ReportSecret."""
 DELETED_MAX = 1_000
-"""Tokens that one call of DeleteAll deletes. Other Deletes wait meanwhile, some 0.3 s."""
+"""Tokens that one call of DeleteAll deletes. Other Deletes wait meanwhile, about 0.3 s."""
 LISTED_MAX = 500
 """Tokens that a dry run lists, as many as a page of List."""
 
@@ -57,7 +57,7 @@ class Bulk:
     """Changes many tokens under this process's lease.
 
     Every method raises InvalidArgument, Overloaded, Unavailable and StoreUnavailable. Those that
-    wait raise ChangeNotConfirmed: the change stands.
+    wait raise ChangeNotConfirmed: the change is committed.
     """
 
     def __init__(

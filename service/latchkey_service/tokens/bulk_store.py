@@ -33,7 +33,7 @@ from latchkey_service.tokens.verdict import TokenRecord
 
 __all__ = ["BulkStore", "Scan"]
 
-# Tokens that one statement reads to find those that match: some 50 ms for the slowest filter.
+# Tokens that one statement reads to find those that match: about 50 ms for the slowest filter.
 SCANNED = 10_000
 
 # Rows of events, for `Outbox.insert`.

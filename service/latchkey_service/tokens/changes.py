@@ -1,7 +1,7 @@
 """Computes what a change makes of a token, and whether it narrows the token. Pure.
 
 A change narrows a token if it can turn VALID into another verdict. If in doubt, it narrows: the
-call then waits for verifiers without need, which is safe.
+call then waits for verifiers needlessly, which is safe.
 """
 
 from collections.abc import Mapping, Sequence

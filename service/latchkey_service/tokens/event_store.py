@@ -1,7 +1,7 @@
 """The SQL of events: claiming and removing them, announcing expiries, and counting.
 
-`event_table.py` has the part that writes an event with its change. `process/webhook.py` delivers.
-All times of attempts are by the clock of the database, because several hosts deliver.
+`event_table.py` contains the part that writes an event with its change. `process/webhook.py`
+delivers. All times of attempts are by the clock of the database, because several hosts deliver.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from latchkey_service.tokens.event_table import EXPIRING, Outbox
 
 __all__ = ["Backlog", "Event", "EventStore", "ExpiryCursor"]
 
-# The counts are bounded, because their time is proportional to the rows. 10⁶ take some 0.2 s.
+# The counts are bounded, because their time is proportional to the rows. 10⁶ take about 0.2 s.
 BACKLOG_COUNTED_MAX = 100_000
 EXPIRING_COUNTED_MAX = 1_000_000
 
@@ -130,7 +130,8 @@ class EventStore:
 
     @retry_on_conflict
     async def take_turn(self, task: str, seconds: float) -> bool:
-        """Return whether this process does `task` now. Nobody else does for so many seconds."""
+        """Return whether this process does `task` now. If so, no other process does for
+        `seconds`."""
         async with self._pool.session() as session:
             return bool(
                 await session.fetchval(

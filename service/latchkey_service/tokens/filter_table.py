@@ -185,7 +185,7 @@ def best_order(selected: Filter) -> Order:
 def order_of(selected: Filter, order: Order, *, reverse: bool) -> str:
     """Return what to order the rows of a walk by, so that the planner sees that they are sorted."""
     way = _direction(order, reverse=reverse)
-    # Where the walk has only one key, the planner knows that inside the walk alone.
+    # Where the walk has only one key, the planner knows that only inside the walk.
     single = (order is Order.LAST_USE and selected.never_used) or (
         order is Order.EXPIRY and selected.never_expires
     )

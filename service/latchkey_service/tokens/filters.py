@@ -1,6 +1,6 @@
 """What List and DeleteAll select, and in which order List returns it. Pure.
 
-`filter_table.py` has the SQL.
+`filter_table.py` contains the SQL.
 """
 
 import enum

@@ -16,7 +16,8 @@ from latchkey_service.tokens.verdict import CachedToken
 
 __all__ = ["FirstUse"]
 
-# Tokens at once. More are rotated at once by a program, which can wait for the next look-up.
+# Tokens at once. Only a program rotates more than that at once, and it can wait for the next
+# look-up.
 TOKENS_MAX = 100
 ATTEMPTS_MAX = 5
 RETRY_SECONDS = 0.2

@@ -53,7 +53,8 @@ class Present(NamedTuple):
 
 
 class Inserted(NamedTuple):
-    """The tokens that were inserted, and the position of that, or None if there are none."""
+    """The tokens that were inserted, and the position of the insertion, or None if there are
+    none."""
 
     token_ids: frozenset[str]
     position: Position | None

@@ -35,7 +35,7 @@ PENDING_MAX: Final = 2_000
 # Longer than the pauses of a program that tries again and again. Bounds what an error in the
 # reasoning above could cost.
 ABSENT_SECONDS: Final = 5.0
-# At some 200 bytes each.
+# At about 200 bytes each.
 ABSENT_MAX: Final = 10_000
 
 

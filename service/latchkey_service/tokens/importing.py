@@ -1,4 +1,4 @@
-"""Imports tokens whose secrets exist already, by the hashes of these secrets.
+"""Imports tokens for existing secrets, by the hashes of these secrets.
 
 Owns the rules of Import. The statements are in `import_store.py`, and the digests of imported
 secrets in `secret_format.py`. Contains neither protobuf nor SQL.

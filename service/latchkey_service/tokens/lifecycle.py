@@ -82,7 +82,7 @@ class Lifecycle(TokenChanger):
     """Changes tokens under this process's lease.
 
     Every method raises InvalidArgument, NotFound, FailedPrecondition, Overloaded, Unavailable and
-    StoreUnavailable. Those that wait raise ChangeNotConfirmed: the change stands.
+    StoreUnavailable. Those that wait raise ChangeNotConfirmed: the change is committed.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ __all__ = ["Listing", "Page", "Query", "list_name"]
 
 PAGE_SIZE_DEFAULT = 50
 PAGE_SIZE_MAX = 500
-# Tokens that one call reads for its page, and as many for its count: some 20 ms for the slowest
+# Tokens that one call reads for its page, and as many for its count: about 20 ms for the slowest
 # filter. A larger limit would finish more lists in one call, and a smaller one would count fewer
 # tokens exactly.
 EXAMINED_MAX = 10_000

@@ -2,7 +2,7 @@
 
 Owns the rules of the contract: ids and the wait of a Delete. It contains neither protobuf
 (`rpc/token_service.py`), nor SQL (`token_store.py`), nor lists (`listing.py`), nor the later
-changes of a token (`lifecycle.py`).
+changes to a token (`lifecycle.py`).
 """
 
 import asyncio
@@ -214,8 +214,8 @@ class Tokens:
         Returns when no verifier can still answer VALID (coherence rule 8), or at once if
         `wait_until` is None. Calls `on_commit` when this call has committed the deletion, with its
         audit entry, and `on_wait` when only the wait and the receipt remain. Raises NotFound.
-        Raises NotConfirmed at `wait_until` (seconds on the process's clock): the deletion stands,
-        and deleting the token again returns the receipt.
+        Raises NotConfirmed at `wait_until` (seconds on the process's clock): the deletion is
+        committed, and deleting the token again returns the receipt.
         """
         check(*account_violations(account_id), *id_violations(token_id))
         began = await self._reads.begin(deadline)

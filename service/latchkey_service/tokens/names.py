@@ -2,8 +2,8 @@
 
 Two names count as the same if they differ only in upper and lower case, in the spelling of the same
 character (ﬁ and fi, Å and Å), in white space, or in characters that leave no mark. Letters of
-different scripts that look alike (Latin a, Cyrillic а) are not compared. There is no kept library
-for that in Python, and a person may well have names in two scripts.
+different scripts that look alike (Latin a, Cyrillic а) are not compared. No maintained Python
+library compares them, and a person may well use names in two scripts.
 """
 
 import unicodedata

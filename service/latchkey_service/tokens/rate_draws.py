@@ -4,8 +4,8 @@ Draws that arrive while a statement is under way share the next one. Owns the qu
 connection. It does not own the buckets (`rate_table.py`), or the shares in which calls are kept
 until they are spent (`latchkey_coherence.rate`).
 
-A draw is accepted only under a lease, and if it reached the database on which the lease stands
-(rule 12). So a deposed primary issues calls no longer than the leases that it granted last.
+A draw is accepted only under a lease, and only if it reached the database that granted the lease
+(rule 12). So a deposed primary stops issuing calls when the last leases that it granted end.
 """
 
 import asyncio
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Drawn", "RateDraws"]
 
-# Tokens in one statement, as in one query of look-ups.
+# Tokens in one statement: as many as in one query of look-ups.
 BATCH_MAX: Final = 1_000
-# Tokens that wait for a statement: some ten statements, which take about as long as one second.
+# Tokens that wait for a statement: about ten statements, which take about as long as one second.
 WAITING_MAX: Final = 10_000
 # Limit for a statement with its connection, and for the wait for the lease. Later, its calls would
 # have ended.
@@ -45,7 +45,7 @@ SECONDS_MAX: Final = 1.0
 
 
 class Drawn(NamedTuple):
-    """What one caller of `draw` gets of one token."""
+    """What one caller of `draw` gets for one token."""
 
     live: bool
     limit: RateLimit | None

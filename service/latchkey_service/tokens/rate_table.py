@@ -126,7 +126,8 @@ class RateTable:
 
     @retry_on_conflict
     async def purge(self, limit: int) -> int:
-        """Remove up to `limit` rows of full buckets, which say nothing; return how many."""
+        """Remove up to `limit` rows of full buckets, which carry no information; return how
+        many."""
         async with self._pool.session() as session:
             status = await session.execute(
                 f"""

@@ -77,12 +77,13 @@ class Sealer:
         )
 
     def seal_token(self, token: TokenRecord, pepper_ids: Iterable[str]) -> TokenSeal:
-        """Return the seal of a live token's row, made with the first of these peppers that is here.
+        """Return the seal of a live token's row, made with the first of these peppers that this
+        host has.
 
         Raises ValueError if none is.
         """
         for pepper_id in pepper_ids:
-            # Not a digest, so no seal of a token is that of a secret.
+            # Its input contains no digest, so a token's seal never equals a secret's.
             if (seal := self._digest(pepper_id, "token", *_rules_of(token))) is not None:
                 return TokenSeal(seal, pepper_id)
         raise ValueError("no pepper to seal with")
@@ -245,7 +246,7 @@ def _rules_of(token: TokenRecord) -> tuple[Any, ...]:
         token.disable_time is not None,
         token.allowed_networks,
         token.permissions,
-        # Absent without a limit, so that the seals of earlier releases stay right.
+        # Absent without a limit, so that the seals of earlier releases stay valid.
         *(() if token.rate_limit is None else (token.rate_limit,)),
     )
 

@@ -89,7 +89,7 @@ def _seal_of(sealer: Sealer, token: TokenRecord, secret: SecretRecord) -> bytes 
 def _token_seal_of(guard: SealGuard, row: UnsealedToken) -> TokenSeal | None:
     """Return the seal for a token's row, or None if another host has to judge it.
 
-    A row that its secrets show to be changed gets a seal that is never right. A row without a
+    A row that its secrets show to be changed gets a seal that is never valid. A row without a
     working secret is sealed as it is, but only before all tokens were sealed for the first time.
     """
     sealer = guard.sealer

@@ -82,7 +82,7 @@ class TokenChanger:
         """Make a change; return None if others have changed the token meanwhile.
 
         `change` computes it from the present state, or returns None if there is nothing to do. What
-        is returned then has the position of the read that shows it, which covers all earlier
+        is returned then carries the position of the read that shows it, which covers all earlier
         changes.
         """
         began = await self._reads.begin(call.deadline)

@@ -30,7 +30,7 @@ COLUMNS = """t.id, t.account_id, t.name, t.scope, t.create_time, t.expire_time, 
        t.delete_time, t.disable_time, t.allowed_networks, t.permissions, t.rate_count,
        t.rate_period_seconds, t.rate_burst"""
 _COLUMN_COUNT = 15
-# What owners see besides: the secrets that work and the newest one, newest first, each with its
+# What owners see in addition: the secrets that work and the newest one, newest first, each with its
 # last use, and the token's last use, from whichever of its secrets and callers it came. Needs
 # `USES` in the FROM clause.
 DETAILS = """t.description,

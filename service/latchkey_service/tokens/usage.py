@@ -20,8 +20,8 @@ __all__ = ["DAYS_MAX", "USES_PENDING_MAX", "PendingUses", "Use"]
 
 # Daily counts are kept for this long. Ages of reported uses are limited to it.
 DAYS_MAX: Final = 90
-# Combinations of secret and caller that wait to be written, at some 400 bytes each. Enough for each
-# of the default 100,000 cached tokens of one client to be used between two writes.
+# Combinations of secret and caller that wait to be written, at about 400 bytes each. Enough for
+# each of the default 100,000 cached tokens of one client to be used between two writes.
 USES_PENDING_MAX: Final = 100_000
 # At this share of the maximum, the uses are written early, so that there is room for new ones.
 EARLY_SHARE: Final = 0.25

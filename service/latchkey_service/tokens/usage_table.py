@@ -25,7 +25,7 @@ WRITER_KEPT = "1 day"
 # if it was committed before. So each use is counted once.
 #
 # A commit does not wait for the disk or for a standby: uses of the last second before Postgres
-# crashes may be lost, and a standby that is away does not hold up a connection.
+# crashes may be lost, and a missing standby does not hold up a connection.
 #
 # Only reads the token's row, without a lock, so that a Delete never waits for this statement and
 # this statement never waits for a Delete.
@@ -106,7 +106,7 @@ SELECT h.revision, h.mark, h.timeline, t.id, u.caller, u.first_time, u.last_time
 
 
 class CallerUsage(NamedTuple):
-    """The uses of a token by one caller. `days` has the days with uses, the newest first."""
+    """The uses of a token by one caller. `days` lists the days with uses, the newest first."""
 
     caller: str
     first_time: datetime
@@ -167,7 +167,7 @@ class UsageTable:
 
     @retry_on_conflict
     async def purge(self, today: date, limit: int) -> int:
-        """Remove up to `limit` counts of days too long ago; return how many.
+        """Remove up to `limit` counts of days that are too long ago; return how many.
 
         Removes the leftovers of stopped writers, too.
         """

@@ -24,11 +24,11 @@ WRITE_SECONDS: Final = 3.0
 # Between two writes while uses arrive faster than every write can take. Other statements need the
 # database too.
 WRITE_GAP_SECONDS: Final = 0.05
-# A statement with this many rows takes some 0.2 s, a tenth of the statement time-out, and some 3 ms
-# of the event loop.
+# A statement with this many rows takes about 0.2 s, a tenth of the statement time-out, and about 3
+# ms of the event loop.
 BATCH_MAX: Final = 2_000
 # How long a stopping server tries, within the time that the supervisor gives it beyond its grace.
-# Enough for the uses of some 20,000 secrets in the last seconds.
+# Enough for the uses of about 20,000 secrets in the last seconds.
 CLOSE_SECONDS: Final = 2.0
 
 

@@ -181,7 +181,7 @@ def printable(text: str) -> bool:
 
 
 def _has_control_characters(text: str) -> bool:
-    """Return whether `text` has control characters, lone surrogates or line separators."""
+    """Return whether `text` contains control characters, lone surrogates or line separators."""
     return any(unicodedata.category(character) in _CONTROL for character in text)
 
 

@@ -115,7 +115,8 @@ class Verifier:
         self.answered_by_read = 0
         """The questions that a read of the database answered."""
         self.answered_by_form = 0
-        """The questions that the form of the secret answered: no secret of ours looks like that."""
+        """The questions that the form of the secret answered: no Latchkey secret looks like
+        that."""
 
     def verify_cached(
         self,

@@ -38,7 +38,7 @@ COUNT_SECONDS: Final = 0.1
 REST_FACTOR: Final = 20.0
 # One to list files, one to hold a socket, and some that other threads may take first.
 SPARE_FILES: Final = 8
-# Minimum time between two log lines, also under attack.
+# Minimum time between two log lines, even under attack.
 LOG_SECONDS: Final = 10.0
 _FAMILIES: Final = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
 # RFC 9113 §3.4: the length of every client's connection preface.
@@ -125,7 +125,7 @@ class ConnectionGuard:
         """The connections of all listeners at the last inspection."""
 
     def end(self, peer: str) -> bool:
-        """End the connection of a peer soon, and return whether that is possible.
+        """Request the end of a peer's connection, and return whether that is possible.
 
         `peer` is as gRPC reports it. Connections without an address cannot be distinguished. If
         there is a proxy, the peer may be that proxy, with other clients on the same connection.
@@ -151,7 +151,8 @@ class ConnectionGuard:
             while True:
                 await asyncio.sleep(COUNT_SECONDS)
                 now = time.monotonic()
-                # Memory fills fast, and is due rarely, so it does not wait for the rest.
+                # Memory fills fast and rarely needs a check, so that check does not wait out the
+                # rest.
                 pressed = self._pressure is not None and self._pressure.is_due(now)
                 if now - inspected_at < rest and not pressed:
                     continue
@@ -193,7 +194,7 @@ class ConnectionGuard:
     def inspect(self) -> None:
         """Inspect all connections; end those that exceed a limit or make no progress.
 
-        Takes some 10 µs for each.
+        Takes about 10 µs for each.
         """
         now = time.monotonic()
         # Both stay until an inspection has ended: one that finds no file descriptor is repeated.

@@ -22,7 +22,7 @@ EndReason = Literal["address", "idle", "too_many"]
 
 
 class Held(NamedTuple):
-    """A connection of a listener. Sequences of them have the oldest first."""
+    """A connection of a listener. Sequences of them are ordered oldest first."""
 
     inode: int
     peer: str | None

@@ -23,7 +23,7 @@ PRESSURE_SHARE: Final = 0.5
 # memory is in use for good would end each new connection.
 STEP_SHARE: Final = 0.05
 # From the end of connections to the second return of free memory, which their calls have left by
-# then. A return takes some tenths of a second for a gigabyte, and delays allocations meanwhile, so
+# then. A return takes a few tenths of a second for a gigabyte, and delays allocations meanwhile, so
 # memory that stays in use causes no further one.
 TRIM_SECONDS: Final = 10.0
 PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
@@ -76,7 +76,7 @@ class MemoryPressure:
     def is_due(self, now: float) -> bool:
         """Return whether `judge` has something to do, and let the level follow memory down.
 
-        Takes some microseconds. `now` is in seconds on any clock.
+        Takes a few microseconds. `now` is in seconds on any clock.
         """
         resident = self._resident()
         if resident < self._least:
@@ -88,7 +88,7 @@ class MemoryPressure:
     def judge(self, now: float) -> bool:
         """Return free memory to the system, and return whether connections must end.
 
-        May take some tenths of a second.
+        May take a few tenths of a second.
         """
         grown = self._resident() >= self._level
         # The allocator may keep most of it for the next burst.

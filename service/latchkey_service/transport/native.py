@@ -160,7 +160,7 @@ class Server(pygrpc_native.aio.Server):
             # Closing discards the answers that the library's thread has not sent yet. On busy
             # cores, an immediate close lost one answer in ten.
             await sleep(ANSWERS_OUT_SECONDS)
-            # Calls that are still running end UNAVAILABLE with it.
+            # Calls that are still running then end with UNAVAILABLE.
             await asyncio.get_running_loop().run_in_executor(None, self._front.close)
         await super().stop(0)
 
@@ -363,7 +363,7 @@ class Server(pygrpc_native.aio.Server):
         return queue.in_turn
 
     def _is_share(self, events: Sequence[Event]) -> bool:
-        """Return whether these are all verifies, and no more than may start in one turn."""
+        """Return whether all of these are verifies, and one turn may start them all."""
         verifies, queue_of = self._queues.verifies, self._queues.of_method
         cancelled = self._cancelled
         if len(events) > self._share_of(verifies, self._monotonic()):
@@ -446,5 +446,5 @@ def sendable(trailing_metadata: Any) -> list[tuple[str, str | bytes]]:
 
 def has_malformed_timeout(event: Event) -> bool:
     """Return whether the call has a header `grpc-timeout`, but no deadline."""
-    # Without the header, this field has the peer's address, which is text.
+    # Without the header, this field contains the peer's address, which is text.
     return event[4].__class__ is bytes and event[5][2] is None

@@ -36,8 +36,9 @@ __all__ = [
     "seconds_left",
 ]
 
-# Calls started per turn: some 0.2 ms for each queue. A batch may contain a thousand verifies. Turns
-# have a cost, so more verifies start per turn while no other call arrives that would have to wait.
+# Calls started per turn: about 0.2 ms for each queue. A batch may contain a thousand verifies.
+# Turns have a cost, so more verifies start per turn while no other call arrives that would have to
+# wait.
 VERIFIES_IN_TURN: Final = 16
 VERIFIES_ALONE: Final = 64
 ALONE_SECONDS: Final = 1.0
@@ -45,8 +46,8 @@ OTHERS_IN_TURN: Final = 4
 BATCHES_IN_TURN: Final = 1
 # Health checks: a probe must not wait, and a flood of probes must not delay others.
 OPEN_IN_TURN: Final = 16
-# Calls that may wait beyond those of the next turn. Under sustained load: some 1 ms of verifies. In
-# a burst: more, at some 2 kB each.
+# Calls that may wait beyond those of the next turn. Under sustained load: about 1 ms of verifies.
+# In a burst: more, at about 2 kB each.
 STANDING: Final = 48
 BURST: Final = 5_000
 # The bytes of the requests in a queue: a burst of the largest verifies, or a hundred of the largest

@@ -121,7 +121,7 @@ def options_of(name: Transport, limits: Limits) -> list[tuple[str, int]]:
         "grpc.absolute_max_metadata_size": METADATA_BYTES_MAX,
         "grpc.keepalive_time_ms": _ms(limits.keepalive),
         # In grpcio (1.75), this timeout applies to data that the peer's kernel does not
-        # acknowledge. Unanswered pings have the other one, which defaults to a minute.
+        # acknowledge. The other one applies to unanswered pings, and defaults to a minute.
         "grpc.keepalive_timeout_ms": _ms(limits.keepalive_timeout),
         "grpc.http2.ping_timeout_ms": _ms(limits.keepalive_timeout),
         "grpc.keepalive_permit_without_calls": 1,

@@ -60,7 +60,7 @@ async def test_create_returns_token_and_redacted_secret(
 
 
 async def test_times_are_converted_to_utc(client: latchkey.Client, fake: FakeLatchkey) -> None:
-    """An expire_time of any time zone arrives as the same moment, and returns in UTC."""
+    """An expire_time in any time zone arrives as the same moment, and returns in UTC."""
     moment = datetime(2030, 6, 1, 12, 0, 0, 250, tzinfo=timezone(timedelta(hours=5, minutes=30)))
     token = fake.token()
     token.expire_time.FromDatetime(moment)
@@ -401,7 +401,7 @@ async def test_impossible_times_are_an_internal_error(
         await client.get("acme", "t1")
 
 
-async def test_unix_sockets_and_own_channels(fake: FakeLatchkey, tmp_path: Path) -> None:
+async def test_unix_sockets_and_supplied_channels(fake: FakeLatchkey, tmp_path: Path) -> None:
     """A unix: target works. A channel that was passed in is used and stays open."""
     await fake.stop()
     await fake.start(f"unix:{tmp_path}/s")

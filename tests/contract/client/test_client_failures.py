@@ -254,7 +254,7 @@ async def test_closing_ends_calls_with_an_error(
     assert "retry in" not in caplog.text
 
 
-async def test_an_own_channel_that_was_closed(
+async def test_a_supplied_channel_that_was_closed(
     fake: FakeLatchkey, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A channel that its owner closed raises Unavailable at once, like a closed client."""

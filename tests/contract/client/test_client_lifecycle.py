@@ -107,7 +107,7 @@ async def test_update_sends_only_what_was_given(
     token: pb.Token,
     path: str,
 ) -> None:
-    """Exactly the given fields are in the mask, also those that are cleared."""
+    """Exactly the given fields are in the mask, including those that are cleared."""
     fake.on("Update", fake.says(pb.UpdateResponse(token=fake.token())))
     change = await client.update("acme", "t1", **arguments)
     assert change == latchkey.Change(token=change.token, receipt=None)
@@ -297,9 +297,7 @@ async def test_delete_all_sends_its_filter(client: latchkey.Client, fake: FakeLa
     assert len(fake.calls[0].request.filter.ListFields()) == len(pb.TokenFilter.DESCRIPTOR.fields)
 
 
-async def test_delete_all_of_nothing_but_a_look(
-    client: latchkey.Client, fake: FakeLatchkey
-) -> None:
+async def test_delete_all_dry_run(client: latchkey.Client, fake: FakeLatchkey) -> None:
     """A dry run lists tokens and has no receipt. The empty filter sends no field."""
     fake.on("DeleteAll", fake.says(pb.DeleteAllResponse(count=700, tokens=[fake.token("t3")])))
     deletions = await client.delete_all("acme", dry_run=True)

@@ -105,8 +105,8 @@ async def test_without_latchkey_calls_are_refused(
 async def test_the_requested_delay_is_passed_on(
     verifier: latchkey.Verifier, fake: FakeLatchkey, secret: str
 ) -> None:
-    """RetryInfo reaches the caller of the guarded service, also in the form that gRPC's own retries
-    read."""
+    """RetryInfo reaches the caller of the guarded service, including in the form that gRPC's own
+    retries read."""
     wait = error_details_pb2.RetryInfo(retry_delay=Duration(seconds=30))
     fake.on("Verify", fake.fails(grpc.StatusCode.UNAVAILABLE, "busy", wait))
     async with service(Demo(), GuardInterceptor(verifier, Scope.READ)) as channel:

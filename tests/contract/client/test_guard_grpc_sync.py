@@ -134,7 +134,7 @@ def call(
     metadata: tuple[tuple[str, str], ...] = (),
     timeout: float | None = 10,
 ) -> Any:
-    """Call a method with two messages where it takes several. Return its answer, or answers."""
+    """Call a method, with two messages if it takes a stream. Return its answer or answers."""
     path = f"/demo.Demo/{kind}"
     method: Any
     if kind == "us":

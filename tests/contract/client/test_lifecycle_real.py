@@ -209,7 +209,7 @@ async def test_list_by_filter(client: latchkey.Client) -> None:
 
 
 async def test_delete_all_by_filter(client: latchkey.Client) -> None:
-    """A dry run names what the call then deletes, and nothing else goes."""
+    """A dry run lists exactly the tokens that the call then deletes."""
     kept = await client.create("acme", "kept", Scope.READ)
     gone = await client.create("acme", "gone", Scope.READ, labels={"team": "data"})
     wanted = TokenFilter(labels={"team": "data"})

@@ -68,7 +68,7 @@ async def test_misses_that_happen_together_are_one_call(
 async def test_a_single_miss_is_a_plain_verify(
     verifier: latchkey.Verifier, fake: FakeLatchkey
 ) -> None:
-    """Misses one after the other are separate Verify calls."""
+    """Consecutive misses are separate Verify calls."""
     for secret in secrets(3):
         assert (await verifier.verify(secret)).allowed
     assert [call.rpc for call in fake.calls] == ["Verify"] * 3

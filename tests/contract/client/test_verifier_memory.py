@@ -401,7 +401,7 @@ async def test_closing_is_quick_without_a_server(secret: str) -> None:
         assert boottime() - started < 2
 
 
-async def test_an_own_channel_is_used_for_watching(
+async def test_a_supplied_channel_is_used_for_watching(
     watched: FakeLatchkey, watch: FakeWatch, secret: str
 ) -> None:
     """A client with its own channel watches on that channel, and its owner closes it."""

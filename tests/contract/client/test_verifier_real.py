@@ -46,7 +46,7 @@ async def test_after_a_delete_no_verifier_accepts_the_token(
             await watching(verifier)
         for number in range(ROUNDS):
             created = await _token(client, f"token {number}")
-            # Any concurrent change, also by other tests, may keep an answer from being cached.
+            # Any concurrent change, even one by another test, may keep an answer from being cached.
             cached = partial(_all_cached, verifiers, created.secret)
             for answer in await eventually(cached, "all caches to have the token"):
                 assert answer.allowed

@@ -313,7 +313,8 @@ async def test_a_restarted_worker_has_the_settings_of_the_start(
 async def test_tls(run: Run, folder: Path, policy: Path) -> None:
     """Several workers serve TLS 1.3 only on one address, beside the plaintext one. New connections
     use changed files, and old connections stay open. Files that do not match are rejected until
-    they do. Text around certificates is ignored, also in the CA bundle, which the test replaces."""
+    they do. Text around certificates is ignored, including in the CA bundle, which the test
+    replaces."""
     files = write_server_files(folder)
     comment = "# Főtanúsítvány\n".encode()
     for name in files:

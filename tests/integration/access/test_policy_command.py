@@ -73,7 +73,7 @@ def test_a_new_callers_credential(folder: Path, policy_command: Run) -> None:
 
 
 def test_policy_check_uses_the_services_policy(folder: Path, policy_command: Run) -> None:
-    """`policy check` without a file uses LATCHKEY_POLICY as the service does, also from `.env`. It
+    """`policy check` without a file uses LATCHKEY_POLICY as the service does, even from `.env`. It
     reports a missing LATCHKEY_POLICY and other invalid settings."""
     (folder / "good.toml").write_text('[callers.shop]\ncertificates = ["shop.internal"]\n')
     (folder / ".env").write_text("LATCHKEY_POLICY=good.toml\n")

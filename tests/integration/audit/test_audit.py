@@ -186,8 +186,8 @@ async def test_policies_are_recorded(settings: Settings) -> None:
 
 
 async def test_only_trusted_callers_name_people(settings: Settings) -> None:
-    """An entry has the person that a caller with `reports_people` names, in any script. Names from
-    other callers are ignored, as are invalid ones. Reads and changes record it alike."""
+    """An entry contains the person that a caller with `reports_people` names, in any script. Names
+    from other callers are ignored, as are invalid ones. Reads and changes record it alike."""
     assert settings.policy is not None
     text = settings.policy.read_text()
     assert "[callers.manager]\n" in text

@@ -223,7 +223,7 @@ async def test_the_service_proves_no_forged_history(pool: Pool, database_url: st
 
 async def test_retention_removes_whole_batches(pool: Pool, database_url: str) -> None:
     """Retention removes the entries of batches that are old as a whole. What is left passes the
-    check, also when retention runs again, and nobody else can remove entries that way."""
+    check, even when retention runs again, and nobody else can remove entries that way."""
     table, sealer = AuditTable(pool), sealer_on(pool)
     for days in (9.0, 8.0, 2.0, 0.5, 0.0):
         await table.insert([entry(days), entry(days)])
@@ -275,7 +275,7 @@ async def test_peppers_rotate(pool: Pool, database_url: str) -> None:
 
 
 async def test_entries_that_nobody_seals_are_reported(pool: Pool, database_url: str) -> None:
-    """A check counts the entries that are not sealed yet, and reports them after some minutes."""
+    """A check counts the entries that are not sealed yet, and reports them after a few minutes."""
     await AuditTable(pool).insert([entry()])
     report = await checked(database_url)
     assert (report.problems, report.unsealed) == ([], 1)

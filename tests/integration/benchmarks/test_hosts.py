@@ -21,7 +21,8 @@ async def test_simulated_workers_confirm_deletions(
     database_url: str, scratch: Path, mode: str, rows: int
 ) -> None:
     """Two hosts of four workers have a row for each worker, or one for each host. The rows
-    acknowledge a deletion for all eight, no lease lapses, and the rows go when the workers stop."""
+    acknowledge a deletion for all eight, no lease lapses, and the rows are removed when the workers
+    stop."""
 
     async def found() -> list[tuple[int, int]]:
         async with session(database_url) as connection:

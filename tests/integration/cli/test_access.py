@@ -232,7 +232,7 @@ async def test_policy(tool: Tool) -> None:
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["without TLS", "untrusted"])
-async def test_a_fault_of_tls_on_localhost_is_reported(tool: Tool, tls: bool) -> None:
+async def test_a_tls_fault_on_localhost_is_reported(tool: Tool, tls: bool) -> None:
     """The name localhost has two addresses, and the service listens on one. The error is about TLS
     and not that nothing answers, and a Create that was never sent changed nothing."""
     port = tool.encrypted.rpartition(":")[2]

@@ -114,7 +114,9 @@ async def test_revoke_sends_batches(run: Run, scripted: tuple[str, Scripted]) ->
     assert [len(batch["results"]) for batch in as_json.json] == [1_000, 1_000, 500]
 
 
-async def test_a_failed_batch_says_where_to_go_on(run: Run, scripted: tuple[str, Scripted]) -> None:
+async def test_a_failed_batch_says_where_to_continue(
+    run: Run, scripted: tuple[str, Scripted]
+) -> None:
     """Lines before the failure are done and reported. The error names the first one that is not."""
     target, service = scripted
     service.fails_from = 1
@@ -205,7 +207,7 @@ async def test_delete_all_by_filter(run: Run, address: str, create: Create) -> N
     assert "dead everywhere" in rest.out
 
 
-async def test_delete_all_goes_on_until_none_is_left(
+async def test_delete_all_continues_until_none_is_left(
     run: Run, scripted: tuple[str, Scripted]
 ) -> None:
     """Thousands of tokens take several calls, with progress. A service that always says that there
@@ -221,7 +223,7 @@ async def test_delete_all_goes_on_until_none_is_left(
     assert lying.json["count"] == 10
 
 
-async def test_delete_all_that_fails_says_what_is_done(
+async def test_delete_all_that_fails_says_what_was_done(
     run: Run, scripted: tuple[str, Scripted]
 ) -> None:
     """If a later call fails, the error says how many tokens are deleted, and to run it again."""

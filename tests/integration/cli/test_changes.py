@@ -140,7 +140,7 @@ async def test_disable_and_enable(
 async def test_rotate_with_an_overlap(
     run: Run, address: str, create: Create, stub: TokenServiceAsyncStub
 ) -> None:
-    """Standard output has only the new secret. Both work until the older one is retired."""
+    """Standard output contains only the new secret. Both work until the older one is retired."""
     created = await create(name="ci")
     rotated = await run("rotate", created.token.id, "--grace", "7d", target=address)
     assert rotated.code == 0, rotated.err

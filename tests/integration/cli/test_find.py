@@ -11,7 +11,8 @@ Create = Callable[..., Awaitable[pb.CreateResponse]]
 
 
 async def test_tokens_of_all_accounts_are_found(run: Run, address: str, create: Create) -> None:
-    """An id shows one token in full, and the end of a secret lists tokens, also deleted ones."""
+    """An id shows one token in full, and the end of a secret lists tokens, including deleted
+    ones."""
     created = await create(account_id="globex", name="nightly export")
     token = created.token
     one = await run("find", token.id, "--target", address)
@@ -32,7 +33,7 @@ async def test_tokens_of_all_accounts_are_found(run: Run, address: str, create: 
 
 
 async def test_nothing_found(run: Run, address: str) -> None:
-    """If no token matches, the exit code is 3, also with --json. A bad hint is a usage error."""
+    """If no token matches, the exit code is 3, even with --json. A bad hint is a usage error."""
     # The second one was copied in part.
     for token_id in ("tok_" + "0" * 26, "tok_01m8n3jb62"):
         none = await run("find", token_id, "--target", address)

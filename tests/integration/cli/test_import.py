@@ -54,7 +54,7 @@ async def test_import_dry_run_and_repetition(run: Run, accepting: str, tmp_path:
     dry = await run("import", "keys.csv", "--dry-run", target=accepting)
     assert dry.code == 2
     assert dry.out == (
-        "would be imported: 2\nthere already, skipped: 0\nexpired, skipped: 1\nrefused: 2\n"
+        "would be imported: 2\nalready imported, skipped: 0\nexpired, skipped: 1\nrefused: 2\n"
     )
     assert dry.err.splitlines()[0].startswith("keys.csv:3: hash: is not a SHA-256 hash")
     assert dry.err.splitlines()[1].startswith("keys.csv:4: name: a live token of the account has")
@@ -75,7 +75,7 @@ async def test_import_dry_run_and_repetition(run: Run, accepting: str, tmp_path:
 
     again = await run("import", "keys.csv", target=accepting)
     assert again.out == (
-        "imported: 0\nthere already, skipped: 3\nexpired, skipped: 1\nrefused: 1\n"
+        "imported: 0\nalready imported, skipped: 3\nexpired, skipped: 1\nrefused: 1\n"
     )
 
 
@@ -124,4 +124,4 @@ async def test_files_that_are_refused(run: Run, accepting: str, tmp_path: Path) 
     assert stopped.out.startswith("imported: 1\n")
     lost = await run("import", "stop.csv", target=NOWHERE)
     assert lost.code == 6
-    assert "it skips what is there already" in lost.err
+    assert "it skips what is already imported" in lost.err

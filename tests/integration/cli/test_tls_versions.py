@@ -74,7 +74,7 @@ def environment(folder: Path, target: str) -> dict[str, str]:
         "HOME": str(folder),
         "LANG": "C.UTF-8",
         "LATCHKEY_TARGET": target,
-        # Where `make console` looks for a service that runs already.
+        # Where `make console` looks for a service that is already running.
         "LATCHKEY_LISTEN": target,
         "LATCHKEY_TLS_CA": "clients.pem",
     }

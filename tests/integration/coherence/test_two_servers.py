@@ -317,8 +317,8 @@ async def test_serializable(start: Start, database_url: str, postgres_url: str) 
 
 
 async def test_status(start: Start) -> None:
-    """The status has the head revision and, for each process, its identity, its applied revision
-    and the rest of its lease."""
+    """The status contains the head revision and, for each process, its identity, its applied
+    revision and the rest of its lease."""
     # Short, because a renewal records whether notifications arrive.
     async with start(lease_seconds=SHORT_LEASE_SECONDS) as servers:
         await delete(servers.a, (await servers.create()).token)

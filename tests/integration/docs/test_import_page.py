@@ -180,7 +180,7 @@ def test_statement_for_unkey_fits_its_tables() -> None:
 
 
 def test_columns_of_the_page() -> None:
-    """The table has each column once, and the statement for Unkey writes no other."""
+    """The table lists each column once, and the statement for Unkey writes no other."""
     listed = re.findall(r"^\| `([a-z]+)` \|", PAGE, re.MULTILINE)
     assert listed == list(COLUMNS)
     written = set(re.findall(r"^ +'(\w+)',", block("unkey"), re.MULTILINE))

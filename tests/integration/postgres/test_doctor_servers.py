@@ -26,8 +26,8 @@ async def found(monkeypatch: pytest.MonkeyPatch, url: str, state: str) -> list[F
 
 
 async def test_rights(node: Node, node_template: Template, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The owner of the tables is a warning, a role with the rights of the service is right, and one
-    that lacks a right is a failure that names it."""
+    """The owner of the tables causes a warning, a role with the service's rights is fine, and one
+    that lacks a right causes a failure that names it."""
     await node.execute(f"CREATE ROLE service LOGIN PASSWORD '{node_template.password}'")
     await migrate(node.url, bundled(), service_role="service")
     (warning,) = (
@@ -46,8 +46,8 @@ async def test_rights(node: Node, node_template: Template, monkeypatch: pytest.M
 
 
 async def test_unsafe_settings(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that may lose commits is a warning, and one whose commits wait for a standby that is
-    not there is a failure."""
+    """A server that may lose commits causes a warning, and one whose commits wait for a missing
+    standby causes a failure."""
     await migrate(node.url, bundled())
     warnings = await found(monkeypatch, node.url, "warning")
     assert any(f.check == "durability" and "fsync is off" in f.text for f in warnings)
@@ -61,7 +61,8 @@ async def test_unsafe_settings(node: Node, monkeypatch: pytest.MonkeyPatch) -> N
 async def test_standbys(
     node: Node, scratch: Path, node_template: Template, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A standby alone is a failure. Beside its primary it is right, and two primaries are not."""
+    """A standby alone causes a failure. Beside its primary it is fine, but two primaries are
+    not."""
     await migrate(node.url, bundled())
     async with lone_node(scratch, node_template) as other:
         both = node.url_at(node.address, other.address)

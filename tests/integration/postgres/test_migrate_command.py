@@ -92,7 +92,7 @@ async def test_the_command_has_a_url_of_its_own(
     code, output = await command("--database-url-file", "-", stdin=node.url, **service)
     assert code == 0, output
     assert output.endswith("the database has all migrations\n")
-    # And it starts, also if it may migrate.
+    # And it starts, even if it may migrate.
     for migrating in ("on", "off"):
         settings = Settings(
             database_url=service["database_url"], migrate=migrating, data_dir=tmp_path

@@ -290,7 +290,7 @@ def use(setup: Setup, certificate: Path, key: Path) -> None:
 
 
 async def test_the_name_in_the_certificate(setup: Setup, tmp_path: Path) -> None:
-    """A certificate for another name than the clients' is a failure, also for the address of the
+    """A certificate for another name than the clients' is a failure, even for the address of the
     listener."""
     certificate, key, ca = issue(tmp_path, "tokens.example")
     use(setup, certificate, key)

@@ -29,7 +29,7 @@ async def healthcheck(listen: str) -> tuple[int | None, str]:
 
 
 async def test_health_of_a_server_that_serves(address: str) -> None:
-    """A serving server is healthy, also when its address is the wildcard."""
+    """A serving server is healthy, even when its address is the wildcard."""
     # Health reports SERVING with the first answer of Postgres, shortly after the start.
     async with asyncio.timeout(HEALTHCHECK_SECONDS):
         while (await healthcheck(address))[0] != 0:

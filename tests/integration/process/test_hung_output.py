@@ -21,7 +21,7 @@ from tests.helpers.metrics import scrape
 from tests.helpers.service_process import OWN_VARIABLES
 from tests.helpers.waiting import WAIT_SECONDS, eventually
 
-# The smallest pipe that Linux makes: one page, some ten log lines.
+# The smallest pipe that Linux makes: one page, about ten log lines.
 PIPE_BYTES = 4_096
 # Many more calls than log lines that fit into the pipe.
 CALLS = 100

@@ -56,7 +56,7 @@ async def running(
 
 
 async def test_all_workers_at_one_address(running: tuple[Service, str, str]) -> None:
-    """One address has every metric of every worker, in both formats, also while a worker hangs and
+    """One address has every metric of every worker, in both formats, even while a worker hangs and
     after one was killed."""
     started, address, metrics = running
     async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:

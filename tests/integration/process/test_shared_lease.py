@@ -111,7 +111,7 @@ async def test_one_row_represents_all_workers(service: Service, database_url: st
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 async def test_the_lead_ends(service: Service, database_url: str, number: signal.Signals) -> None:
-    """While the lead is away, the other workers verify without a gap and confirm Deletes. When it
+    """While there is no lead, the other workers verify without a gap and confirm Deletes. When it
     is back, the host has one row again.
     """
     async with channel_to(service) as channel:

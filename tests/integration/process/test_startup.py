@@ -210,7 +210,7 @@ def test_a_broken_pepper_file_is_reported(tmp_path: Path, text: str, complaint: 
 
 
 def test_threads_that_start_at_once_share_one_pepper(tmp_path: Path) -> None:
-    """Starts at the same time create one pepper, also if all have the same process id, as in
+    """Simultaneous starts create one pepper, even if all have the same process id, as in
     containers."""
     path = tmp_path / "peppers"
     (tmp_path / f".peppers.{os.getpid()}").write_text("of one that crashed")

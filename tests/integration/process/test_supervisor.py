@@ -106,7 +106,7 @@ async def test_from_nothing_to_service_and_back(
 ) -> None:
     """In an empty directory the service creates a database, migrates it, prints its address and an
     example call, and serves. On Ctrl-C or SIGTERM it ends with all its processes and exit code 0.
-    The next start has the data."""
+    The next start finds the data."""
     service = run(*PYTHON, data_dir=folder / "new", transport=transport)
     address = await service.welcome()
     await service.prints(f"    {address} latchkey.v1.TokenService/Create\n")

@@ -103,7 +103,7 @@ async def answer_all(collector: Collector, stub: Any, settings: dict[str, object
 
 
 @pytest.mark.parametrize("fault", ["away", "hangs"])
-async def test_a_collector_that_fails_holds_nothing_up(
+async def test_a_failing_collector_delays_nothing(
     tmp_path: Path, settings: dict[str, object], monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     """With a failing collector, calls are answered, spans are counted, one log line says so, and

@@ -31,8 +31,8 @@ ENDED_SECONDS_MAX = 60.0
 async def test_anonymous_calls_end_their_connections_and_not_the_worker(
     folder: Path, database_url: str
 ) -> None:
-    """When anonymous calls use much of a worker's memory, their connections end. The worker lives,
-    and a caller with a credential keeps its connection, on which it is answered."""
+    """When anonymous calls use much of a worker's memory, their connections end. The worker
+    survives, and a caller with a credential keeps its connection and is answered on it."""
     limited: dict[str, object] = {"memory_mib": MEMORY_MIB, "grace_seconds": 0.5}
     with tls_service(folder, database_url, **limited) as (running, target):
         await running.welcome()

@@ -103,7 +103,7 @@ async def change_in_every_way(stub: Any) -> list[tuple[str, str]]:
 async def test_each_change_is_delivered(
     settings: Settings, receiver: Receiver, database_url: str
 ) -> None:
-    """Each change arrives once, signed, with the token as it was then, and no row stays. Repeated
+    """Each change arrives once, signed, with the token as it was then, and no row remains. Repeated
     and failed calls, which change nothing, send nothing."""
     async with serving(settings) as address, grpc.aio.insecure_channel(address) as channel:
         stub = pb_grpc.TokenServiceStub(channel)

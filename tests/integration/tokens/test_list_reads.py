@@ -108,7 +108,7 @@ def seen(record: TokenRecord) -> Known:
 
 
 async def test_every_reader_sees_the_last_uses(database_url: str) -> None:
-    """List, Get, Find, DeleteAll and the changes of a token see the last use of each secret, by any
+    """List, Get, Find, DeleteAll and the changes to a token see the last use of each secret, by any
     caller, and that of the token, by any secret and caller."""
     async with session(database_url) as connection:
         known = await known_tokens(connection)
@@ -205,7 +205,7 @@ async def mixed(database_url: str) -> AsyncIterator[asyncpg.Connection[asyncpg.R
 
 async def test_lists_share_a_plan(mixed: asyncpg.Connection[asyncpg.Record]) -> None:
     """After the five plans that Postgres makes for the values of a statement, it keeps one for all
-    accounts, also if most calls ask for an account that is far larger than the others."""
+    accounts, even if most calls ask for an account that is far larger than the others."""
     store = ListStore(cast("Pool", Single(mixed)))
     for _ in range(8):
         await listed(store, Filter(state=State.DISABLED))

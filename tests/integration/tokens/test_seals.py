@@ -124,8 +124,8 @@ async def test_a_changed_row_is_logged(settings: Settings, database_url: str) ->
 async def test_a_secret_cannot_be_moved_to_another_token(
     settings: Settings, database_url: str
 ) -> None:
-    """An own secret that somebody points at another account's token is UNKNOWN, also with the seal
-    of the other token's secret."""
+    """A secret of one's own, pointed at another account's token in the database, is UNKNOWN, even
+    with the seal of the other token's secret."""
     async with stub_of(settings) as stub:
         await eventually(lambda: all_sealed(database_url), "the proof that all rows are sealed")
         own = await create(stub, "own")

@@ -63,7 +63,7 @@ async def rows_of(url: str, token_id: str) -> list[Any]:
         ]
 
 
-# Each change of a token that makes new seals. Disable and Enable need a token in the other state.
+# Each change to a token that makes new seals. Disable and Enable need a token in the other state.
 CHANGES: dict[str, Callable[[Any, str], Awaitable[Any]]] = {
     "Rotate": lambda stub, t: stub.Rotate(pb.RotateRequest(**named(t)), timeout=9),
     "Update": lambda stub, t: stub.Update(renamed(t), timeout=9),
@@ -203,8 +203,8 @@ async def test_a_token_without_secrets_is_rotated(settings: Settings, database_u
 async def test_tokens_of_an_earlier_release_are_sealed(
     settings: Settings, database_url: str
 ) -> None:
-    """Tokens of a release that sealed no tokens get seals at the first start, also those without a
-    working secret. A token whose secret shows that its row was changed does not."""
+    """Tokens of a release that sealed no tokens get seals at the first start, including those
+    without a working secret. A token whose secret shows that its row was changed does not."""
     async with stub_of(settings) as stub:
         await eventually(lambda: all_sealed(database_url), "the proof that all rows are sealed")
         working, without = await create(stub, "working"), await create(stub, "without")

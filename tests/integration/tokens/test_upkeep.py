@@ -45,8 +45,8 @@ async def verdict(stub: Any, secret: str) -> str:
 
 
 async def test_what_ended_long_ago_is_removed(stub: Any, database_url: str) -> None:
-    """Expired tokens and ended secrets go after the retention. Tokens that live keep their newest
-    secret, even if it has ended. The uses of a token go with it."""
+    """Expired tokens and ended secrets are removed after the retention. Live tokens keep their
+    newest secret, even if it has ended. The uses of a token are removed with it."""
     expired, kept, revoked = [await create(stub, name) for name in ("expired", "kept", "revoked")]
     named: dict[str, Any] = {"account_id": "acme", "id": kept.token.id}
     rotated = await stub.Rotate(pb.RotateRequest(**named), timeout=9)

@@ -187,7 +187,7 @@ async def test_old_days_are_removed_and_times_stay(table: UsageTable) -> None:
     }
 
 
-async def test_uses_go_with_the_tombstone(
+async def test_uses_are_removed_with_the_tombstone(
     table: UsageTable, tokens: TokenStore, database_url: str
 ) -> None:
     """When a tombstone is removed, no row of the token's uses is left."""

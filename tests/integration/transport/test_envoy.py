@@ -254,8 +254,8 @@ async def test_everything_that_envoy_can_forward(
 
 
 async def test_the_audit_log_has_the_clients_address(envoy: tuple[str, str]) -> None:
-    """Behind Envoy, an entry has the address of Envoy's client, whatever that client claims. For a
-    client on its own machine, Envoy reports the machine's address."""
+    """Behind Envoy, an entry contains the address of Envoy's client, whatever that client claims.
+    For a client on its own machine, Envoy reports the machine's address."""
     target, _ = envoy
     forged = (("x-forwarded-for", "203.0.113.7"),)
     async with channel_to(target, "operator") as channel:

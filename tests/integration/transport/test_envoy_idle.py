@@ -1,4 +1,4 @@
-"""Connections that keep a place in Envoy without need, with the documented configuration."""
+"""Connections that needlessly occupy a place in Envoy, with the documented configuration."""
 
 import asyncio
 import time

@@ -85,7 +85,7 @@ async def test_a_flood_from_one_address_does_not_end_a_worker(
     database_url: str, folder: Path, transport: str, path: str
 ) -> None:
     """Hundreds of connections from one address, each with as many calls as it may have, of an
-    unknown method or without end, end no worker. Most of them are closed, and another address is
+    unknown method or endless, end no worker. Most of them are closed, and another address is
     served."""
     settings = {"transport": transport, "memory_mib": 600, "connections_per_address": 40}
     async with running(folder, database_url, *PYTHON, **settings) as (one, address):

@@ -20,7 +20,7 @@ def identity(name: str) -> tuple[tuple[str, str], ...]:
     return (("authorization", f"Bearer {credential(name)}"),)
 
 
-async def test_a_revoked_caller_is_not_known_any_more(
+async def test_a_revoked_caller_is_no_longer_known(
     settings: Settings, tmp_path: Path, transport: str
 ) -> None:
     """When the policy no longer has a caller, its connections count as a stranger's at once. A

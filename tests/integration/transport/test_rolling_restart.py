@@ -31,7 +31,7 @@ SBIN = "/usr/sbin"
 CONFIGURATION = (ROOT / "docs" / "haproxy.cfg").read_text()
 HOSTS = "abc"
 CALLERS = 6
-# Between the calls of a caller: some hundred verifies per second in all, beside other tests.
+# Between the calls of a caller: a few hundred verifies per second in all, beside other tests.
 PAUSE_SECONDS = 0.01
 # As docs/haproxy.cfg says.
 DRAIN_SECONDS = 3

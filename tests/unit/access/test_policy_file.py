@@ -98,7 +98,7 @@ async def test_file_that_changes_while_it_is_read(
 
 async def test_invalid_file(followed: Followed) -> None:
     """An invalid file is logged once, and again on request. The last valid policy stays active,
-    also if the file is missing or unreadable."""
+    even if the file is missing or unreadable."""
     followed.move_in(BROKEN)
     log = followed.log
     await followed.look(5)

@@ -54,7 +54,8 @@ async def written(log: AuditLog, table: Table) -> list[NewEntry]:
 @pytest.mark.parametrize(("code", "reason"), [("PERMISSION_DENIED", "METHOD_DENIED"), ("OK", "")])
 async def test_repeated_calls_do_not_flood(code: str, reason: str) -> None:
     """A caller's first denials or reads of one kind get an entry each. Of the others, a few do, and
-    one entry has the number of the rest. Other kinds and other callers are counted separately."""
+    one entry states the number of the rest. Other kinds and other callers are counted
+    separately."""
     table, clock = Table(), [0.0]
     log = log_on(table, clock)
     told = [log.record(delete("shop"), code, reason) for _ in range(10_000)]
@@ -106,7 +107,7 @@ async def test_among_too_many_targets_chance_decides() -> None:
         assert sum(entry.calls for entry in entries) == calls
         assert len(entries) == TARGETS_MAX + CHOSEN_MAX + 1
         for entry in entries[TARGETS_MAX:-1]:
-            # Which quarter of the calls without an own entry.
+            # Which quarter of the calls without their own entry.
             number = int(entry.token_id.removeprefix("tok_")) - TARGETS_MAX
             hits[4 * number // (calls - TARGETS_MAX)] += 1
     # 500 are expected in each; a fair choice is outside of this once in a million runs.

@@ -60,7 +60,7 @@ def replace(root: Path, name: str, before: str, after: str) -> None:
     path.write_text(text.replace(before, after, 1))
 
 
-def test_right_lock_files_pass(root: Path) -> None:
+def test_valid_lock_files_pass(root: Path) -> None:
     """Names match whatever their spelling, the distributions themselves are not locked, and the
     project's own lock files pass."""
     assert locks.check(root) == ok()

@@ -25,7 +25,7 @@ def only(monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
     monkeypatch.setattr(schemas, "SCHEMAS", {pattern: schemas.SCHEMAS[pattern]})
 
 
-def test_right_files_pass(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_valid_files_pass(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check passes if all files match their schemas."""
     only(monkeypatch, ".github/dependabot.yml")
     assert schemas.check(root) == ok()

@@ -85,7 +85,7 @@ def test_page_outside_the_navigation(tmp_path: Path) -> None:
 
 
 def test_reference_of_the_contract() -> None:
-    """The page has each method and message with its comment."""
+    """The page contains each method and message with its comment."""
     page = grpc_reference.page()
     assert "### TokenService.Delete\n\n[DeleteRequest](#deleterequest) → [DeleteResponse]" in page
     assert "stream of [WatchRequest](#watchrequest) → stream of [WatchResponse]" in page
@@ -94,7 +94,7 @@ def test_reference_of_the_contract() -> None:
 
 
 def test_reference_of_the_library() -> None:
-    """The page has each exported name once."""
+    """The page contains each exported name once."""
     page = python_reference.page()
     for name in ("Client", "Verifier", "Token", "LatchkeyError"):
         assert page.count(f"::: latchkey.{name}\n") == 1

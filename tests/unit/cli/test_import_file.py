@@ -120,7 +120,7 @@ def test_json_lines() -> None:
 
 
 def test_wrong_rows_do_not_stop_the_others() -> None:
-    """Each error has the line on which the row begins, and the column."""
+    """Each error states the line on which the row begins, and the column."""
     found = rows(
         f"hash,scope,expires,enabled\n{HEX},,,\n,,,\nsk_live_x,,,\n{HEX},admin,,\n"
         f'{HEX},,2030-01-01,\n{HEX},,,maybe\n{HEX},,\n"{HEX}\n",,,\n{HEX},,,\n'
@@ -204,11 +204,11 @@ def test_rows_without_what_a_token_needs(
             ImportResult(
                 outcome=ImportOutcome.INVALID,
                 field_violations=(
-                    FieldViolation("allowed_networks[1]", "is no network"),
+                    FieldViolation("allowed_networks[1]", "is not a network"),
                     FieldViolation("name", "is empty"),
                 ),
             ),
-            "2: networks[1]: is no network; name: is empty",
+            "2: networks[1]: is not a network; name: is empty",
         ),
     ],
 )

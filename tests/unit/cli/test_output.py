@@ -1,4 +1,4 @@
-"""The streams of the command line: what is written where, also if a stream is closed or full."""
+"""The streams of the command line: what is written where, even if a stream is closed or full."""
 
 import errno
 import io

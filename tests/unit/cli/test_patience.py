@@ -74,7 +74,7 @@ class Session:
 
 
 async def test_import_outlasts_load_and_failover(passing: Time) -> None:
-    """An import goes on after refusals that the library's own attempts do not outlast, and waits
+    """An import continues after refusals that the library's own attempts do not outlast, and waits
     as long as the service asks."""
     away = Unavailable("away", reason="DATABASE_UNAVAILABLE", retry_after=timedelta(seconds=2))
     service = Service(*(overloaded() for _ in range(30)), away)
@@ -93,8 +93,8 @@ async def test_import_gives_up(passing: Time) -> None:
 
 
 def test_import_outlasts_a_restart(passing: Time) -> None:
-    """Once the service has answered a batch, the import goes on although nothing listens for some
-    seconds."""
+    """Once the service has answered a batch, the import continues although nothing listens for a
+    few seconds."""
     gone = [Unavailable("no connection") for _ in range(20)]
     closed = Unavailable("closed", reason="CONNECTION_CLOSED")
     service = Service()
@@ -132,7 +132,7 @@ async def test_import_gives_up_if_the_service_does_not_return(passing: Time) -> 
 async def test_import_does_not_wait_for_what_a_restart_cannot_cure(
     passing: Time, error: LatchkeyError
 ) -> None:
-    """A request that is too large and a certificate that is not trusted fail at once, also later
+    """A request that is too large and a certificate that is not trusted fail at once, even later
     in an import."""
     service = Service(error)
     with pytest.raises(type(error)):

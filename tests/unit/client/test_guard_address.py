@@ -58,12 +58,12 @@ def test_the_header_is_read_from_the_right(
     peer: str, forwarded_for: list[str], address: str
 ) -> None:
     """The address is the last one that is not a trusted proxy. What a client invented, to the left
-    of it, is never used, also not in place of a damaged entry."""
+    of it, is never used, not even in place of a damaged entry."""
     assert PROXIES.client_address(peer, forwarded_for) == address
 
 
 def test_without_trusted_proxies_the_header_is_ignored() -> None:
-    """The address is then that of the peer, also if it is a private one."""
+    """The address is then that of the peer, even if it is a private one."""
     for peer in ("10.0.0.1", "::1", "", "testclient"):
         assert TrustedProxies(()).client_address(peer, ["198.51.100.1"]) == peer
 

@@ -72,7 +72,7 @@ async def test_a_valid_token_is_accepted(scheme: str, spaces: str, end: str) -> 
 @pytest.mark.parametrize(
     "values", [[], ["Basic dXNlcjpwYXNz"], [""], [SECRET], ["Bearerx " + SECRET]]
 )
-async def test_no_bearer_token_is_missing(values: list[str]) -> None:
+async def test_request_without_bearer_token_is_refused(values: list[str]) -> None:
     """Without a bearer token, the verifier is not asked and the request is refused."""
     verifier = valid()
     assert (await decide(verifier, values, None)).outcome is Outcome.MISSING

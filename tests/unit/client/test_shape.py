@@ -52,7 +52,7 @@ def test_one_wrong_character_is_detected(body: str, position: int, character: st
 @given(st.text())
 @settings(deadline=None)  # the machine may be busy
 def test_any_text_can_be_checked(text: str) -> None:
-    """The check never raises, also not for lone surrogates and newlines."""
+    """The check never raises, not even for lone surrogates and newlines."""
     assert not is_well_formed(text)
     assert not is_well_formed("lk" + "_" + text)
 

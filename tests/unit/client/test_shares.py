@@ -198,7 +198,7 @@ def test_verifies_spend_the_share(bench: Bench) -> None:
 
 
 def test_refusal_is_answered_from_the_cache_until_its_time(bench: Bench) -> None:
-    """The answer has what is left of the time, and the token. It is not a use."""
+    """The answer contains the remaining time and the token. It is not a use."""
     bench.answer(Verdict.RATE_LIMITED, retry_after=timedelta(seconds=2))
     bench.now += 0.5
     refused = bench.verify()
@@ -284,7 +284,7 @@ def test_limits_as_text(text: str, limit: RateLimit) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "5", "5/day", "/minute", "-5/minute", "5/minute,", "٥/hour"])
-def test_texts_that_are_no_limit(text: str) -> None:
+def test_invalid_limits_are_rejected(text: str) -> None:
     """Anything else is an error."""
     with pytest.raises(ValueError, match="100/minute"):
         RateLimit.parse(text)

@@ -54,7 +54,7 @@ def log_of() -> UseLog:
 
 
 def test_uses_add_up_between_reports() -> None:
-    """A report has each use since the previous one, as a count and two ages."""
+    """A report contains each use since the previous one, as a count and two ages."""
     log, entry = log_of(), entry_of("t1")
     assert log.due() is None
     for now in (100.0, 101.0, 103.0):
@@ -99,7 +99,7 @@ def test_a_lost_report_is_repeated_without_counts() -> None:
 
 
 def test_secrets_and_entries_of_one_token() -> None:
-    """Two entries of one secret add up, and two secrets of one token stay apart."""
+    """Two entries of one secret add up, and two secrets of one token stay separate."""
     log = log_of()
     other = BODY[:-1] + "1" + checksum(BODY[:-1] + "1")
     for entry, secret in ((entry_of("t1"), SECRET), (entry_of("t1"), SECRET)):
@@ -111,7 +111,7 @@ def test_secrets_and_entries_of_one_token() -> None:
 
 
 def test_many_uses_take_several_reports() -> None:
-    """A report has at most 1,000 uses. The next one follows as soon as it is confirmed."""
+    """A report contains at most 1,000 uses. The next one follows as soon as it is confirmed."""
     log = log_of()
     for number in range(USES_IN_REPORT_MAX + 5):
         use(log, entry_of(f"t{number}"), 100.0)

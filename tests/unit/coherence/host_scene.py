@@ -91,7 +91,7 @@ class Postgres:
         self.calls.append(error)
 
     async def remove(self) -> None:
-        # What the lead has on record when the row goes.
+        # What the lead has recorded when the row is removed.
         self.calls.append(("remove", self.scene.state.client_leases.latest_end(-math.inf)))
 
     async def leave(self, *, remove: bool) -> None:

@@ -121,7 +121,8 @@ def test_a_dead_host_counts_with_all_its_processes() -> None:
 
 
 def looked(acknowledged: list[int], verifiers: int = 100) -> PendingDeletion:
-    """A Delete whose looks at the rows found that many verifiers that had acknowledged."""
+    """A Delete that found, each time it read the rows, this many verifiers that had
+    acknowledged."""
     wait = PendingDeletion(at(5), 100.0)
     for number in acknowledged:
         wait.evaluate([row(f"{n}", 5 if n < number else 4) for n in range(verifiers)], 100.0)

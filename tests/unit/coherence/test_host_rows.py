@@ -1,4 +1,4 @@
-"""A sibling has its row at the lead of its host, or in Postgres while the lead is away."""
+"""A sibling has its row at the lead of its host, or in Postgres while there is no lead."""
 
 import asyncio
 import math
@@ -67,8 +67,8 @@ async def test_the_lead_acknowledges_with_its_siblings(host: Host) -> None:
 
 
 async def test_only_the_last_confirmation_wakes_the_lead(host: Host) -> None:
-    """While a client of the lead is behind, a sibling's confirmation lets nothing be acknowledged,
-    so the lead does not look.
+    """While a client of the lead is behind, a sibling's confirmation does not allow any
+    acknowledgement, so the lead does not look.
     """
     await host.register()
     await host.renew()
@@ -203,7 +203,7 @@ async def test_a_lead_that_stops_waits_for_its_siblings(host: Host) -> None:
 
 async def test_a_sibling_returns_to_the_lead(host: Host) -> None:
     """A sibling goes back without starting over. The lead has the end of its lease on record before
-    its row goes.
+    its row is removed.
     """
     await host.register()
     await host.renew()

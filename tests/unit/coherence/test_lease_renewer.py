@@ -119,7 +119,7 @@ async def test_a_wake_up_reads_the_log_although_one_was_sent(sibling: Sibling) -
     assert sibling.state.cache.position == at(9)
 
 
-async def test_a_renewal_at_the_lead_is_no_read(sibling: Sibling) -> None:
+async def test_a_renewal_at_the_lead_is_not_a_read(sibling: Sibling) -> None:
     """A wake-up during a read of the log causes another read, although a renewal comes between:
     the lead answers that from its memory.
     """
@@ -165,7 +165,7 @@ async def test_a_lease_that_began_earlier_is_renewed_earlier(
     sibling: Sibling, left: float, next_after: float
 ) -> None:
     """At the next renewal, 0.6 of the lease is left, whatever the lead has used of it already. A
-    lead that does not renew is not asked all the time.
+    lead that does not renew is not asked continually.
     """
     sibling.rows.ends = sibling.now + left
     sibling.renewer.renew_now()
@@ -194,7 +194,7 @@ async def test_the_row_lists_the_siblings_now_and_then(sibling: Sibling) -> None
     sibling.now += LEASE_SECONDS / 4
     assert (await acknowledged(8)).siblings == listed
     assert (await acknowledged(9)).siblings is None
-    # A sibling has come.
+    # A sibling has connected.
     rows.calls.clear()
     renewer.renew_now()
     await eventually(lambda: bool(rows.calls), "the row is renewed")

@@ -242,7 +242,7 @@ async def test_a_lease_that_moves_no_longer_warns_of_its_own_host(world: World) 
     assert warning.partition(":")[2].startswith(f" {FIRST}.")
 
 
-async def test_a_host_that_refuses_the_role_is_no_primary(world: World) -> None:
+async def test_a_host_that_refuses_the_role_is_not_a_primary(world: World) -> None:
     """Its error is one that the driver's translation leaves as it is, such as a missing right to
     connect. The worker continues: it would end if one of its tasks failed."""
     world.primary.renewed(world.connection(FIRST), OLD)

@@ -1,6 +1,6 @@
 """The core of rate limits: what a bucket issues for any limit, and what a share spends.
 
-`tests/model` and `tests/simulation` have the bound on the sum of all verifiers.
+`tests/model` and `tests/simulation` check the bound on the sum of all verifiers.
 """
 
 from __future__ import annotations

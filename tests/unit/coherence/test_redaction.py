@@ -26,7 +26,7 @@ def shown(secret: str) -> str:
 @given(st.text(), st.sampled_from(SECRETS), st.text())
 @settings(deadline=None)  # the machine may be busy
 def test_redaction_leaves_no_secret(before: str, secret: str, after: str) -> None:
-    """The random part of a secret is redacted wherever the secret stands in a text."""
+    """The random part of a secret is redacted wherever the secret appears in a text."""
     assert secret[-40:] not in redact(before + secret + after)
 
 
@@ -49,7 +49,7 @@ def test_a_secret_is_redacted_in_any_letter_case(
 def test_a_broken_secret_is_redacted(
     secret: str, convert: Callable[[str], str], between: str
 ) -> None:
-    """A secret is redacted if it was broken into two or three lines, also as `repr` shows it."""
+    """A secret is redacted if it was broken into two or three lines, even as `repr` shows it."""
     text = convert(secret)
     for pieces in ((text[:20], text[20:]), (text[:15], text[15:40], text[40:])):
         assert redact(f"a {between.join(pieces)} b") == f"a {shown(text)} b"

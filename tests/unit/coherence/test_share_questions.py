@@ -33,7 +33,7 @@ def question(number: int) -> Request:
 
 
 async def test_question_is_answered_once() -> None:
-    """The answer has the calls, and what is left of their time when it is sent."""
+    """The answer contains the calls, and their remaining time when it is sent."""
     questions, draws, told = ShareQuestions(), Draws(), asyncio.Event()
     questions.receive(question(0), draws.draw, told.set)
     await asyncio.sleep(0)

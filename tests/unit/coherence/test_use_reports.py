@@ -45,7 +45,7 @@ def test_a_fast_client_waits_for_its_confirmation() -> None:
 
 
 def test_a_client_that_does_not_wait_is_ignored() -> None:
-    """Reports without end are not recorded, and a stopping client can send a burst at once."""
+    """Endless reports are not recorded, and a stopping client can send a burst at once."""
     reports = UseReports()
     accepted = sum(
         reports.accept(number, USES_IN_REPORT_MAX, 100.0) * USES_IN_REPORT_MAX
@@ -58,7 +58,7 @@ def test_a_client_that_does_not_wait_is_ignored() -> None:
 
 
 async def test_reports_are_recorded_for_the_caller_and_confirmed() -> None:
-    """Uses reach the recorder with the stream's caller, also those right before `released`."""
+    """Uses reach the recorder with the stream's caller, including those right before `released`."""
     scene = Scene(at(5))
     recorded: list[tuple[str, Sequence[ReportedUse]]] = []
     scene.sessions = scene.make_sessions(

@@ -176,7 +176,7 @@ async def test_framing_is_off_by_default_and_for_named_origins_only() -> None:
 
 
 async def test_header_can_be_left_out() -> None:
-    """Without its header, the page has neither name nor account, but the same list."""
+    """Without its header, the page shows neither name nor account, but the same list."""
     async with console(Scripted(), header=False) as browser:
         page = (await browser.get("/")).text
     assert "<header" not in page

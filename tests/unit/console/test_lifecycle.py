@@ -32,7 +32,7 @@ async def test_leaked_token_is_marked() -> None:
 
 
 async def test_details_show_the_whole_token() -> None:
-    """The details have the id, both secrets, networks, permissions, labels and who uses it."""
+    """The details show the id, both secrets, networks, permissions, labels and who uses it."""
     client = Scripted(
         token(
             description="Runs <nightly>",
@@ -282,7 +282,7 @@ async def test_delete_says_who_used_the_token(fields: dict[str, Any], words: str
 
 
 async def test_row_shows_use_and_both_secrets() -> None:
-    """A row has the last use with its caller, and the older secrets with their ends."""
+    """A row shows the last use with its caller, and the older secrets with their ends."""
     client = Scripted(
         token(
             last_used_time=NOW - timedelta(hours=2),

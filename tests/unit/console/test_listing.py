@@ -143,7 +143,7 @@ async def test_rows_are_fetched_in_few_calls() -> None:
 
 
 async def test_a_search_ends() -> None:
-    """Calls that find too few tokens are limited. The next request goes on where they ended."""
+    """Calls that find too few tokens are limited. The next request continues where they ended."""
     assert await rows(Service(*[0] * 100), Filter("x")) == (0, str(listing.SEARCHES_MAX))
     assert await rows(Service(0, 20, 0, 30, 5), Filter("x")) == (50, "4")
     assert await rows(Service(0, 20), Filter("x")) == (20, "")

@@ -93,7 +93,7 @@ async def test_polls_do_not_depend_on_reports(monkeypatch: pytest.MonkeyPatch) -
 
 
 async def test_polls_survive_failures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After fetches that failed, also in an unexpected way, the next poll succeeds."""
+    """After fetches that failed, even in an unexpected way, the next poll succeeds."""
     endpoint = Endpoint(document(test=KEY))
     keys = endpoint.keys({}, [0.0])
     fetch: Callable[[str], object] = keys._fetch
@@ -123,8 +123,8 @@ async def test_the_same_made_up_key_costs_one_fetch() -> None:
 
 
 async def test_a_fetch_that_began_earlier_decides_nothing() -> None:
-    """A report that finds a fetch running, with a document that lacks its key, causes another one:
-    the partner may have published the key in the meantime."""
+    """If a report arrives during a fetch, and the fetched document lacks its key, the keys are
+    fetched again: the partner may have published the key in the meantime."""
     endpoint = Endpoint(document(test=KEY))
     keys = endpoint.keys({}, [0.0])
     endpoint.open.clear()

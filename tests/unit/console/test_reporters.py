@@ -63,8 +63,8 @@ async def test_details_say_what_leaked(
 
 async def test_details_without_the_audit_log() -> None:
     """If the console may not read the audit log, the details do not say who reported the leak, and
-    it does not soon ask again, because the log has an entry for each refusal. After other errors,
-    it asks again."""
+    it does not soon ask again, because the log contains an entry for each refusal. After other
+    errors, it asks again."""
     leaked = token(secrets=(secret("newX", 9, leak_report_time=LEAK),))
     errors: list[latchkey.LatchkeyError] = [BUSY, latchkey.PermissionDenied("no")]
     client = Scripted(leaked, errors={"audit_page": errors})

@@ -62,7 +62,7 @@ def test_reviewed_kinds_are_kept_for_a_while() -> None:
     ],
 )
 def test_any_cookie_is_harmless(value: str) -> None:
-    """A cookie that the page did not write hides nothing and is no error."""
+    """A cookie that the page did not write is ignored without an error."""
     reviewed = Reviewed(RULES)
     response = Response()
     reviewed.add(visit(response), response, "acme", NOW, "old", "1")

@@ -83,7 +83,7 @@ def test_unsafe_settings_are_refused(options: dict[str, Any], words: str) -> Non
             "http://[::1]:81",
             {"127.0.0.1:81", "localhost:81", "[::1]:81"},
         ),
-        # Browsers omit the default port, also of the address derived from --listen.
+        # Browsers omit the default port, including that of the address derived from --listen.
         (
             {"account": "acme", "listen": "127.0.0.1:80"},
             "http://127.0.0.1",

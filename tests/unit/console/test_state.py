@@ -141,7 +141,7 @@ def test_session_that_browsers_would_drop_is_an_error() -> None:
 
 
 def test_key_file(tmp_path: Path) -> None:
-    """The file has one key or two, in either alphabet of base64."""
+    """The file contains one key or two, in either alphabet of base64."""
     path = tmp_path / "state.key"
     keys = (bytes(range(200, 232)), b"\xff" * 32)
     lines = [base64.b64encode(keys[0]), base64.urlsafe_b64encode(keys[1])]

@@ -142,7 +142,7 @@ def test_the_lists_are_true() -> None:
     ],
 )
 def test_a_block_that_nothing_runs_is_found(text: str) -> None:
-    """A new block of commands, also one in a list or with an unknown mark, has no test yet."""
+    """A new block of commands, even one in a list or with an unknown mark, has no test yet."""
     (block,) = blocks("docs/tracing.md", text)
     assert block.language in SHELLS
     assert "latchkey list\n" in block.text

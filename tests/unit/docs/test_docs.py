@@ -54,7 +54,7 @@ MARKS = {
 
 
 def test_settings_table() -> None:
-    """The table has every setting, in order, with its default and meaning."""
+    """The table lists every setting, in order, with its default and meaning."""
     rows = re.findall(r"^\| `(LATCHKEY_\w+)` \| (.+?) \| (.+) \|$", SETTINGS, re.MULTILINE)
     expected = []
     for name, field in Settings.model_fields.items():

@@ -307,7 +307,7 @@ PARAGRAPHS: dict[str, tuple[str, ...]] = {
         QUEUES + "test_removals_go_first",
         FAIR + "test_removals_go_first",
         FAIR + "test_what_may_narrow",
-        FAIR + "test_removals_are_charged_apart",
+        FAIR + "test_removals_are_counted_separately",
     ),
     "Malformed calls.": (
         "tests/contract/test_malformed_calls.py::test_malformed_deadlines_are_refused",
@@ -339,7 +339,7 @@ PARAGRAPHS: dict[str, tuple[str, ...]] = {
         JUDGED + "test_free_memory_ends_no_connection",
     ),
     "`grpcio` may notice late that a client has gone.": (TRANSPORT + "test_unanswered_pings",),
-    "`grpcio` reads too large metadata before it rejects them": (
+    "`grpcio` reads excessive metadata before it rejects them": (
         HOSTILE + "test_too_much_metadata_ends_a_worker_and_no_more",
     ),
 }
@@ -366,7 +366,7 @@ def test_every_row_has_a_test() -> None:
 
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_have_the_numbers_of_the_code(name: str) -> None:
-    """Each row has the values that are in force."""
+    """Each row states the values that are in force."""
     said = re.findall(r"\d+", rows()[name].replace(",", ""))
     for number in ROWS[name][1]:
         assert str(number) in said, number
@@ -391,13 +391,13 @@ def test_named_tests_exist(named: str) -> None:
 
 
 def test_idle_connections() -> None:
-    """The page has the time after which a connection counts as idle."""
+    """The page states the time after which a connection counts as idle."""
     assert connection_shares.IDLE_SECONDS == 10
     assert "at least ten seconds" in PAGE
 
 
 def test_memory() -> None:
-    """The page has the default limits on memory, and the share at which connections end."""
+    """The page states the default limits on memory, and the share at which connections end."""
     fields = Settings.model_fields
     settings = Settings.model_construct(**{name: one.default for name, one in fields.items()})
     tls = settings.model_copy(update={"tls_listen": "localhost:1"})
@@ -431,11 +431,11 @@ def test_memory() -> None:
     ],
 )
 def test_limits_of_envoy(limit: str, row: str, said: str) -> None:
-    """The rows have the values of the documented configuration of Envoy."""
+    """The rows state the values of the documented configuration of Envoy."""
     assert limit in ENVOY_FILE
     assert said in rows()[row]
 
 
 def test_pause_between_invalidations() -> None:
-    """The page has the pause between two calls of InvalidateAll."""
+    """The page states the pause between two calls of InvalidateAll."""
     assert f"{maintenance_service.PAUSE_SECONDS:g} s" in rows()["calls of `InvalidateAll`"]

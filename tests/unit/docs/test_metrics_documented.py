@@ -1,4 +1,4 @@
-"""docs/metrics.md has every metric, with its type, labels and meaning."""
+"""docs/metrics.md lists every metric, with its type, labels and meaning."""
 
 import re
 
@@ -10,7 +10,7 @@ METRICS = (ROOT / "docs/metrics.md").read_text("utf-8")
 
 
 def test_table_of_metrics() -> None:
-    """The table has the metrics that the service exposes, in order, and no other."""
+    """The table lists the metrics that the service exposes, in order, and no other."""
     rows = re.findall(
         r"^\| `((?:latchkey|grpc|process)_\w+)` \| (\w+) \| (.*?) \| (.+?) \| .*\|$",
         METRICS,

@@ -40,7 +40,7 @@ def test_deletions_have_a_row_for_each_measured_fleet() -> None:
 
 
 def test_hosts_have_a_row_for_each_measured_case() -> None:
-    """The table of hosts has each number of workers that the command measures, and no other."""
+    """The table of hosts lists each number of workers that the command measures, and no other."""
     numbers = [
         int(cells[0].removesuffix(" workers").replace(",", ""))
         for cells in rows("What a host costs Postgres")

@@ -158,7 +158,7 @@ def test_docstrings_of_rooms(room: Path) -> None:
 
 
 def test_modules_that_comments_name() -> None:
-    """Each module that a comment or docstring names in backquotes exists, also where it names a
+    """Each module that a comment or docstring names in backquotes exists, even where it names a
     constant of that module."""
     folders = [ROOT / name for name in (*SOURCES, "tests")]
     paths = [path for folder in folders for path in folder.rglob("*.py")]

@@ -101,7 +101,7 @@ def test_too_little_coverage_fails_the_run(tmp_path: Path) -> None:
 
 
 def test_forked_program_that_becomes_another_counts(tmp_path: Path) -> None:
-    """A forked program is measured, also its main module, and also if another program replaces
+    """A forked program is measured, including its main module, even if another program replaces
     it."""
     seen = tmp_path / "seen"
     seen.mkdir()

@@ -41,7 +41,7 @@ def test_it_shows_how_to_call_under_a_policy() -> None:
     ],
 )
 def test_it_shows_an_address_that_can_be_called(listen: str, cli: str, grpcurl: str) -> None:
-    """A wildcard address is no target, and grpcurl writes UNIX sockets in its own way."""
+    """A wildcard address is not a target, and grpcurl writes UNIX sockets in its own way."""
     text = greeting(listen, reflection="on")
     assert cli in text
     assert grpcurl in text

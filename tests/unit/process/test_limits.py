@@ -67,7 +67,7 @@ def test_memory() -> None:
     """The limit grows with the settings. It can be set explicitly; 0 means no limit."""
     plain = memory_max_bytes(settings())
     assert plain > worker_watch.BASE_MIB * MIB
-    # Cache entries take some 500 bytes each, and a Watch some 60 kB.
+    # Cache entries take about 500 bytes each, and a Watch about 60 kB.
     assert memory_max_bytes(settings(cache_entries=10_100_000)) - plain > 10_000_000 * 500
     assert memory_max_bytes(settings(connections_max=110_000)) - plain > 100_000 * 60_000
     assert memory_max_bytes(settings(memory_mib=300)) == 300 * MIB
@@ -119,7 +119,7 @@ def test_idle_connection_is_not_stuck_at_once() -> None:
 def test_connections_belong_to_their_listener(
     addresses: list[str], local: tuple[Any, ...], expected: int | None
 ) -> None:
-    """A connection belongs to the listener whose address it reached, also on a shared port."""
+    """A connection belongs to the listener whose address it reached, even on a shared port."""
     guard = connection_guard.ConnectionGuard(addresses, Limits())
 
     class Came(End):

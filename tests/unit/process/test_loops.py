@@ -85,7 +85,7 @@ async def test_metrics_of_other_workers_are_served(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the guard works only on Linux")
-async def test_the_guard_goes_on_after_any_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_guard_continues_after_any_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     """An inspection that fails, whatever the reason, is followed by others."""
     monkeypatch.setattr(connection_guard, "COUNT_SECONDS", 0.0)
     guard = connection_guard.ConnectionGuard(["127.0.0.1:1"], Limits(handshake=0.0))

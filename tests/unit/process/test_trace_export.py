@@ -75,8 +75,8 @@ async def test_a_full_queue_drops_spans(export: TraceExport, exporter: Exporter)
 async def test_failures_are_counted_and_logged_once(
     export: TraceExport, exporter: Exporter
 ) -> None:
-    """The log has one line when failures begin, and one when they end. An exception does not end
-    the thread.
+    """The log contains one line when failures begin, and one when they end. An exception does not
+    end the thread.
     """
     for result in (SpanExportResult.FAILURE, ValueError("canary"), SpanExportResult.FAILURE):
         exporter.result, before = result, export.failed

@@ -125,7 +125,7 @@ def test_errors_that_others_wrap() -> None:
     assert raised(requests.exceptions.InvalidURL("canary")) == "InvalidURL"
 
 
-def test_a_circle_of_errors_ends() -> None:
+def test_a_cycle_of_errors_ends() -> None:
     """Errors that name each other do not hold up the thread of the exporter."""
     one, two = ValueError("canary"), ValueError("canary")
     one.__cause__, two.__cause__ = two, one

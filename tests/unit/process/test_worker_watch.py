@@ -52,7 +52,7 @@ def test_a_starting_worker_does_not_hang() -> None:
 
 
 def test_a_frozen_machine_is_not_a_hang() -> None:
-    """If the looks themselves come late, however late, the worker was probably frozen as well."""
+    """If the checks themselves come late, however late, the worker was probably frozen as well."""
     vitals = Vitals(MAX)
     assert vitals.judge(LOOK_SECONDS, heartbeat=True, resident=1) is None
     for pause in (SILENCE_SECONDS_MAX * 2, 3_600.0, 86_400.0):
@@ -112,7 +112,7 @@ async def test_the_watch_works_while_the_supervisor_is_blocked() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is checked only on Linux")
 async def test_a_worker_that_cannot_be_examined_leaves_the_others_watched() -> None:
     """If the check of one worker fails, whatever the reason, the next one is killed nevertheless.
-    The log has one line for each kind of failure, and not one for each check."""
+    The log contains one line for each kind of failure, and not one for each check."""
     watch = WorkerWatch(bytes_max=1)
     processes = []
     for _ in range(2):

@@ -239,7 +239,7 @@ async def test_first_call_shows_how_long_calls_take() -> None:
     await work.end_all()
 
 
-async def test_answers_in_another_lane_show_that_the_database_responds() -> None:
+async def test_answers_in_another_queue_show_that_the_database_responds() -> None:
     """A queue full of slow calls blames load as long as the database answers calls of other queues.
     A request that is refused without a query does not count as an answer."""
     clock, answers = Clock(), admission.Answers()

@@ -181,7 +181,7 @@ def test_callers_of_some_accounts_have_default_rates() -> None:
     assert own.per_second["manager"] == 7
 
 
-def test_removals_are_charged_apart() -> None:
+def test_removals_are_counted_separately() -> None:
     """A caller that has used up its rate can still delete, at the same rate."""
     limits = RateLimits({"manager": 100})
     for removal in (False, True):
@@ -192,7 +192,7 @@ def test_removals_are_charged_apart() -> None:
 
 
 class Waiting:
-    """A limiter whose calls have released their slots, as Deletes do that wait for verifiers."""
+    """A limiter whose calls have released their slots, like Deletes that wait for verifiers."""
 
     def __init__(self, total_max: int) -> None:
         self.limiter = ConcurrencyLimiter(2, total_max, lambda: 1_000.0)
@@ -261,8 +261,8 @@ async def test_shares_become_equal(count: int) -> None:
 
 
 async def test_many_newcomers_find_room() -> None:
-    """Callers that arrive one after the other, each with as many calls as are accepted, all find
-    room, if they are no more than nine."""
+    """Up to nine callers that arrive one after another, each with as many calls as are accepted,
+    all find room."""
     scene = Waiting(1_000)
     for number in range(9):
         assert await scene.fill(f"caller {number}", 1_000) > 0, number

@@ -116,7 +116,7 @@ async def test_nothing_of_a_refused_call_outlives_it(calls: ManagedCalls) -> Non
 
 
 @pytest.mark.parametrize("committed", [False, True])
-async def test_a_change_that_stands_has_one_entry(
+async def test_a_committed_change_has_one_entry(
     calls: ManagedCalls, audit: AuditLog, committed: bool
 ) -> None:
     """If a call fails after its change was committed, the entry that was committed with it is the

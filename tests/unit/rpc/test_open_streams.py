@@ -90,7 +90,7 @@ async def test_clients_cannot_name_their_addresses_themselves() -> None:
 
 
 def test_a_stream_that_cannot_be_checked_ends_alone() -> None:
-    """After a change of the policy, each stream is checked. A stream ends if it cannot be checked
+    """After a change to the policy, each stream is checked. A stream ends if it cannot be checked
     or is no longer allowed.
     """
     table: Any = None

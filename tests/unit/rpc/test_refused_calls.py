@@ -13,7 +13,7 @@ SMALLER = 20
 OPEN_MAX = refused_calls.OPEN_MAX // SMALLER
 OPEN_PER_ADDRESS_MAX = refused_calls.OPEN_PER_ADDRESS_MAX // SMALLER
 ENDING_MAX = refused_calls.ENDING_MAX // SMALLER
-# The calls of an address that come together.
+# The simultaneous calls of one address.
 CALLS = 50
 
 

@@ -46,7 +46,7 @@ def test_headers_that_are_not_text_are_one_line(
     grpcio: tuple[logging.Logger, Kept], clock: list[float]
 ) -> None:
     """A peer that sends a thousand headers that are not UTF-8 causes one line a minute, without a
-    traceback and without the header. The next line has the number of the others."""
+    traceback and without the header. The next line states the number of the others."""
     logger, kept = grpcio
     for _ in range(1_000):
         report_header(logger)

@@ -76,7 +76,7 @@ def test_chosen_events() -> None:
 
 
 def test_secret_file(tmp_path: Path) -> None:
-    """The file has one secret a line, newest first, and comments."""
+    """The file contains one secret a line, newest first, and comments."""
     path = tmp_path / "secret"
     path.write_text(f"# newest first\n{GOOD}  # June\n\n{GOOD}QUJD\n")
     path.chmod(0o600)

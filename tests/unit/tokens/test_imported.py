@@ -35,7 +35,7 @@ class Imports(Bench):
 
 
 async def test_repeated_absent_secret_costs_one_read() -> None:
-    """A secret that the database does not have is UNKNOWN without a read for some seconds, alone
+    """A secret that the database does not have is UNKNOWN without a read for a few seconds, alone
     and in a batch."""
     bench = Imports()
     assert [await bench.ask() for _ in range(3)] == [Verdict.UNKNOWN] * 3

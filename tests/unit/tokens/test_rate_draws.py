@@ -139,7 +139,8 @@ async def test_draw_of_another_history_does_not_count(
 
 
 async def test_draw_that_outlasts_the_lease_does_not_count(database: Database) -> None:
-    """A deposed primary's bucket issues nothing after the lease, also to draws that began before.
+    """A deposed primary's bucket issues nothing after the lease, not even to draws that began
+    before.
 
     Otherwise a failover would add the calls of another second to the bound.
     """

@@ -90,7 +90,7 @@ def test_other_fields_are_free():
 
 
 @given(st.none() | st.binary(max_size=40))
-def test_no_other_seal_is_right(seal):
+def test_no_other_seal_is_valid(seal):
     """Only the right 32 bytes are a seal."""
     right = SEALER.seal(TOKEN, SECRET)
     assert SEALER.is_genuine(TOKEN, SECRET._replace(seal=seal)) == (seal == right)
@@ -149,7 +149,7 @@ def test_each_deciding_field_of_a_token_is_sealed(changes):
     assert not SEALER.is_genuine_token(TOKEN._replace(**changes), token_seal())
 
 
-def test_only_the_token_s_own_seal_is_right():
+def test_only_the_token_s_own_seal_is_valid():
     """Neither a secret's seal, nor a proof, nor another pepper's seal is that of a token."""
     assert SEALER.is_genuine_token(TOKEN, token_seal(pepper=OLD))
     for seal in (None, b"", SEALER.seal(TOKEN, SECRET), SEALER.tokens_sealed(NEW.id)):

@@ -69,7 +69,7 @@ def test_uses_are_counted_by_secret_and_caller() -> None:
 
 
 def test_a_use_after_take_is_a_new_entry() -> None:
-    """Uses that follow `take` are in the next batch, also for a record that was used before."""
+    """Uses that follow `take` are in the next batch, even for a record that was used before."""
     uses, record = pending(), cached()
     uses.count(record, SECRET, "shop", 10.0)
     assert len(uses.take(100)) == 1
@@ -157,7 +157,7 @@ def test_callers_share_the_room_for_reports() -> None:
 
 
 def test_taken_reports_give_back_their_room() -> None:
-    """A caller's share is that of its entries that wait, also while the buffer never empties."""
+    """A caller's share is that of its entries that wait, even while the buffer never empties."""
     uses = pending(11)
     uses.count(cached("t1"), SECRET, "shop", 10.0)
     for _ in range(10):
@@ -285,7 +285,7 @@ async def test_close_writes_everything() -> None:
 
 
 async def test_close_ends_without_a_database(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stop takes a bounded time while the database is away."""
+    """A stop takes a bounded time while the database is unreachable."""
     monkeypatch.setattr(usage_writer, "CLOSE_SECONDS", 0.05)
     table = FakeTable()
     table.failure = StoreUnavailable("away")

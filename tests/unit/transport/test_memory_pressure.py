@@ -62,7 +62,7 @@ def test_free_memory_ends_no_connection() -> None:
 
 
 def test_connections_end_again_only_after_further_growth() -> None:
-    """A worker whose memory stays in use accepts new connections. If its memory grows on, more
+    """A worker whose memory stays in use accepts new connections. If its memory keeps growing, more
     connections end. Once it was low, the first threshold applies again."""
     memory = Memory(LEAST)
     judge = pressure(memory)
@@ -122,7 +122,7 @@ def test_the_level_follows_memory_below_the_threshold() -> None:
     assert judge.judge(0.2)
 
 
-def test_what_ended_connections_used_goes_back() -> None:
+def test_ended_connections_return_what_they_used() -> None:
     """After connections have ended, the memory that they used is returned within seconds."""
     memory = Memory(LEAST)
     judge = pressure(memory)

@@ -130,7 +130,7 @@ async def test_cancellation_that_fails_does_not_lose_calls(
     assert len(faults) == 1
 
 
-async def test_fetching_goes_on_after_a_failure(
+async def test_fetching_continues_after_a_failure(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The library's thread fetches further events after a batch that it could not fetch."""

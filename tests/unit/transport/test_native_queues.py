@@ -54,7 +54,7 @@ async def test_anonymous_calls_take_no_place() -> None:
 @pytest.mark.parametrize("path", [VERIFY, BATCH, CREATE])
 async def test_large_anonymous_calls_reach_no_handler(path: str) -> None:
     """A handler would keep the request until its answer, which may be delayed by half a minute. So
-    a large one is refused first, also without load. That of a known caller starts."""
+    a large one is refused first, even without load. That of a known caller starts."""
     one = server()
     data = bytes(SMALL_BYTES + 1)
     one.come(path, [1], data=data)
@@ -149,7 +149,7 @@ async def test_health_checks_are_bounded() -> None:
     assert -1 in one.started
 
 
-def test_every_method_has_a_lane() -> None:
+def test_every_method_has_a_queue() -> None:
     """Only the methods that need no identity share the queue of health checks."""
     one = server()
     for path, rule in METHODS.items():

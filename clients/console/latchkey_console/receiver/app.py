@@ -83,7 +83,7 @@ def make_app(
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         async with client:
-            # So that the health check answers well before the first report.
+            # Before the first report, so that the health check succeeds at once.
             await keys.start()
             yield
             await keys.close()
@@ -263,7 +263,7 @@ def _loggable(text: str, token: str = "") -> str:
     """
     if len(text) > _LOGGED_LENGTH_MAX or not text.isprintable():
         return "(not shown)"
-    # A URL may contain the secret, also percent-encoded.
+    # A URL may contain the secret, even percent-encoded.
     for form in (text, unquote(text)):
         if _SECRET_WITHIN.search(form) or (token and token in form):
             return "(not shown: contains a secret)"

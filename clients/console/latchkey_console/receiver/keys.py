@@ -32,7 +32,7 @@ __all__ = ["KeysError", "PublicKeys", "Undecided", "is_signed", "parse", "read"]
 
 _log = logging.getLogger("latchkey.receiver")
 
-# GitHub's document has some hundred bytes for each key, and two keys or so.
+# GitHub's document contains a few hundred bytes for each key, and about two keys.
 DOCUMENT_BYTES_MAX: Final = 64 * 1024
 KEYS_MAX: Final = 100
 # For the whole fetch. GitHub waits 30 s for the answer to a report.

@@ -138,7 +138,7 @@
 
   async function more(link) {
     const rows = byId("rows");
-    // A search that has found nothing so far goes on with the next part of the list.
+    // A search that has found nothing so far continues with the next part of the list.
     if (!rows) return load(link.href, { push: true, focus: "#more" });
     if (link.getAttribute("aria-busy")) return;
     link.setAttribute("aria-busy", "true");

@@ -3,7 +3,7 @@
 | module | for |
 | --- | --- |
 | `asgi` | any ASGI application |
-| `fastapi` | single routes of a FastAPI application, with the padlock in its documentation |
+| `fastapi` | individual routes of a FastAPI application, with the padlock in its documentation |
 | `wsgi` | any WSGI application, such as Flask |
 | `django` | Django: a middleware, and a decorator for views |
 | `drf` | Django REST framework: an authentication class and a permission class |

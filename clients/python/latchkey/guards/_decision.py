@@ -182,10 +182,11 @@ async def decide(
 ) -> Decision:
     """Decide about a request from the values of its `authorization` headers.
 
-    `api_keys` has the values of the header for API keys, if the guard accepts one. There may be any
-    number of values, with any content. `client_address` is that of `_address.TrustedProxies`, "" if
-    it is not known. The token has to have all `permissions`. `traceparent` has the values of that
-    header, to continue the request's trace. Raises only CancelledError.
+    `api_keys` contains the values of the header for API keys, if the guard accepts one. There may
+    be any number of values, with any content. `client_address` is that of
+    `_address.TrustedProxies`, "" if it is not known. The token has to have all `permissions`.
+    `traceparent` contains the values of that header, to continue the request's trace. Raises only
+    CancelledError.
     """
     presented = _presented(authorization, api_keys)
     if isinstance(presented, Decision):

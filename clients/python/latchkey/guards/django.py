@@ -1,4 +1,4 @@
-"""Guards for Django: a middleware for all views, and a decorator for single ones.
+"""Guards for Django: a middleware for all views, and a decorator for individual ones.
 
     # settings.py
     LATCHKEY = {"VERIFIER": latchkey.sync.Verifier("127.0.0.1:50051")}

@@ -1,4 +1,4 @@
-"""Guard for single routes of a FastAPI application, with the padlock in its documentation.
+"""Guard for individual routes of a FastAPI application, with the padlock in its documentation.
 
     require = Guard(verifier)
 

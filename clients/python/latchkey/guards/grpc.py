@@ -50,7 +50,7 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 class GuardInterceptor(grpc.aio.ServerInterceptor):
     """Lets a call in if its bearer token is valid for the scope that the method requires.
 
-    `required_scope` applies to every method, `scopes` to single methods by their full name
+    `required_scope` applies to every method, `scopes` to individual methods by their full name
     ("/pkg.Service/Method"). None accepts any valid token. Methods whose name is exactly in `public`
     need no token, nor do the methods of the services in `public_services`, such as
     "grpc.health.v1.Health".
@@ -60,7 +60,7 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
     of the connection. Behind proxies, name their networks as `trusted_proxies`; the address is then
     the last one in x-forwarded-for that is not a trusted proxy.
 
-    All other calls, also those of methods that do not exist, are refused with UNAUTHENTICATED
+    All other calls, including those of methods that do not exist, are refused with UNAUTHENTICATED
     or PERMISSION_DENIED, or with UNAVAILABLE if Latchkey gives no safe answer.
 
     A handler finds the token with `latchkey.guards.current_token()`. The call's deadline bounds the

@@ -54,7 +54,7 @@ class GuardMiddleware:
     Other requests are refused with 401 or 403 and WWW-Authenticate. If Latchkey gives no safe
     answer, they are refused with 503 and Retry-After.
 
-    The application finds the token with `latchkey.guards.current_token()`, also while it streams
+    The application finds the token with `latchkey.guards.current_token()`, even while it streams
     its answer, and as `environ["latchkey.token"]`.
     """
 
