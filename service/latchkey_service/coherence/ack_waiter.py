@@ -168,27 +168,25 @@ class AckWaiter:
                 await asyncio.sleep(self._pause_seconds)
                 # Only these: if a deletion arrives while the rows are read, they may have been read
                 # before its commit.
-                waits = list(self._waits.items())
-                looked = await self._look(waits)
-                self._pause_seconds = pause_seconds(
-                    self._pause_seconds, self._waits.values() if looked else ()
-                )
+                behind = await self._look(list(self._waits.items()))
+                self._pause_seconds = pause_seconds(self._pause_seconds, behind)
         finally:
             # There is no await between the last check of `_waits` and this line.
             self._poller = None
 
     async def _look(
         self, waits: "list[tuple[asyncio.Future[Acknowledgements], PendingDeletion]]"
-    ) -> bool:
-        """Read the rows and answer the Deletes whose deletions they confirm. Return whether the
-        rows prove anything.
+    ) -> list[PendingDeletion]:
+        """Read the rows and answer the Deletes whose deletions they confirm. Return the others that
+        the rows say anything about.
         """
         now, own_row = self._clock(), self._own_row()
         rows = await self._read({wait.position for _, wait in waits})
         if rows is None or now < self._rows_complete_at():
-            return False
+            return []
         if own_row is None or all(row[:2] != own_row for row in rows.verifiers):
-            return False
+            return []
+        behind = []
         for future, wait in waits:
             if wait.position not in rows.known:
                 # The connection leads to another history, such as a deposed primary's.
@@ -196,10 +194,12 @@ class AckWaiter:
                 self._connection.drop()
                 continue
             acknowledgements = wait.evaluate(rows.verifiers, now)
-            if acknowledgements is not None and not future.done():
+            if acknowledgements is None:
+                behind.append(wait)
+            elif not future.done():
                 future.set_result(acknowledgements)
                 self._waits.pop(future, None)
-        return True
+        return behind
 
     async def _read(self, positions: set[Position]) -> Rows | None:
         """Return the rows, or None if they cannot be read. In that case, all Deletes continue to
