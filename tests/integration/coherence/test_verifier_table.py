@@ -65,6 +65,24 @@ async def test_a_renewal_may_leave_out_the_siblings(row: OwnRow, database_url: s
         await pool.close()
 
 
+async def test_siblings_have_acknowledged_what_their_row_has(
+    row: OwnRow, database_url: str
+) -> None:
+    """The status shows no sibling behind its row, although the list of siblings is older than what
+    the row acknowledges, and shows what a sibling has acknowledged before its row."""
+    pool = await Pool.open(Connector(database_url))
+    table = VerifierTable(pool)
+    sibling = SiblingReport("ver_sibling", 7, 0.0, 3, 2, 1, [], 5, 0.0)
+    try:
+        position = (await row.register(1, acknowledge=True)).position
+        for acknowledged, listed, found in ((4, [sibling], [4, 5]), (9, None, [9, 9])):
+            await row.renew(1, position, acknowledged, NO_CLIENTS._replace(siblings=listed))
+            verifiers = (await table.status()).verifiers
+            assert [each.acknowledged_revision for each in verifiers] == found
+    finally:
+        await pool.close()
+
+
 async def test_pruning_keeps_what_a_reader_needs(row: OwnRow, database_url: str) -> None:
     """Pruning removes exactly the entries that every verifier has acknowledged. A reader that has
     applied all of them continues; for a reader that has applied fewer, its position is unknown."""
