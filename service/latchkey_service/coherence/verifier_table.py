@@ -280,16 +280,17 @@ class OwnRow:
     async def recount(self, lead: str, incarnation: int) -> None:
         """Let a lead's row no longer count the siblings that have their own rows.
 
-        Only receipts depend on that number. Never waits for a lock: the lead that holds it writes
-        the number itself, and another sibling writes the same.
+        The number never rises, because a sibling whose row is gone is at the next lead. Only
+        receipts depend on it. Never waits for a lock: the lead that holds it writes the number
+        itself, and another sibling writes the same.
         """
         with translate_errors():
             await self._connection.execute(
                 """
                 UPDATE verifier l
-                   SET processes = 1 + (
+                   SET processes = least(l.processes, 1 + (
                            SELECT count(*) FROM jsonb_array_elements(l.siblings) s
-                            WHERE NOT EXISTS (SELECT FROM verifier o WHERE o.id = s->>'id'))
+                            WHERE NOT EXISTS (SELECT FROM verifier o WHERE o.id = s->>'id')))
                  WHERE l.id IN (SELECT id FROM verifier
                                  WHERE id = $1 AND incarnation = $2
                                    FOR UPDATE SKIP LOCKED)

@@ -85,7 +85,8 @@ async def test_siblings_have_acknowledged_what_their_row_has(
 
 async def test_a_sibling_with_a_row_counts_once(row: OwnRow, database_url: str) -> None:
     """The row of a lead no longer counts a sibling that has its own row, and the status names each
-    process once. Another sibling still counts, and so does the lead."""
+    process once. Another sibling still counts, and so does the lead. A sibling that has gone on to
+    the next lead does not count again."""
     pool = await Pool.open(Connector(database_url))
     table = VerifierTable(pool)
     listed = [SiblingReport(f"ver_sibling{n}", n, 0.0, 3, 2, 1, [], 5, 0.0) for n in (1, 2)]
@@ -105,6 +106,10 @@ async def test_a_sibling_with_a_row_counts_once(row: OwnRow, database_url: str) 
         assert {r.id: r.processes for r in await row.all_rows()} == {lead.id: 2, "ver_sibling1": 1}
         named = [each.id for each in (await table.status()).verifiers]
         assert sorted(named) == sorted([lead.id, "ver_sibling1", "ver_sibling2"])
+        # It is at the next lead of its host.
+        await sibling.remove(1)
+        await sibling.recount(lead.id, 1)
+        assert [r.processes for r in await row.all_rows()] == [2]
     finally:
         connection.terminate()
         await pool.close()
