@@ -142,12 +142,15 @@ class Pair:
         await self.streams(primary, synchronous=synchronous)
 
     async def close(self) -> None:
-        """End both nodes, in whatever state they are, and remove the folder."""
+        """End both nodes, in whatever state they are, and remove the folder, but not their logs."""
         for node in (self.second, self.first):
             if node.running:
                 await node.kill()
         for link in self._links:
             await link.close()
+        for node in (self.first, self.second):
+            with contextlib.suppress(OSError):
+                node.log_path.rename(self._folder.with_name(f"{self._folder.name}-{node.name}.log"))
         await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
 
 

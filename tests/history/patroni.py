@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import secrets
 import shutil
 import signal
@@ -42,6 +43,7 @@ __all__ = [
     "PatroniNode",
     "missing",
     "patroni",
+    "version_of",
 ]
 
 HOST: Final = "127.0.0.1"
@@ -55,10 +57,11 @@ API_SECONDS_MAX: Final = 2.0
 # The answer to a switchover comes when it is complete.
 SWITCHOVER_SECONDS_MAX: Final = 60.0
 END_SECONDS_MAX: Final = 40.0
-# In addition to the service's connections: those of Patroni and the standbys.
+# Before this version, Patroni keeps an outdated copy of what etcd holds if it misses a message. It
+# then cannot change the synchronous standby, and logs "Synchronous replication key updated by
+# someone else" for ever. Debian 12 has 3.0.2.
+VERSION_MIN: Final = (3, 1)
 _PROGRAMS: Final = ("pg_ctl", "pg_basebackup", "pg_rewind", "pg_controldata", "pg_isready")
-# Patroni before 3.1, which Debian 12 has, reports a streaming standby as running.
-_FOLLOWS: Final = ("streaming", "running")
 
 
 def missing() -> str | None:
@@ -67,6 +70,10 @@ def missing() -> str | None:
         return "etcd is not on PATH: apt install etcd-server."
     if (command := shutil.which("patroni")) is None:
         return "patroni is not on PATH: pip install 'patroni[etcd3]' 'psycopg[binary]'."
+    shown = _version(command)
+    if version_of(shown) < VERSION_MIN:
+        least = ".".join(map(str, VERSION_MIN))
+        return f"{command} is {shown}, which can stop replacing standbys: install {least} or later."
     account = choose_account(Path("/nonexistent"))
     if (reason := _probe([command, "--version"], account)) is not None:
         return (
@@ -158,12 +165,7 @@ class Patroni:
     @property
     def versions(self) -> str:
         """Return the versions of the running programs, for the report."""
-        programs = {"patroni": "--version", "etcd": "--version"}
-        found = [
-            subprocess.run([name, option], capture_output=True, text=True, check=True, timeout=20)
-            for name, option in programs.items()
-        ]
-        return ", ".join(done.stdout.splitlines()[0] for done in found)
+        return ", ".join(map(_version, ("patroni", "etcd")))
 
     def url(self, role: str = "latchkey", *nodes: PatroniNode, database: str = "latchkey") -> str:
         """Return a URL that lists these nodes, or all of them."""
@@ -253,6 +255,8 @@ class Patroni:
                     "synchronous_mode": True,
                     "postgresql": {
                         "use_pg_rewind": True,
+                        # A rewind that was interrupted leaves files that no server can use.
+                        "remove_data_directory_on_rewind_failure": True,
                         "parameters": {"max_connections": 150, "shared_buffers": "32MB"},
                     },
                 },
@@ -300,21 +304,33 @@ class Patroni:
         return next((node for node in self.nodes if [node.name] == leaders), None)
 
     async def healthy(self) -> PatroniNode:
-        """Wait until there is a primary, all others stream, and one of them streams
-        synchronously."""
+        """Wait until there is a primary, all others stream from its timeline, and one of them
+        streams synchronously."""
 
         async def leader() -> PatroniNode | None:
             members = await self.members()
             standbys = [member for member in members if member["role"] != "leader"]
-            streaming = [member for member in standbys if member["state"] in _FOLLOWS]
+            streaming = [member for member in standbys if member["state"] == "streaming"]
             if len(streaming) != len(self.nodes) - 1:
                 return None
             if not any(member["role"] == "sync_standby" for member in streaming):
+                return None
+            if not await self._one_timeline():
                 return None
             return await self.leader()
 
         found: PatroniNode = await eventually(leader, "Patroni is healthy", HEALTHY_SECONDS_MAX)
         return found
+
+    async def _one_timeline(self) -> bool:
+        """Return whether all servers are on the same timeline now.
+
+        A former primary streams for a moment before Patroni rewinds it. Another failover during the
+        rewind would spoil its data.
+        """
+        answers = [await _ask(node.api_port, "/patroni") or {} for node in self.nodes]
+        timelines = {answer.get("timeline") for answer in answers}
+        return len(timelines) == 1 and None not in timelines
 
     async def successor(self, old: PatroniNode) -> PatroniNode:
         """Wait until another node than `old` is the primary."""
@@ -365,6 +381,18 @@ async def patroni(folder: Path, nodes: int) -> AsyncIterator[Patroni]:
         yield made
     finally:
         await made.close()
+
+
+def version_of(shown: str) -> tuple[int, ...]:
+    """Return the version in the output of `patroni --version`, such as `patroni 4.1.5`."""
+    return tuple(int(part) for part in re.findall(r"\d+", shown))
+
+
+def _version(name: str) -> str:
+    done = subprocess.run(
+        [name, "--version"], capture_output=True, text=True, check=True, timeout=20
+    )
+    return done.stdout.splitlines()[0]
 
 
 async def _ask(port: int, path: str) -> dict[str, Any] | None:

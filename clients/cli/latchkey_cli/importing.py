@@ -44,6 +44,8 @@ NUMBER_MAX: Final = 100
 _NAME_LENGTH_MAX: Final = 64
 # For each batch. Longer than a failover, and than any queue of the service takes.
 PATIENCE_SECONDS: Final = 60.0
+# The same before the service has answered, because the target may be wrong. Restarts take less.
+START_PATIENCE_SECONDS: Final = 15.0
 # From one attempt to the next while the service restarts, which takes a few seconds.
 RESTART_RETRY_SECONDS: Final = 1.0
 # Refused rows in JSON output.
@@ -68,11 +70,14 @@ class _Progress:
     source: str
     dry_run: bool
     as_json: bool
+    target: str = TARGET
     counts: Counter[str] = field(default_factory=Counter)
     refused: list[RowError] = field(default_factory=list)
     lines: int = 0
     # Whether the service has answered, so that the target is right.
     answered: bool = False
+    # Whether the person has been told that it has not.
+    waiting: bool = False
 
     def refuse(self, error: RowError) -> None:
         """Count a refused row, and print why."""
@@ -90,6 +95,15 @@ class _Progress:
         if output.is_terminal(sys.stderr):
             done = self.counts["imported"] + self.counts["exists"]
             output.write(sys.stderr, f"\r\x1b[K{self.lines:,} lines read, {done:,} tokens there")
+
+    def waits(self) -> None:
+        """Say, once, that nothing answers yet: the target may be wrong."""
+        if not self.waiting:
+            self.waiting = True
+            text = (
+                f"nothing answers at {self.target}; trying again for {START_PATIENCE_SECONDS:g} s"
+            )
+            output.write(sys.stderr, visible(text) + "\n")
 
     def clear(self) -> None:
         """Remove the line of `show`."""
@@ -150,7 +164,7 @@ def import_tokens(
     skipped. A row that is refused does not stop the others. The exit code is 2 if
     any row is refused.
     """
-    progress = _Progress("standard input" if file == "-" else file, dry_run, as_json)
+    progress = _Progress("standard input" if file == "-" else file, dry_run, as_json, target)
     defaults = _Defaults(account, scope, expires or Expiry(), labels_of(label or []))
     from latchkey_cli.session import Session
 
@@ -344,7 +358,8 @@ async def _import(
     """
     from latchkey import ResourceExhausted, Unavailable
 
-    end = time.monotonic() + PATIENCE_SECONDS
+    began = time.monotonic()
+    patience = PATIENCE_SECONDS
     while True:
         try:
             return await client.import_tokens(tokens, validate_only=progress.dry_run)
@@ -352,23 +367,29 @@ async def _import(
             if error.retry_after is not None:
                 progress.answered = True
                 pause = error.retry_after.total_seconds()
-            elif progress.answered and _may_restart(error):
+            elif _may_restart(error, progress):
                 pause = RESTART_RETRY_SECONDS
             else:
                 raise
-            if time.monotonic() + pause >= end:
+            patience = PATIENCE_SECONDS if progress.answered else START_PATIENCE_SECONDS
+            if time.monotonic() + pause >= began + patience:
                 raise
+            if not progress.answered:
+                progress.waits()
         await asyncio.sleep(pause)
 
 
-def _may_restart(error: "LatchkeyError") -> bool:
+def _may_restart(error: "LatchkeyError", progress: _Progress) -> bool:
     """Return whether the service may be restarting: nothing answers, or connections are closed.
 
-    A refusal without a delay does not pass by itself. Nor does a failed TLS handshake.
+    A refusal without a delay does not pass by itself. Nor does a failed TLS handshake, and a
+    service that has closed all connections so far probably requires TLS.
     """
     from latchkey import Unavailable
 
-    return isinstance(error, Unavailable) and error.reason != "TLS_HANDSHAKE_FAILED"
+    if not isinstance(error, Unavailable) or error.reason == "TLS_HANDSHAKE_FAILED":
+        return False
+    return progress.answered or error.reason is None
 
 
 def _refuse(line: int, result: "ImportResult", progress: _Progress) -> None:

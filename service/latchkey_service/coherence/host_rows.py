@@ -38,6 +38,9 @@ __all__ = ["HostRows"]
 SILENT_LEASES = 1 / 6
 # In leases: between attempts to move back to the lead.
 RETURN_LEASES = 1 / 2
+# In leases: how long to correct the row of a lead that was left. The row of a dead lead is gone by
+# then.
+RECOUNT_LEASES = 2
 # In leases: how long to wait for a renewal that acknowledges nothing new.
 BUSY_LEASES = 4
 # At the start, how long to look for the lead, and between two looks.
@@ -65,6 +68,7 @@ class HostRows:
         self._identity = identity
         self._silence_seconds = lease_seconds * SILENT_LEASES
         self._return_seconds = lease_seconds * RETURN_LEASES
+        self._recount_seconds = lease_seconds * RECOUNT_LEASES
         self._postgres = postgres
         self._clock = clock
         # Called with the kind of news from the lead, and "gone" if it cannot be reached.
@@ -80,6 +84,9 @@ class HostRows:
         self._own = False
         # The former lead's connection, until the sibling's row has been renewed.
         self._left: LeadConnection | None = None
+        # The former lead's row, which counts this process, and until when to correct that.
+        self._left_row: RowId | None = None
+        self._recount_until = -math.inf
         self._row: RowId | None = None
         self._return_at = -math.inf
         self._busy_seconds = lease_seconds * BUSY_LEASES
@@ -183,6 +190,11 @@ class HostRows:
             return
         self._postgres.prove(state.server)
         self.address = self._postgres.address
+        if self._left_row is not None:
+            # Again with each renewal for a while: the row may have been locked.
+            await self._postgres.recount(self._left_row)
+            if self._clock() > self._recount_until:
+                self._left_row = None
         if self._left is not None:
             # The row represents this process from now on, on the same history.
             left, self._left = self._left, None
@@ -235,7 +247,8 @@ class HostRows:
             if self._shared:
                 if self._left is not None:
                     self._left.drop()
-                self._left = self._lead
+                self._left, self._left_row = self._lead, self._row
+                self._recount_until = self._clock() + self._recount_seconds
             else:
                 self._lead.drop()
         self._lead, self._shared = None, False
@@ -267,6 +280,7 @@ class HostRows:
             return
         # The lead has recorded it: only now may the row be removed.
         self._shared, self._own, self._row = True, False, RowId(*answer["row"])
+        self._left_row = None
         await self._postgres.remove()
         self._on_left_postgres()
         self._log.info("the lead of this host has the row again")

@@ -144,6 +144,13 @@ class PostgresRows:
         if self._connection.current is not None:
             self._primary.renewed(self._connection.current, server)
 
+    async def recount(self, lead: RowId) -> None:
+        """Let the row of a lead no longer count processes that have their own rows. A failure only
+        makes receipts count them twice.
+        """
+        with contextlib.suppress(StoreUnavailable):
+            await (await self.own_row()).recount(*lead)
+
     def failed(self, error: Exception) -> None:
         """Drop the connection, and perhaps leave its host."""
         self._primary.failed(self._connection.current, error)

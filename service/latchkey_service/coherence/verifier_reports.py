@@ -93,7 +93,9 @@ def processes_of(columns: Sequence[Any]) -> Iterator[VerifierStatus]:
             id=sibling.id,
             process_id=sibling.process_id,
             start_time=datetime.fromtimestamp(sibling.start_time, UTC),
-            acknowledged_revision=sibling.acknowledged_revision,
+            # The row acknowledges only what each of its processes has confirmed, and at each
+            # renewal, while the list is older.
+            acknowledged_revision=max(sibling.acknowledged_revision, lead.acknowledged_revision),
             lease_remaining_seconds=max(0.0, lead.lease_remaining_seconds - sibling.behind_seconds),
             clients=sibling.clients,
             waiting_for=sibling.waiting_for,

@@ -276,6 +276,29 @@ class OwnRow:
                 incarnation,
             )
 
+    @retry_on_conflict
+    async def recount(self, lead: str, incarnation: int) -> None:
+        """Let a lead's row no longer count the siblings that have their own rows.
+
+        The number never rises, because a sibling whose row is gone is at the next lead. Only
+        receipts depend on it. Never waits for a lock: the lead that holds it writes the number
+        itself, and another sibling writes the same.
+        """
+        with translate_errors():
+            await self._connection.execute(
+                """
+                UPDATE verifier l
+                   SET processes = least(l.processes, 1 + (
+                           SELECT count(*) FROM jsonb_array_elements(l.siblings) s
+                            WHERE NOT EXISTS (SELECT FROM verifier o WHERE o.id = s->>'id')))
+                 WHERE l.id IN (SELECT id FROM verifier
+                                 WHERE id = $1 AND incarnation = $2
+                                   FOR UPDATE SKIP LOCKED)
+                """,
+                lead,
+                incarnation,
+            )
+
     async def all_rows(self) -> list[VerifierRow]:
         """Return the rows of all verifiers."""
         return (await read_rows(self._connection)).verifiers
@@ -337,7 +360,15 @@ class VerifierTable:
                  ORDER BY v.start_time, v.id
                 """
             )
-        found = [each for row in rows if row[3] is not None for each in processes_of(row[3:])]
+        own = {row[3] for row in rows}
+        found = [
+            each
+            for row in rows
+            if row[3] is not None
+            for each in processes_of(row[3:])
+            # A sibling that has left its lead may still be in the list of that lead's row.
+            if each.id == row[3] or each.id not in own
+        ]
         return Status(Position(rows[0][0], mark_in(rows[0][1])), found, rows[0][2])
 
     @retry_on_conflict

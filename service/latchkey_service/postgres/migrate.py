@@ -21,7 +21,9 @@ from latchkey_service.postgres.connections import translate_errors
 from latchkey_service.postgres.grants import grant, statements
 from latchkey_service.postgres.hosts import CONNECT_ERRORS, Hosts, is_permanent
 from latchkey_service.postgres.preflight import (
+    ONE_WORKER,
     DatabaseError,
+    Workers,
     check_capacity,
     check_database,
     check_pooler,
@@ -79,7 +81,7 @@ async def migrate(
     url: str,
     migrations: "Sequence[Migration]",
     pooler: Pooler = "none",
-    workers: int = 1,
+    workers: Workers = ONE_WORKER,
     service_role: str | None = None,
 ) -> "list[Migration]":
     """Apply the missing migrations and return them. Raises MigrationError and StoreUnavailable.
@@ -95,7 +97,10 @@ async def migrate(
 
 
 async def pending(
-    url: str, migrations: "Sequence[Migration]", pooler: Pooler = "none", workers: int = 1
+    url: str,
+    migrations: "Sequence[Migration]",
+    pooler: Pooler = "none",
+    workers: Workers = ONE_WORKER,
 ) -> "list[Migration]":
     """Return the migrations that `migrate` would apply, after the same checks. Changes nothing.
 
@@ -110,13 +115,13 @@ async def grant_statements(url: str, role: str) -> list[str]:
 
     Raises MigrationError and StoreUnavailable.
     """
-    async with _database(url, "transaction", 1) as connection:
+    async with _database(url, "transaction", ONE_WORKER) as connection:
         return await statements(connection, role)
 
 
 @contextlib.asynccontextmanager
 async def _database(
-    url: str, pooler: Pooler, workers: int
+    url: str, pooler: Pooler, workers: Workers
 ) -> "AsyncIterator[asyncpg.Connection[asyncpg.Record]]":
     """Connect and check the database. Raises MigrationError for its errors in the body too."""
     if problems := database_url.file_problems(url):
@@ -213,7 +218,7 @@ def refusal(error: Exception) -> str:
 
 
 async def _check(
-    connection: "asyncpg.Connection[asyncpg.Record]", hosts: Hosts, pooler: Pooler, workers: int
+    connection: "asyncpg.Connection[asyncpg.Record]", hosts: Hosts, pooler: Pooler, workers: Workers
 ) -> None:
     """Raise DatabaseError if the service cannot work with the database; log unsafe settings."""
     await check_database(connection)

@@ -7,7 +7,7 @@ its behaviour, not by what it reports.
 
 import contextlib
 from collections.abc import Awaitable, Callable, Iterator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import asyncpg
 
@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     Connection = asyncpg.Connection[asyncpg.Record]
 
 __all__ = [
+    "ONE_WORKER",
     "DatabaseError",
     "PoolerError",
+    "Workers",
     "check_capacity",
     "check_database",
     "check_pooler",
@@ -32,8 +34,11 @@ __all__ = [
     "warn_of_unbounded_role",
 ]
 
-# Of each worker: for the lease, for look-ups, and for background work.
+# Of a worker with a lease: for the lease, for look-ups, and for background work.
 IDLE_CONNECTIONS: Final = 3
+# Of workers that share a lease: worker 0 holds these for all, and each of the others holds one
+# while worker 0 is away.
+SHARED_IDLE_CONNECTIONS: Final = 2
 # In each round the pooler chooses a server connection three times. To go unnoticed, a pooler in
 # transaction mode would have to choose like one in session mode every time.
 ROUNDS: Final = 5
@@ -60,6 +65,23 @@ _UNSAFE: Final = {
     "full_page_writes": "full_page_writes is off: a crash of the database's machine can destroy "
     "the database or undo confirmed deletions",
 }
+
+
+class Workers(NamedTuple):
+    """The workers of a host, which open connections."""
+
+    number: int = 1
+    share_lease: bool = False
+
+    @property
+    def idle_connections(self) -> int:
+        """How many connections they hold when idle, at most."""
+        if self.share_lease:
+            return SHARED_IDLE_CONNECTIONS + self.number - 1
+        return self.number * IDLE_CONNECTIONS
+
+
+ONE_WORKER: Final = Workers()
 
 
 class DatabaseError(Exception):
@@ -199,7 +221,7 @@ async def check_database(connection: "Connection") -> None:
         )
 
 
-async def check_capacity(connection: "Connection", workers: int) -> None:
+async def check_capacity(connection: "Connection", workers: Workers) -> None:
     """Raise DatabaseError if Postgres allows fewer connections than the workers hold when idle.
 
     Logs a warning if it allows fewer than they may open.
@@ -208,7 +230,7 @@ async def check_capacity(connection: "Connection", workers: int) -> None:
         logger().warning("few connections to Postgres", what_to_do=sentence)
 
 
-async def few_connections(connection: "Connection", workers: int) -> str | None:
+async def few_connections(connection: "Connection", workers: Workers) -> str | None:
     """Return a sentence if Postgres allows fewer connections than the workers may open, or None.
 
     Raises DatabaseError if it allows fewer than they hold when idle. Only for a direct connection:
@@ -237,10 +259,10 @@ async def few_connections(connection: "Connection", workers: int) -> str | None:
         ((name, limit) for name, limit in limits.items() if limit is not None),
         key=lambda pair: pair[1],
     )
-    idle, most = workers * IDLE_CONNECTIONS, workers * ATTEMPTS_MAX
+    idle, most = workers.idle_connections, workers.number * ATTEMPTS_MAX
     sentence = (
-        f"Postgres allows {limit} connections, and {workers} workers may hold {idle} when idle and "
-        f"open up to {most}; raise {name}, or lower LATCHKEY_WORKERS"
+        f"Postgres allows {limit} connections, and {workers.number} workers may hold {idle} when "
+        f"idle and open up to {most}; raise {name}, or lower LATCHKEY_WORKERS"
     )
     if limit < idle:
         raise DatabaseError(sentence)

@@ -47,11 +47,15 @@ class Announcements:
 
     def background(self) -> list[Coroutine[Any, Any, None]]:
         """Return what runs until the worker stops."""
+        return [] if self._deliverer is None else [self._deliverer.run()]
+
+    def upkeep(self) -> list[Coroutine[Any, Any, None]]:
+        """Return what one worker of a host does: what it finds is the same in all of them."""
         works = []
         if self._counts:
             works.append(count_expiring(self._store, self._expiring, self._now))
         if self._deliverer is not None:
-            works += [self._deliverer.run(), self._deliverer.follow_backlog()]
+            works.append(self._deliverer.follow_backlog())
             if EXPIRING in self.outbox.wanted:
                 works.append(announce_expiring(self._store, self.outbox, self._days, self._now))
         return works

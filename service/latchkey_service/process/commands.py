@@ -27,6 +27,7 @@ from latchkey_service.postgres.migrate import (
     migrate,
     pending,
 )
+from latchkey_service.postgres.preflight import Workers
 from latchkey_service.postgres.schema import Migration, newest
 from latchkey_service.postgres.sessions import driver_options
 from latchkey_service.settings import database_url, loading, logs
@@ -102,7 +103,7 @@ async def _migrate(given: argparse.Namespace) -> int:
             f"set {MIGRATION_URL} or {PREFIX}DATABASE_URL: the embedded database needs no such "
             "command"
         )
-    of = (url, bundled(), settings.pooler, settings.workers)
+    of = (url, bundled(), settings.pooler, Workers(settings.workers, settings.shares_lease))
     if given.check:
         return _report_missing(await pending(*of))
     if given.dry_run:

@@ -14,6 +14,7 @@ from latchkey_service.errors import StoreUnavailable
 from latchkey_service.postgres import inspection, migrate, preflight, schema
 from latchkey_service.postgres.hosts import CONNECT_ERRORS, Hosts, is_permanent
 from latchkey_service.postgres.migrate import SERVER_VERSION_MIN
+from latchkey_service.postgres.preflight import Workers
 from latchkey_service.postgres.sessions import driver_options, protection
 from latchkey_service.process.finding import Finding, failure, ok, split, warning
 from latchkey_service.settings import database_url
@@ -215,7 +216,8 @@ async def _capacity(connection: "Connection", settings: Settings, _: Hosts) -> l
     if settings.pooler == "transaction":
         return []
     try:
-        sentence = await preflight.few_connections(connection, settings.workers)
+        workers = Workers(settings.workers, settings.shares_lease)
+        sentence = await preflight.few_connections(connection, workers)
     except preflight.DatabaseError as error:
         return _of(error, "connections")
     return [] if sentence is None else [split(warning, "connections", sentence)]

@@ -40,7 +40,7 @@ def host_folder(settings: Settings, account: OsAccount | None) -> Iterator[str |
 
     Yields None if the workers share no lease. Without a folder, each worker has its own row.
     """
-    if settings.workers < 2 or settings.host_lease == "each":
+    if not settings.shares_lease:
         yield None
         return
     try:

@@ -49,6 +49,9 @@ PROBE_SECONDS_WHILE_DOWN = 0.1
 PROBE_TIMEOUT_SECONDS = 1.0
 SUMMARY_SECONDS = 60.0
 PURGE_SECONDS = 3_600.0
+# The first time after a start. Only worker 0 of a host that shares a lease does these works, so a
+# worker 0 that is replaced more often than they are due would never do them.
+FIRST_SECONDS = 300.0
 # Small enough that nobody notices the locks.
 PURGE_BATCH = 1_000
 PRUNE_SECONDS = 60.0
@@ -314,13 +317,13 @@ async def _repeat(
 ) -> None:
     """Repeat `work` forever, about every `seconds`. Logs failures as `event` and continues.
 
-    The first time is after that pause, too, unless `at_once`.
+    The first time is after that pause too, or after FIRST_SECONDS if that is shorter, or `at_once`.
     """
+    pause = 0.0 if at_once else min(seconds, FIRST_SECONDS)
     while True:
-        if not at_once:
-            # At a different time in each worker, so that they do not block each other.
-            await asyncio.sleep(jittered(seconds, random.random()))  # noqa: S311 - jitter
-        at_once = False
+        # At a different time in each worker, so that they do not block each other.
+        await asyncio.sleep(jittered(pause, random.random()))  # noqa: S311 - jitter
+        pause = seconds
         try:
             await work()
         except Exception as error:  # noqa: BLE001 - logged and repeated

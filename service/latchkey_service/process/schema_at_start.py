@@ -4,6 +4,7 @@ Owns what `LATCHKEY_MIGRATE` means. `schema.py` decides which schemas a release 
 """
 
 from latchkey_service.postgres.migrate import bundled, migrate, pending
+from latchkey_service.postgres.preflight import Workers
 from latchkey_service.postgres.schema import require
 from latchkey_service.settings.logs import logger
 from latchkey_service.settings.settings import Settings
@@ -16,7 +17,7 @@ async def prepare_schema(settings: Settings, url: str) -> None:
 
     Raises MigrationError and StoreUnavailable.
     """
-    of = (url, bundled(), settings.pooler, settings.workers)
+    of = (url, bundled(), settings.pooler, Workers(settings.workers, settings.shares_lease))
     if settings.migrate == "on":
         for migration in await migrate(*of):
             logger().info("migrated", version=migration.version, name=migration.name)

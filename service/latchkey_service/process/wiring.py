@@ -325,6 +325,7 @@ async def running(
                 purge_rates(RateTable(pool)),
                 seal_rows(management.guard, management.upkeep_store),
                 *_purges(settings, management),
+                *announcements.upkeep(),
             ]
         ),
     ]

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Final
 
 from latchkey_service.postgres.embedded_host import OsAccount
@@ -74,6 +75,12 @@ async def spawn(
     )
 
 
+# The kernel's limit for the path of a UNIX socket is 108, with a zero byte at the end.
+SOCKET_PATH_BYTES_MAX: Final = 107
+# What `native` adds to a worker's folder: a folder with a random name, and its socket.
+NATIVE_PATH: Final = "/pygrpc-native-XXXXXXXX/fallback.sock"
+
+
 @contextlib.contextmanager
 def temporary_folder(settings: Settings) -> Iterator[str | None]:
     """Create a directory for a worker's temporary files, such as the socket of `native`.
@@ -88,6 +95,15 @@ def temporary_folder(settings: Settings) -> Iterator[str | None]:
     except OSError as error:
         raise NotStarted(str(error)) from error
     with folder as path:
+        excess = len(os.fsencode(path)) + len(NATIVE_PATH) - SOCKET_PATH_BYTES_MAX
+        if excess > 0:
+            parent = Path(path).parent
+            most = len(os.fsencode(parent)) - excess
+            raise NotStarted(
+                f"the folder for temporary files is {parent}, and its path may have {most} "
+                "characters at most, because the path of a socket is limited; set TMPDIR to a "
+                "shorter one, or LATCHKEY_TRANSPORT=grpcio"
+            )
         yield path
 
 

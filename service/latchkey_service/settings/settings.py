@@ -303,6 +303,11 @@ class Settings(BaseSettings):
         return tuple("" if p == "*" else p for p in self.imported_prefixes.split(","))
 
     @property
+    def shares_lease(self) -> bool:
+        """Whether the workers of this host have one lease together."""
+        return self.workers > 1 and self.host_lease == "shared"
+
+    @property
     def lifetime(self) -> Lifetime:
         """The limit for all tokens."""
         ttl = None if self.max_ttl is None else duration_in(self.max_ttl)

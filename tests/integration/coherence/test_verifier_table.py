@@ -65,6 +65,56 @@ async def test_a_renewal_may_leave_out_the_siblings(row: OwnRow, database_url: s
         await pool.close()
 
 
+async def test_siblings_have_acknowledged_what_their_row_has(
+    row: OwnRow, database_url: str
+) -> None:
+    """The status shows no sibling behind its row, although the list of siblings is older than what
+    the row acknowledges, and shows what a sibling has acknowledged before its row."""
+    pool = await Pool.open(Connector(database_url))
+    table = VerifierTable(pool)
+    sibling = SiblingReport("ver_sibling", 7, 0.0, 3, 2, 1, [], 5, 0.0)
+    try:
+        position = (await row.register(1, acknowledge=True)).position
+        for acknowledged, listed, found in ((4, [sibling], [4, 5]), (9, None, [9, 9])):
+            await row.renew(1, position, acknowledged, NO_CLIENTS._replace(siblings=listed))
+            verifiers = (await table.status()).verifiers
+            assert [each.acknowledged_revision for each in verifiers] == found
+    finally:
+        await pool.close()
+
+
+async def test_a_sibling_with_a_row_counts_once(row: OwnRow, database_url: str) -> None:
+    """The row of a lead no longer counts a sibling that has its own row, and the status names each
+    process once. Another sibling still counts, and so does the lead. A sibling that has gone on to
+    the next lead does not count again."""
+    pool = await Pool.open(Connector(database_url))
+    table = VerifierTable(pool)
+    listed = [SiblingReport(f"ver_sibling{n}", n, 0.0, 3, 2, 1, [], 5, 0.0) for n in (1, 2)]
+    connection = await Connector(database_url).connect()
+    sibling = OwnRow(connection, Identity("ver_sibling1", "host", 1, "test", 3.0))
+    try:
+        position = (await row.register(1, acknowledge=True)).position
+        report = NO_CLIENTS._replace(processes=3, siblings=listed)
+        await row.renew(1, position, 0, report)
+        (lead,) = await row.all_rows()
+        await sibling.recount(lead.id, 1)
+        assert [r.processes for r in await row.all_rows()] == [3]
+        await sibling.register(1, acknowledge=False)
+        await sibling.recount(lead.id, 2)
+        assert sorted(r.processes for r in await row.all_rows()) == [1, 3]
+        await sibling.recount(lead.id, 1)
+        assert {r.id: r.processes for r in await row.all_rows()} == {lead.id: 2, "ver_sibling1": 1}
+        named = [each.id for each in (await table.status()).verifiers]
+        assert sorted(named) == sorted([lead.id, "ver_sibling1", "ver_sibling2"])
+        # It is at the next lead of its host.
+        await sibling.remove(1)
+        await sibling.recount(lead.id, 1)
+        assert [r.processes for r in await row.all_rows()] == [2]
+    finally:
+        connection.terminate()
+        await pool.close()
+
+
 async def test_pruning_keeps_what_a_reader_needs(row: OwnRow, database_url: str) -> None:
     """Pruning removes exactly the entries that every verifier has acknowledged. A reader that has
     applied all of them continues; for a reader that has applied fewer, its position is unknown."""

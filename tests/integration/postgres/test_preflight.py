@@ -12,6 +12,7 @@ import pytest
 import trustme
 from latchkey_service.postgres import migrate as migrate_module
 from latchkey_service.postgres.migrate import MigrationError, bundled, migrate
+from latchkey_service.postgres.preflight import ONE_WORKER, Workers
 from structlog.testing import capture_logs
 
 from tests.helpers.databases import drop_database, session
@@ -33,7 +34,7 @@ async def database(postgres_url: str, options: str = "") -> AsyncIterator[str]:
     await drop_database(postgres_url, name)
 
 
-async def refusal(url: str, workers: int = 1) -> str:
+async def refusal(url: str, workers: Workers = ONE_WORKER) -> str:
     """Return why the service does not start on a database."""
     began = time.monotonic()
     with pytest.raises(MigrationError) as caught:
@@ -76,15 +77,27 @@ async def test_too_few_connections(postgres_url: str) -> None:
     """A number of workers that cannot work with the connections of Postgres is refused, and one
     that may run out of them is logged."""
     async with database(postgres_url) as url:
-        message = await refusal(url, workers=100)
+        message = await refusal(url, Workers(100))
         assert "allows 197 connections" in message
         assert "raise max_connections, or lower LATCHKEY_WORKERS" in message
         with capture_logs() as lines:
-            await migrate(url, bundled(), workers=20)
+            await migrate(url, bundled(), workers=Workers(20))
         assert [x["log_level"] for x in lines if "few connections" in x["event"]] == ["warning"]
         with capture_logs() as lines:
-            await migrate(url, bundled(), workers=4)
+            await migrate(url, bundled(), workers=Workers(4))
         assert not [line for line in lines if "few connections" in line["event"]]
+
+
+async def test_workers_that_share_a_lease_need_few_connections(postgres_url: str) -> None:
+    """Workers that share a lease may start although Postgres allows fewer than three connections
+    for each, down to what they hold while worker 0 is away."""
+    async with database(postgres_url) as url:
+        with capture_logs() as lines:
+            await migrate(url, bundled(), workers=Workers(196, share_lease=True))
+        said = [x["what_to_do"] for x in lines if "few connections" in x["event"]]
+        assert "196 workers may hold 197 when idle" in said[0]
+        message = await refusal(url, Workers(197, share_lease=True))
+        assert "197 workers may hold 198 when idle" in message
 
 
 @contextlib.asynccontextmanager

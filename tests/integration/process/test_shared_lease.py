@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _numbers = itertools.count(1)
 WORKERS = 3
+LEFT = "the lead of this host is away: this process has a row now"
 # A restart of a worker on a busy machine, and a dead row.
 BACK_SECONDS = 20.0
 # Verifies that the end of one connection may cost: one in progress, and one that is refused.
@@ -94,6 +95,16 @@ async def delete(stub: "TokenServiceAsyncStub") -> pb.Receipt:
     return (await stub.Delete(request, timeout=10)).receipt
 
 
+async def deleted(stub: "TokenServiceAsyncStub") -> pb.Receipt | None:
+    """Return a receipt, or None if the connection led to a worker that has died."""
+    try:
+        return await delete(stub)
+    except grpc.aio.AioRpcError as error:
+        if error.code() != grpc.StatusCode.UNAVAILABLE:
+            raise
+        return None
+
+
 async def test_one_row_represents_all_workers(service: Service, database_url: str) -> None:
     """The host has one row. Receipts count all of its processes, and the status names each."""
     async with channel_to(service) as channel:
@@ -142,3 +153,21 @@ async def test_the_lead_ends(service: Service, database_url: str, number: signal
     events = [line["event"] for line in service.log]
     assert "the database follows another history: starting over" not in events
     assert events.count("registered") == 0
+
+
+async def test_a_receipt_counts_a_process_once(service: Service, database_url: str) -> None:
+    """While the row of a dead lead is still there, a Delete outwaits one process at most: the
+    others have their own rows."""
+
+    def left() -> bool:
+        events = [line["event"] for line in service.log]
+        return events.count(LEFT) == WORKERS - 1
+
+    async with channel_to(service) as channel:
+        await eventually(lambda: shared(service, database_url), "one row", BACK_SECONDS)
+        stub = pb_grpc.TokenServiceStub(channel)
+        os.kill(lead_of(service), signal.SIGKILL)
+        await eventually(left, "the other workers have rows")
+        receipt = await eventually(lambda: deleted(stub), "a worker answers")
+        assert receipt.verifiers_outwaited <= 1
+        assert receipt.verifiers_acknowledged >= WORKERS - 1

@@ -140,12 +140,40 @@ async def test_import_does_not_wait_for_what_a_restart_cannot_cure(
     assert (service.calls, passing.now) == (1, 1_000.0)
 
 
-@pytest.mark.parametrize("error", [Unavailable("no connection"), ResourceExhausted("too large")])
+async def test_import_waits_for_a_service_that_starts(
+    passing: Time, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The import waits some seconds for a service that is away from the start, and says so once,
+    because the target may be wrong. It then fails with the last error."""
+    service = Service(*(Unavailable("no connection") for _ in range(10)))
+    assert await send(service) == ()
+    assert passing.now == 1_010.0
+    said = "nothing answers at 127.0.0.1:50051; trying again for 15 s\n"
+    assert capsys.readouterr().err == said
+    service.errors += [Unavailable("no connection") for _ in range(100)]
+    with pytest.raises(Unavailable):
+        await send(service)
+    assert passing.now < 1_010.0 + importing.START_PATIENCE_SECONDS
+    assert capsys.readouterr().err == said
+
+
+async def test_import_waits_longer_for_a_service_that_answered(passing: Time) -> None:
+    """The first answer may be a refusal after a start: from then on, the target is right."""
+    gone = [Unavailable("no connection") for _ in range(14)]
+    service = Service(*gone, overloaded(), *gone)
+    assert await send(service) == ()
+    assert passing.now == 1_029.0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [Unavailable("closed", reason="CONNECTION_CLOSED"), ResourceExhausted("too large")],
+)
 async def test_import_does_not_repeat_what_waiting_cannot_cure(
     passing: Time, error: LatchkeyError
 ) -> None:
-    """Without a delay from the service, the import fails at once: nothing listens at the address,
-    or the request is too large."""
+    """Without a delay from the service, the import fails at once: the service requires TLS, or the
+    request is too large."""
     service = Service(error)
     with pytest.raises(type(error)):
         await send(service)

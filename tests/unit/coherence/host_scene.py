@@ -63,6 +63,7 @@ class Postgres:
     def __init__(self, scene: Scene) -> None:
         self.scene = scene
         self.calls: list[object] = []
+        self.recounted: list[RowId] = []
         self.row = RowId("ver_sibling", 0)
 
     async def get(self) -> None: ...
@@ -86,6 +87,9 @@ class Postgres:
         return Renewal(log.known, log, math.inf)
 
     def prove(self, _server: object) -> None: ...
+
+    async def recount(self, lead: RowId) -> None:
+        self.recounted.append(lead)
 
     def failed(self, error: Exception) -> None:
         self.calls.append(error)

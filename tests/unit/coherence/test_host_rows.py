@@ -170,6 +170,22 @@ async def test_a_sibling_survives_the_death_of_the_lead(host: Host) -> None:
     assert await host.rows.own_row() is not None
 
 
+async def test_a_sibling_that_left_corrects_the_row_of_its_lead(host: Host) -> None:
+    """Once a sibling has its own row, the row of its former lead counts it no longer. The sibling
+    repeats that for a while, because the row may have been locked."""
+    await host.register()
+    await host.renew()
+    await host.lead_dies()
+    assert await host.renew()
+    assert host.postgres.recounted == [("ver_lead", 1)]
+    for _ in range(3):
+        host.lead.now += LEASE_SECONDS
+        assert await host.renew()
+    assert host.postgres.recounted == 4 * [("ver_lead", 1)]
+    assert await host.renew()
+    assert len(host.postgres.recounted) == 4
+
+
 async def test_a_silent_lead_is_left(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """A lead that is stopped costs its siblings a part of a lease, and no verify."""
     await host.register()

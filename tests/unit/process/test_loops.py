@@ -50,6 +50,31 @@ async def test_a_failed_summary_does_not_end_the_task(monkeypatch: pytest.Monkey
     await asyncio.gather(task, return_exceptions=True)
 
 
+async def test_hourly_work_comes_soon_after_a_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that is replaced every half an hour still removes what is old. Otherwise, the pauses
+    are as long as they should be."""
+    pauses: list[float] = []
+    done: list[int] = []
+
+    def pause(seconds: float, _: float) -> float:
+        pauses.append(seconds)
+        return 0.0
+
+    async def purge(_: int) -> int:
+        done.append(len(pauses))
+        return 0
+
+    monkeypatch.setattr(periodic, "jittered", pause)
+    table: Any = SimpleNamespace(purge=purge)
+    task = asyncio.create_task(periodic.purge_rates(table))
+    await eventually(lambda: len(done) > 2, "it is done again")
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert pauses[:3] == [periodic.FIRST_SECONDS, periodic.PURGE_SECONDS, periodic.PURGE_SECONDS]
+    assert done[:3] == [1, 2, 3]
+    assert periodic.FIRST_SECONDS <= periodic.PURGE_SECONDS / 10
+
+
 def test_each_part_learns_of_a_new_policy() -> None:
     """If one part of a worker cannot take a new policy, the others take it. Then the worker starts
     again, because of the error."""
