@@ -1,7 +1,7 @@
 """Calls that want the same names: which locks they hold while they wait for each other."""
 
 import asyncio
-import hashlib
+from datetime import UTC, datetime
 from typing import Any
 
 import grpc
@@ -9,11 +9,14 @@ import pytest
 from google.protobuf import field_mask_pb2
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
+from latchkey_service.audit.audit_table import NO_DETAILS
 from latchkey_service.errors import StoreLocked
 from latchkey_service.postgres import sessions
 from latchkey_service.settings.settings import Settings
+from latchkey_service.tokens import import_store
+from latchkey_service.tokens.lifecycle_store import NAME_FREED
 
-from tests.helpers.databases import backends, session
+from tests.helpers.databases import session
 from tests.helpers.rich_status import refusal
 from tests.helpers.servers import make_settings, serving
 from tests.helpers.waiting import eventually
@@ -32,11 +35,21 @@ async def create(stub: Any, name: str) -> str:
     return str((await stub.Create(request, timeout=9)).token.id)
 
 
-async def _waits_for_a_lock(url: str) -> None:
-    async def waits() -> bool:
-        return any(row["wait_event_type"] == "Lock" for row in await backends(url))
+async def _waits_for_a_lock(url: str, statement: str) -> None:
+    """Wait until another session's statement that begins in this way waits for a lock."""
 
-    await eventually(waits, "a call waits for a lock")
+    async def waits() -> bool:
+        # Not in the test's transaction, which would see the same activity each time.
+        async with session(url) as connection:
+            return bool(
+                await connection.fetchval(
+                    "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+                    " AND wait_event_type = 'Lock' AND ltrim(query, E' \\n') LIKE $1 || '%'",
+                    statement,
+                )
+            )
+
+    await eventually(waits, "the statement waits for a lock")
 
 
 async def test_update_that_waits_for_a_name_holds_up_no_other_change(
@@ -61,7 +74,7 @@ async def test_update_that_waits_for_a_name_holds_up_no_other_change(
                 update_mask=field_mask_pb2.FieldMask(paths=["name"]),
             )
             waiting = asyncio.ensure_future(stub.Update(update, timeout=30))
-            await _waits_for_a_lock(database_url)
+            await _waits_for_a_lock(database_url, "WITH asked")
             await stub.Delete(pb.DeleteRequest(account_id=ACCOUNT, id=deleted), timeout=9)
             assert not waiting.done()
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -93,33 +106,36 @@ async def test_long_wait_for_a_lock_is_not_an_outage(
 async def test_imports_free_expired_names_in_order(settings: Settings, database_url: str) -> None:
     """An Import locks the expired tokens whose names it takes by the order of their names, whatever
     that of its rows. So two of them do not deadlock."""
+    # The table, too, has them in another order.
+    names = ["c", "a", "b"]
     async with (
         serving(settings) as address,
         grpc.aio.insecure_channel(address) as channel,
-        session(database_url) as other,
     ):
-        stub: Any = pb_grpc.TokenServiceStub(channel)
-        # The table, too, has them in another order.
-        names = ["c", "a", "b"]
         for name in names:
-            await create(stub, name)
+            await create(pb_grpc.TokenServiceStub(channel), name)
+    # The service has stopped: its upkeep locks tokens as well.
+    async with session(database_url) as importing, session(database_url) as other:
         await other.execute("UPDATE token SET expire_time = now() - interval '1 day'")
-        rows = [
-            pb.ImportedToken(
-                account_id=ACCOUNT,
-                name=name,
-                scope=pb.SCOPE_READ,
-                secret_sha256=hashlib.sha256(name.encode()).digest(),
-            )
-            for name in names
-        ]
+        # Such a plan takes the rows in the order in which it finds them.
+        await importing.execute("SET enable_mergejoin = off; SET enable_indexscan = off")
         async with other.transaction():
             await other.execute("SELECT FROM token WHERE name_key = 'b' FOR UPDATE")
-            importing = asyncio.ensure_future(
-                stub.Import(pb.ImportRequest(tokens=rows), timeout=30)
+            arguments = (
+                [ACCOUNT] * 3,
+                names,
+                datetime.now(UTC),
+                "",
+                "",
+                "",
+                "",
+                NAME_FREED,
+                NO_DETAILS,
             )
-            await _waits_for_a_lock(database_url)
+            freeing = asyncio.create_task(importing.execute(import_store._FREE_NAMES, *arguments))
+            await _waits_for_a_lock(database_url, "WITH")
             free = "SELECT name_key FROM token ORDER BY name_key FOR UPDATE SKIP LOCKED"
             assert [row[0] for row in await other.fetch(free)] == ["b", "c"]
-        results = (await importing).results
-        assert {result.outcome for result in results} == {pb.IMPORT_OUTCOME_IMPORTED}
+        await freeing
+        freed = "SELECT count(*) FROM audit WHERE reason = $1"
+        assert await other.fetchval(freed, NAME_FREED) == len(names)
