@@ -22,7 +22,7 @@ import hypothesis
 import pytest
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
-from latchkey_service.postgres import connections
+from latchkey_service.postgres import connections, sessions
 from latchkey_service.postgres.embedded_cluster import EmbeddedPostgres
 from latchkey_service.settings.settings import Settings
 from latchkey_service.tokens import pepper_file as pepper_files
@@ -81,6 +81,10 @@ TIMEOUTS = ("CONNECT_TIMEOUT_SECONDS", "STATEMENT_TIMEOUT_SECONDS")
 OWN_TIMEOUTS = {name: getattr(connections, name) for name in TIMEOUTS}
 for name in TIMEOUTS:
     setattr(connections, name, WAIT_SECONDS)
+# Postgres' own bound on the wait for a lock: on a busy machine, each of the changes ahead may take
+# a tenth of a second to commit.
+OWN_LOCK_TIMEOUT = sessions.SETTINGS["lock_timeout"]
+sessions.SETTINGS["lock_timeout"] = f"{WAIT_SECONDS:.0f}s"
 
 TESTS = Path(__file__).parent
 FAULTS = TESTS / "faults"
@@ -169,6 +173,7 @@ def own_timeouts() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, seconds in OWN_TIMEOUTS.items():
             patch.setattr(connections, name, seconds)
+        patch.setitem(sessions.SETTINGS, "lock_timeout", OWN_LOCK_TIMEOUT)
         yield
 
 

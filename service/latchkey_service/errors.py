@@ -22,6 +22,7 @@
             ├── CacheStartedOver a read was under way meanwhile
             ├── NotReplicated a failover may undo the committed change
             ├── StoreConflict the transaction kept conflicting with others
+            ├── StoreLocked   other transactions held its rows for too long
             └── StoreUnsupported  the database engine lacks a feature
 
 The expected outcomes of a verify are values (`verdict.py`), never exceptions. Callers see the
@@ -57,6 +58,7 @@ __all__ = [
     "RequestTooLarge",
     "StatusParts",
     "StoreConflict",
+    "StoreLocked",
     "StoreUnavailable",
     "StoreUnsupported",
     "TimeoutMalformed",
@@ -304,6 +306,16 @@ class StoreUnsupported(StoreUnavailable):
 
 class StoreConflict(StoreUnavailable):
     """The transaction kept conflicting with others. It was rolled back."""
+
+
+class StoreLocked(StoreUnavailable):
+    """Other transactions held a row of this one for too long. It was rolled back.
+
+    Postgres answered, so this says nothing about other calls.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("Other changes of the same data take too long; try again shortly.")
 
 
 _RETRYABLE = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED})

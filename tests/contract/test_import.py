@@ -14,6 +14,8 @@ import pytest
 from google.protobuf import duration_pb2, field_mask_pb2, timestamp_pb2
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
+from latchkey_service.access.methods import IMPORTER, MANAGER
+from latchkey_service.rpc import managed_calls
 from latchkey_service.secret_format import Pepper
 from latchkey_service.settings.settings import Settings
 
@@ -258,6 +260,15 @@ async def test_concurrent_imports_of_the_same_rows(stub: Any, database_url: str)
         assert await connection.fetchval("SELECT count(*) FROM token") == 50
 
 
+@pytest.fixture
+def slots_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each call of the next test have a slot. If calls queue, the service rejects some of them
+    on a busy machine."""
+    limits = {**managed_calls.CONCURRENCY_LIMITS, MANAGER: (16, 100), IMPORTER: (2, 100)}
+    monkeypatch.setattr(managed_calls, "CONCURRENCY_LIMITS", limits)
+
+
+@pytest.mark.usefixtures("slots_for_all")
 async def test_concurrent_calls_that_take_the_same_names(stub: Any) -> None:
     """Imports of other secrets, Creates and Updates may want the same names at once. Each name goes
     to one of them, the others are refused, and no call fails for another reason."""

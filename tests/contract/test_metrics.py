@@ -136,6 +136,8 @@ async def test_watchers(server: Server, stub: Any) -> None:
     async with watching(server.address) as client:
         await client.granted()
         assert read(server).get("latchkey_watch_streams") == 1
+        # On a busy machine, the Delete may begin after the end of this lease.
+        holding = asyncio.create_task(client.hold())
         request = pb.DeleteRequest(account_id="acme", id=created.token.id)
         deleting = asyncio.ensure_future(stub.Delete(request, timeout=10))
 
@@ -149,6 +151,7 @@ async def test_watchers(server: Server, stub: Any) -> None:
 
         await eventually(behind, "the client is behind")
         await deleting
+        await holding
         now = read(server)
         assert now.get("latchkey_watch_clients_outwaited_total") == 1
         assert now.get("latchkey_delete_wait_seconds_count", result="outwaited") == 1

@@ -22,6 +22,7 @@ from latchkey_service.errors import (
     AlreadyExists,
     NotReplicated,
     StoreConflict,
+    StoreLocked,
     StoreUnavailable,
     StoreUnsupported,
 )
@@ -158,10 +159,8 @@ class Connector:
             await asyncio.wait(probes)  # at most one connect time-out per host
         # A separate task, because the circuit breaker needs the result even if the caller leaves.
         # Otherwise impatient callers would start one attempt after another.
-        task = asyncio.create_task(
-            self._hosts.connect(self._settings(settings), **self._options()),
-            name="connect",
-        )
+        connecting = self._hosts.connect(self._settings(settings), **self._options())
+        task = asyncio.create_task(connecting, name="connect")
         self._attempts[task] = kind
         task.add_done_callback(self._settle)
         try:
@@ -283,8 +282,7 @@ class Pool:
             try:
                 yield session
             except _BROKEN:
-                # Otherwise the release would wait until a frozen server has cancelled the query,
-                # or would return a dead connection to the pool.
+                # Otherwise the release would wait for a frozen server, or pool a dead connection.
                 session.terminate()
                 raise
             finally:
@@ -382,12 +380,14 @@ def translate_errors() -> Iterator[None]:
         raise StoreConflict(
             "The transaction kept conflicting with others; try again shortly."
         ) from error
+    except asyncpg.LockNotAvailableError as error:  # 55P03: lock_timeout
+        raise StoreLocked from error
     except (
         asyncpg.PostgresConnectionError,  # 08xxx: connection lost
         asyncpg.OperatorInterventionError,  # 57xxx: shutting down, starting up, cancelled
         asyncpg.InsufficientResourcesError,  # 53xxx: too many connections, disk full
-        # 55P03: lock_timeout. 55000: the database accepts no connections, for example while it is
-        # being replaced, or the server is a standby, which cannot report a position in the WAL.
+        # 55000: the database accepts no connections, for example while it is being replaced, or the
+        # server is a standby, which cannot report a position in the WAL.
         asyncpg.ObjectNotInPrerequisiteStateError,
         asyncpg.ReadOnlySQLTransactionError,  # 25006: a standby, or a deposed primary
         asyncpg.InvalidAuthorizationSpecificationError,  # 28xxx: also while roles are restored

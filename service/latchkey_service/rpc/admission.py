@@ -77,6 +77,9 @@ QUEUE_SECONDS_MAX: Final = 2.0
 STUCK_SLOTS: Final = 8
 # The period is at least this many times the average duration of a call.
 STUCK_CALLS: Final = 5
+# Before a call has shown how long calls take. The first ones also connect. An attempt to connect
+# fails after this time, which then shows that the database hangs.
+STUCK_FIRST_SECONDS: Final = 1.0
 # Longest delay that a rejection asks of its caller, before jitter, which at most triples it. A
 # longer one would leave the library's five attempts no time within their deadline.
 RETRY_SECONDS_MAX: Final = 1.0
@@ -287,15 +290,16 @@ class ConcurrencyLimiter:
         A database that answers any call does not hang. RetryInfo then says when the caller's
         turn would have come, so that five attempts outlast a queue of slow calls.
         """
-        answered_at, call_seconds = self._answers.at, self._call_seconds or 0.0
+        answered_at, call_seconds = self._answers.at, self._call_seconds
         if self._failed_at > -math.inf and self._failed_at >= answered_at:
             return StoreUnavailable(self._failure)
-        longest = max(STUCK_SECONDS * STUCK_SLOTS / self._count, STUCK_CALLS * call_seconds)
+        expected = STUCK_FIRST_SECONDS if call_seconds is None else STUCK_CALLS * call_seconds
+        longest = max(STUCK_SECONDS * STUCK_SLOTS / self._count, expected)
         silent_seconds = self._answering() - max(answered_at, self._queue_formed_at)
         if self.queued and silent_seconds > longest:
             return StoreUnavailable(NO_ANSWER)
         error = Overloaded(message)
-        pause = wait_seconds(self._queue.size, self._count, call_seconds)
+        pause = wait_seconds(self._queue.size, self._count, call_seconds or 0.0)
         error.retry_seconds = min(max(RETRY_DELAY_SECONDS, pause), RETRY_SECONDS_MAX)
         return error
 

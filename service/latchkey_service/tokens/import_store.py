@@ -111,9 +111,8 @@ class ImportStore:
         Leaves out tokens whose names live tokens have. Takes names from expired tokens first.
         Returns None, and changes nothing, if the database has one of the secrets.
 
-        An Update that takes one of the names at the same moment waits for this statement, and this
-        one for it. Postgres then ends one of them after its `deadlock_timeout`, a second, and it is
-        repeated. Locking `head` first would do the same to each Delete of a token with such a name.
+        Locks names in their order, then the row of `head`. An Update takes its name before it locks
+        `head` too, so the one waits for the other, without a deadlock.
 
         The revision names one of the tokens. No cache has a verdict on any of them, so there is
         nothing to drop, but servers forget which imported secrets are absent (`imported.py`).
@@ -150,13 +149,19 @@ class ImportStore:
 
 
 _FREE_NAMES = f"""
-WITH freed AS (
+WITH expired AS MATERIALIZED (
+    SELECT t.id
+      FROM token t JOIN unnest($1::text[], $2::text[]) AS n (account_id, name_key)
+           USING (account_id, name_key)
+     WHERE t.delete_time IS NULL AND t.expire_time <= $3
+     -- Concurrent calls lock rows in this order, which is that of `_INSERT`.
+     ORDER BY t.account_id, t.name_key
+       FOR UPDATE OF t),
+freed AS (
     UPDATE token t
        -- As when one token takes the name of another (`LifecycleStore.free_expired_name`).
        SET name_key = chr(1) || t.id || chr(1) || t.name_key, version = t.version + 1
-      FROM unnest($1::text[], $2::text[]) AS n (account_id, name_key)
-     WHERE t.account_id = n.account_id AND t.name_key = n.name_key AND t.delete_time IS NULL
-       AND t.expire_time <= $3
+      FROM expired e WHERE t.id = e.id
     RETURNING t.id, t.account_id)
 INSERT INTO audit (account_id, token_id, caller, method, peer, request_id, reason, {DETAIL_COLUMNS})
 SELECT account_id, id, $4, $5, $6, $7, $8, {DETAIL_VALUES[9]} FROM freed

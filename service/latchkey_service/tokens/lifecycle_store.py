@@ -183,7 +183,7 @@ class LifecycleStore:
 
         Returns None, too, if the request's id has been used, unless the change repeats it. Raises
         AlreadyExists if the account has another live token with the new name. Locks the token's
-        row, then that of `head`, as Delete does.
+        row, then the new name, then the row of `head`, in the order of Create, Import and Delete.
         """
         record, minted, request = change.record, change.minted, change.request
         rows = (
@@ -217,11 +217,9 @@ class LifecycleStore:
                            AND t.version = $3 AND {DURABLE}
                            AND ($26::uuid IS NULL OR EXISTS (SELECT FROM asked))
                            FOR UPDATE),
-                    next AS (
-                        UPDATE head h SET revision = h.revision + 1, mark = DEFAULT FROM live
-                        RETURNING h.revision, h.mark, live.id),
-                    stamped AS MATERIALIZED (
-                        SELECT revision, mark, id, clock_timestamp() AS moment FROM next),
+                    -- Before `next`: another call may hold the new name until its commit. A wait
+                    -- for it under the lock of `head` would hold up all changes of all accounts,
+                    -- and never end if that call, an Import, needs this lock too.
                     changed AS (
                         UPDATE token t
                            SET name = $4, name_key = coalesce($5, t.name_key), scope = $6,
@@ -230,10 +228,15 @@ class LifecycleStore:
                                rate_count = $37, rate_period_seconds = $38, rate_burst = $39,
                                version = t.version + 1, seal = coalesce($35, t.seal),
                                seal_pepper_id = coalesce($36, t.seal_pepper_id),
-                               disable_time = CASE WHEN $13 THEN coalesce(t.disable_time, s.moment)
-                                              END
-                          FROM stamped s WHERE t.id = s.id
+                               disable_time = CASE WHEN $13 THEN coalesce(t.disable_time,
+                                                                          clock_timestamp()) END
+                          FROM live WHERE t.id = live.id
                         RETURNING {COLUMNS}, t.description),
+                    next AS (
+                        UPDATE head h SET revision = h.revision + 1, mark = DEFAULT FROM changed c
+                        RETURNING h.revision, h.mark, c.id),
+                    stamped AS MATERIALIZED (
+                        SELECT revision, mark, id, clock_timestamp() AS moment FROM next),
                     -- Secrets of earlier releases have no hint, because the token had only one.
                     kept AS (
                         UPDATE secret x

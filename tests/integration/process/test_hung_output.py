@@ -18,7 +18,7 @@ from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from tests.helpers.calls import CHANNEL_OPTIONS, is_serving
 from tests.helpers.free_ports import free_port
 from tests.helpers.metrics import scrape
-from tests.helpers.service_process import OWN_VARIABLES
+from tests.helpers.service_process import OWN_VARIABLES, service
 from tests.helpers.waiting import WAIT_SECONDS, eventually
 
 # The smallest pipe that Linux makes: one page, about ten log lines.
@@ -114,14 +114,9 @@ async def test_no_room_for_the_output(tmp_path: Path, settings: dict[str, object
 async def test_stderr_is_json(tmp_path: Path, settings: dict[str, object], log_format: str) -> None:
     """Each line of stderr is JSON. With LOG_FORMAT=json, stdout stays empty; else it greets
     people."""
-    with (
-        (tmp_path / "out").open("wb") as out,
-        (tmp_path / "err").open("wb") as err,
-        started(tmp_path, out, err, log_format=log_format, **settings) as process,
-    ):
-        await eventually(lambda: b'"serving"' in (tmp_path / "err").read_bytes(), "it serves")
-        process.terminate()
-        assert await asyncio.to_thread(process.wait, WAIT_SECONDS) == 0
-    for line in (tmp_path / "err").read_text().splitlines():
+    with service(tmp_path / "service", log_format=log_format, **settings) as running:
+        await eventually(lambda: '"serving"' in running.err, "it serves")
+        assert await running.end() == 0
+    for line in running.err.splitlines():
         assert line.startswith("{"), line
-    assert ("Latchkey serves on" in (tmp_path / "out").read_text()) == (log_format == "auto")
+    assert ("Latchkey serves on" in running.out) == (log_format == "auto")

@@ -73,7 +73,7 @@ async def scene(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Scene]:
     await scene.ack_waiter.close()
 
 
-async def test_a_database_without_the_own_row_confirms_nothing(scene: Scene) -> None:
+async def test_a_database_without_this_row_confirms_nothing(scene: Scene) -> None:
     """A restored backup may lack this process's row, and with it those of others that still hold
     a lease. Nothing is confirmed before this process has registered there."""
     waiting = asyncio.create_task(scene.ack_waiter.wait(at(5), math.inf))
