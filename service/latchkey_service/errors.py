@@ -315,7 +315,7 @@ class StoreLocked(StoreUnavailable):
     """
 
     def __init__(self) -> None:
-        super().__init__("Other changes of the same data take too long; try again shortly.")
+        super().__init__("Other changes to the same data take too long; try again shortly.")
 
 
 _RETRYABLE = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED})
