@@ -138,6 +138,19 @@ async def test_the_service_follows_the_promoted_standby(
         await eventually(ended, "the warning ends", WARNING_SECONDS_MAX)
 
 
+async def test_a_standby_of_these_tests_catches_up(nodes: Pair) -> None:
+    """A standby that loses its connection finds what it needs on the primary, although checkpoints
+    came in between. Otherwise, all commits of a test would hang from then on."""
+    await nodes.replication.switch(None, cut=True)
+    for _ in range(3):
+        await nodes.first.flush()
+        await nodes.first.execute("SELECT pg_switch_wal()")
+        await nodes.first.execute("CHECKPOINT")
+    await nodes.replication.switch(nodes.first, cut=False)
+    await nodes.streams(nodes.first, synchronous=True)
+    await nodes.caught_up(nodes.first, nodes.second)
+
+
 async def test_a_host_that_starts_beside_a_deposed_primary_finds_the_new_one(
     nodes: Pair, tmp_path: Path, pepper_file: Path
 ) -> None:

@@ -59,6 +59,9 @@ _SETTINGS: Final = {
     "autovacuum": "off",
     # The default of 5 s only makes tests slow.
     "wal_retrieve_retry_interval": "100ms",
+    # A standby that reconnects needs the segment in which it stopped. A checkpoint would remove it,
+    # because the standby has no slot.
+    "wal_keep_size": "64MB",
     # Statements are recognised by words anywhere in them.
     "track_activity_query_size": "16kB",
 }
