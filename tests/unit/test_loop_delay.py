@@ -10,7 +10,7 @@ from latchkey_service import loop_delay
 from latchkey_service.errors import BUSY, NO_ANSWER, Overloaded, StoreUnavailable
 from latchkey_service.loop_delay import LATE_SECONDS, TICK_SECONDS, LoopWatch
 from latchkey_service.process import doctor_listeners
-from latchkey_service.rpc.admission import BURST, ConcurrencyLimiter
+from latchkey_service.rpc.admission import BURST, STUCK_FIRST_SECONDS, ConcurrencyLimiter
 from latchkey_service.secret_format import Keyring, Pepper
 from latchkey_service.tokens.batched_lookup import WAITING_MAX, Lookup
 from structlog.testing import capture_logs
@@ -105,7 +105,7 @@ async def test_calls_in_the_queue_blame_the_right_part(late: bool, error: type[E
     for _ in range(BURST):
         waiting.append(asyncio.create_task(limiter.acquire(10.0, "", False)))
         await asyncio.sleep(0)
-    (loop.block if late else loop.run)(1.0)
+    (loop.block if late else loop.run)(STUCK_FIRST_SECONDS + 0.1)
     with pytest.raises(error) as found:
         limiter.check()
     assert type(found.value) is error

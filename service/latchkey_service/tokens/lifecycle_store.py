@@ -184,6 +184,8 @@ class LifecycleStore:
         Returns None, too, if the request's id has been used, unless the change repeats it. Raises
         AlreadyExists if the account has another live token with the new name. Locks the token's
         row, then the new name, then the row of `head`, in the order of Create, Import and Delete.
+        Two changes that swap names may wait for each other: Postgres ends one of them after its
+        `deadlock_timeout`, a second, and it is repeated. No other call waits for them.
         """
         record, minted, request = change.record, change.minted, change.request
         rows = (
