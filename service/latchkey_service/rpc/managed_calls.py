@@ -272,6 +272,23 @@ class ManagedCalls:
 
         return grpc.stream_stream_rpc_method_handler(refuse)
 
+    def oversized(self) -> Any:
+        """Return a handler that ends the connection of calls with too large metadata.
+
+        It reads nothing of the call, not even the metadata: grpcio copies them each time. The calls
+        are neither counted nor logged.
+        """
+        refused = self._reporter.refused
+
+        async def refuse(_messages: Any, context: CallContext) -> None:
+            peer = context.peer()
+            if not refused.end_connection(peer):
+                await refused.wait(peer)
+            context.set_code(grpc.StatusCode.RESOURCE_EXHAUSTED)
+            context.set_details("The metadata are too large.")
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
+
     def refuser(
         self, path: str, parse: Callable[[bytes], Any], authenticator: Authenticator
     ) -> Any:
