@@ -24,6 +24,12 @@ from latchkey_service.rpc.verify_calls import VerifyCalls
 
 __all__ = ["Paths", "Registrar"]
 
+# Four times what grpcio accepts of a client that has acknowledged its limit. Until then, grpcio
+# accepts 16 MiB, most of which may be references to one header (RFC 7541 §6.1), a byte each.
+# Reading the metadata once costs the event loop 5 ms, and the usual path reads them several times.
+METADATA_BYTES_MAX: Final = 64 * 1024
+# What each header counts for besides its name and value (RFC 9113 §6.5.2).
+HEADER_BYTES: Final = 32
 # For the message of a known caller, where one of the largest may come over a slow link. Without a
 # bound, a caller without a deadline could keep calls that wait for nothing.
 MESSAGE_SECONDS: Final = 20.0
@@ -46,6 +52,8 @@ class Paths:
         self._streams = streams
         self.unknown = managed.unknown
         """Returns a handler for the calls of unknown methods."""
+        self.oversized = managed.oversized
+        """Returns a handler for the calls with too large metadata."""
         self.refuser = managed.refuser
         """Returns a handler for the calls of a method that no caller makes."""
         self.recheck = streams.recheck
@@ -159,7 +167,10 @@ class Registrar:
                     by_path[path] = _identified_first(handler, refuser, authenticator)
                 else:
                     refusing[path] = refuser
-        self._server.add_generic_rpc_handlers((_ByPath(by_path, refusing, self._screen),))
+        oversized = self._paths.oversized()
+        self._server.add_generic_rpc_handlers(
+            (_ByPath(by_path, refusing, self._screen, oversized),)
+        )
         self._server.add_registered_method_handlers(service, unary)
 
     def refuse_others(self) -> None:
@@ -167,7 +178,18 @@ class Registrar:
 
         The transports answer them at once, and a flood of them would delay other calls.
         """
-        self._server.add_generic_rpc_handlers((_Unknown(self._paths.unknown()),))
+        handlers = _Unknown(self._paths.unknown(), self._paths.oversized())
+        self._server.add_generic_rpc_handlers((handlers,))
+
+
+def _is_oversized(metadata: Any) -> bool:
+    """Return whether the metadata of a call exceed what any well-behaved client sends."""
+    left = METADATA_BYTES_MAX
+    for key, value in metadata or ():
+        left -= len(key) + len(value) + HEADER_BYTES
+        if left < 0:
+            return True
+    return False
 
 
 def _identified_first(handler: Any, refuser: Any, authenticator: Authenticator) -> Any:
@@ -207,6 +229,7 @@ class _ByPath(grpc.GenericRpcHandler):
 
     For some paths, `refusing` contains other handlers, for calls that `screen` rejects. They are
     those of streams, which need no message: until one is read, grpcio lets the client send 64 KiB.
+    `oversized` is the handler of calls with excessive metadata.
     """
 
     def __init__(
@@ -214,7 +237,9 @@ class _ByPath(grpc.GenericRpcHandler):
         handlers: Mapping[str, Any],
         refusing: Mapping[str, Any],
         screen: Callable[[Any], str] | None,
+        oversized: Any,
     ) -> None:
+        self._oversized = oversized
         self._handlers = handlers
         self._refusing = refusing
         self._screen = screen
@@ -222,20 +247,27 @@ class _ByPath(grpc.GenericRpcHandler):
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         """Return the handler of the call's method, or None."""
         path = handler_call_details.method
+        if path not in self._handlers:
+            return None
+        if _is_oversized(handler_call_details.invocation_metadata):
+            return self._oversized
         if self._screen is not None and path in self._refusing:
             try:
                 self._screen(handler_call_details.invocation_metadata)
             except LatchkeyError:
                 return self._refusing[path]
-        return self._handlers.get(path)
+        return self._handlers[path]
 
 
 class _Unknown(grpc.GenericRpcHandler):
     """Takes the calls that no other handler takes."""
 
-    def __init__(self, handler: Any) -> None:
+    def __init__(self, handler: Any, oversized: Any) -> None:
         self._handler = handler
+        self._oversized = oversized
 
-    def service(self, _: grpc.HandlerCallDetails) -> Any:
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         """Return the handler."""
+        if _is_oversized(handler_call_details.invocation_metadata):
+            return self._oversized
         return self._handler

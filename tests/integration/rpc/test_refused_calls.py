@@ -1,5 +1,6 @@
 """What refused calls leave behind in a worker of the service, started as users start it."""
 
+import asyncio
 import ssl
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from tests.helpers.callers import (
     write_server_files,
 )
 from tests.helpers.calls import CHANNEL_OPTIONS, is_serving
+from tests.helpers.flood import Peer
 from tests.helpers.free_ports import free_port
 from tests.helpers.rich_status import refusal
 from tests.helpers.servers import serving_as
@@ -58,6 +60,30 @@ async def test_refused_calls_leave_no_memory_behind(folder: Path, database_url: 
         assert running.worker_pids == [pid]
         growth = max(resident) - resident[SETTLING]
         assert growth < GROWTH_BYTES_MAX, [size // MIB for size in resident]
+
+
+@pytest.mark.parametrize("path", [BATCH_VERIFY, "/unknown/Method"])
+async def test_large_metadata_end_the_connection(
+    folder: Path, database_url: str, path: str
+) -> None:
+    """A client that ignores the limit on metadata loses its connection at once. It sends large
+    metadata in few bytes, as references to a header that it has sent before."""
+    blocks = http2.headers(path, *[("x-large", "v" * 3_900)] * 1_000)
+    burst = http2.PREFACE + http2.Frame(http2.SETTINGS, 0, 0).encoded()
+    # grpcio itself refuses some of them, at random.
+    for stream in range(1, 40, 2):
+        burst += http2.Frame(http2.HEADERS, http2.END_HEADERS, stream, blocks).encoded()
+    context = ssl.create_default_context(cadata=ca_pem().decode())
+    context.set_alpn_protocols(["h2"])
+    with tls_service(folder, database_url) as (running, target):
+        await running.welcome()
+        port = target.rpartition(":")[2]
+        peer = await asyncio.to_thread(Peer, f"127.0.0.1:{port}", tls=context)
+        try:
+            assert peer.send(burst)
+            await eventually(lambda: not peer.is_open(), "the connection has ended")
+        finally:
+            peer.close()
 
 
 @pytest.fixture
