@@ -53,7 +53,7 @@ class Paths:
         self.unknown = managed.unknown
         """Returns a handler for the calls of unknown methods."""
         self.oversized = managed.oversized
-        """Returns a handler for the calls with too large metadata."""
+        """Returns a handler for the calls with excessive metadata."""
         self.refuser = managed.refuser
         """Returns a handler for the calls of a method that no caller makes."""
         self.recheck = streams.recheck

@@ -275,7 +275,7 @@ class ManagedCalls:
         return grpc.stream_stream_rpc_method_handler(refuse)
 
     def oversized(self) -> Any:
-        """Return a handler that ends the connection of calls with too large metadata.
+        """Return a handler that ends the connection of calls with excessive metadata.
 
         It reads nothing of the call, not even the metadata: grpcio copies them each time. The calls
         are neither counted nor logged.
