@@ -230,12 +230,16 @@ async def test_audit_entries(server: Server, stub: Any) -> None:
         "the entries are written",
     )
 
+    seen = asyncio.Event()
+
     async def lose(_: object) -> None:
+        await seen.wait()
         raise ValueError("not a batch")
 
     server.metrics.audit._table.insert = lose  # type: ignore[assignment, method-assign]  # a fault
     await stub.List(pb.ListRequest(account_id="acme"), timeout=5)
     assert read(server).get("latchkey_audit_waiting") == 1
+    seen.set()
     await eventually(
         lambda: read(server).get("latchkey_audit_entries_total", result="lost") == 1, "it is lost"
     )

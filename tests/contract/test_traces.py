@@ -137,7 +137,7 @@ async def test_a_batch_has_its_verdicts(settings: Settings, tmp_path: Path) -> N
 async def test_a_delete_shows_its_statements_and_its_wait(settings: Settings) -> None:
     """The wait for verifiers is a span that counts acknowledgements and expired leases."""
     async with (
-        recording(settings, traces_managed_share=0.0, lease_seconds=0.6) as recorded,
+        recording(settings, traces_managed_share=0.0, lease_seconds=2.0) as recorded,
         grpc.aio.insecure_channel(recorded.address, options=CHANNEL_OPTIONS) as channel,
         watching(recorded.address) as client,
     ):
