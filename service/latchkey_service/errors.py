@@ -163,6 +163,15 @@ class RequestTooLarge(InvalidArgument):
         super().__init__(FieldViolation("", f"the request has more than {bytes_max:,} bytes"))
 
 
+class TooManyFields(InvalidArgument):
+    """The request has more entries than its method accepts. It was not parsed."""
+
+    reason = "REQUEST_TOO_LARGE"
+
+    def __init__(self, fields_max: int) -> None:
+        super().__init__(FieldViolation("", f"the request has more than {fields_max:,} fields"))
+
+
 class TimeoutMalformed(InvalidArgument):
     """The call's deadline is not in gRPC's format."""
 

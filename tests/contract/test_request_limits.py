@@ -137,6 +137,24 @@ async def test_many_labels_are_refused_unread(channel: grpc.aio.Channel) -> None
     assert await refused(channel, TOKENS + "Create", data) == "REQUEST_TOO_LARGE"
 
 
+@pytest.mark.parametrize(
+    ("method", "data"),
+    [
+        pytest.param("Import", b"\x0a\x00" * 250_000, id="rows"),
+        pytest.param("Watch", b"\x2a\xe0\xc8\x07" + b"\x12\x00" * 62_000, id="uses"),
+        pytest.param("Watch", b"\x32\xe0\xc8\x07" + b"\x12\x00" * 62_000, id="rate limits"),
+        # The parser merges the parts.
+        pytest.param("Watch", (b"\x2a\xa0\x1f" + b"\x12\x00" * 2_000) * 30, id="parts"),
+    ],
+)
+async def test_many_entries_are_refused_unread(
+    channel: grpc.aio.Channel, method: str, data: bytes
+) -> None:
+    """Entries of two bytes each are refused for their number, although their size is allowed: to
+    parse them would keep the event loop from other calls."""
+    assert await refused(channel, TOKENS + method, data) == "REQUEST_TOO_LARGE"
+
+
 async def test_callers_are_authorized_before_anything_is_parsed(
     settings: Settings, tmp_path: Path
 ) -> None:

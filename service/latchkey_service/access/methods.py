@@ -62,12 +62,15 @@ FILTER_BYTES_MAX: Final = 96 * 1024
 # within the limit, 65,000 empty ones, takes some milliseconds to parse.
 REVOKE_SECRET_BYTES_MAX: Final = 128 * 1024
 # 1,000 tokens with 500 bytes of name, account, hash, hint, times and labels each. Larger rows go in
-# smaller batches. The slowest request within the limit, 260,000 empty rows, takes some 15 ms to
-# parse; only importers may send one.
+# smaller batches. 260,000 empty rows would take 40 to 100 ms to parse, so the rows are counted
+# before.
 IMPORT_BYTES_MAX: Final = 512 * 1024
-# A report of 1,000 uses takes up to 90 KB: a token's id, a hint, a count and two ages each. The
-# slowest message within the limit, 65,000 empty uses, takes 8 ms to parse.
+# A report of 1,000 uses takes up to 90 KB: a token's id, a hint, a count and two ages each. 65,000
+# empty uses would take 8 to 20 ms to parse, so the uses are counted before.
 WATCH_BYTES_MAX: Final = 128 * 1024
+# Twice the largest legal numbers of rows and of uses: the servicers check those, with the reason.
+IMPORT_FIELDS_MAX: Final = 2_000
+WATCH_FIELDS_MAX: Final = 2_000
 
 
 class Rule(NamedTuple):
@@ -80,6 +83,10 @@ class Rule(NamedTuple):
     bytes_max: int = REQUEST_BYTES_MAX
     """The size limit of a request, or of each message of a stream. It is checked after the caller
     is authorized, and before the request is parsed."""
+    fields_max: int = 0
+    """The limit of fields, checked like the size; 0 means none."""
+    fields_in: frozenset[int] = frozenset()
+    """The fields whose own fields count, too."""
 
 
 VERIFIER: Final = "verifier"
@@ -97,7 +104,14 @@ METHODS: Final[Mapping[str, Rule]] = MappingProxyType(
     {
         VERIFY: Rule(VERIFIER, AccountSource.ANSWER, bytes_max=VERIFY_BYTES_MAX),
         BATCH_VERIFY: Rule(VERIFIER, AccountSource.ANSWER, bytes_max=BATCH_VERIFY_BYTES_MAX),
-        _TOKENS + "Watch": Rule(VERIFIER, AccountSource.ALL, bytes_max=WATCH_BYTES_MAX),
+        _TOKENS + "Watch": Rule(
+            VERIFIER,
+            AccountSource.ALL,
+            bytes_max=WATCH_BYTES_MAX,
+            fields_max=WATCH_FIELDS_MAX,
+            # use_report and rate_shares_request
+            fields_in=frozenset((5, 6)),
+        ),
         _TOKENS + "Create": Rule(
             MANAGER, AccountSource.REQUEST, audited=True, bytes_max=TOKEN_BYTES_MAX
         ),
@@ -128,7 +142,11 @@ METHODS: Final[Mapping[str, Rule]] = MappingProxyType(
         ),
         # The rows may belong to any account.
         _TOKENS + "Import": Rule(
-            IMPORTER, AccountSource.ALL, audited=True, bytes_max=IMPORT_BYTES_MAX
+            IMPORTER,
+            AccountSource.ALL,
+            audited=True,
+            bytes_max=IMPORT_BYTES_MAX,
+            fields_max=IMPORT_FIELDS_MAX,
         ),
         # The tokens may belong to any account.
         _TOKENS + "Find": Rule(OPERATOR, AccountSource.ALL, audited=True),

@@ -40,6 +40,7 @@ from latchkey_service.errors import (
     LatchkeyError,
     RequestNotParsed,
     RequestTooLarge,
+    TooManyFields,
     Unavailable,
     code_of,
     reason_of,
@@ -56,6 +57,7 @@ from latchkey_service.rpc.call_report import (
     given_id,
 )
 from latchkey_service.rpc.counters import Counts
+from latchkey_service.rpc.field_count import has_more_fields
 from latchkey_service.rpc.removals import may_narrow
 from latchkey_service.tracing import TRACEPARENT
 
@@ -344,9 +346,11 @@ def _budget_seconds(context: CallContext) -> float:
 
 
 def _parsed(rule: Rule, parse: Callable[[bytes], Any], data: bytes) -> Any:
-    """Return the request. Raises RequestTooLarge and RequestNotParsed."""
+    """Return the request. Raises RequestTooLarge, TooManyFields and RequestNotParsed."""
     if len(data) > rule.bytes_max:
         raise RequestTooLarge(rule.bytes_max)
+    if rule.fields_max and has_more_fields(data, rule.fields_in, rule.fields_max):
+        raise TooManyFields(rule.fields_max)
     try:
         return parse(data)
     except Exception:  # noqa: BLE001 - the bytes may raise anything in the parser
@@ -405,6 +409,6 @@ def _refused_context(
     """
     try:
         request = _parsed(rule, parse, data)
-    except (RequestNotParsed, RequestTooLarge):
+    except (RequestNotParsed, RequestTooLarge, TooManyFields):
         request = None
     return describe(request, name, caller)

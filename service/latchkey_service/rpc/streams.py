@@ -18,9 +18,10 @@ from latchkey_service.access.authenticator import Authenticator, check_account
 from latchkey_service.access.methods import Rule, rule_of
 from latchkey_service.access.origin import source_of
 from latchkey_service.access.policy import ANONYMOUS, Caller
-from latchkey_service.errors import Overloaded, RequestNotParsed, RequestTooLarge
+from latchkey_service.errors import Overloaded, RequestNotParsed, RequestTooLarge, TooManyFields
 from latchkey_service.rpc.call_context import CallContext
 from latchkey_service.rpc.call_report import CallReporter, end_with
+from latchkey_service.rpc.field_count import has_more_fields
 
 __all__ = ["Streams", "current_caller"]
 
@@ -256,9 +257,11 @@ class _Stream:
 
 
 def _parsed(rule: Rule, parse: Parse, data: bytes) -> Any:
-    """Return the message of a stream. Raises RequestTooLarge and RequestNotParsed."""
+    """Return a stream's message. Raises RequestTooLarge, TooManyFields and RequestNotParsed."""
     if len(data) > rule.bytes_max:
         raise RequestTooLarge(rule.bytes_max)
+    if rule.fields_max and has_more_fields(data, rule.fields_in, rule.fields_max):
+        raise TooManyFields(rule.fields_max)
     try:
         return parse(data)
     except Exception:  # noqa: BLE001 - the bytes may raise anything in the parser
