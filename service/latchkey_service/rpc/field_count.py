@@ -37,9 +37,9 @@ def has_more_fields(data: bytes, into: Collection[int], fields_max: int) -> bool
                     _, at = _varint(data, at)
                 elif kind in (1, 5):
                     at += 8 if kind == 1 else 4
-                else:
-                    # Groups, which may contain any number of fields. No message of ours has any.
-                    return True
+                elif kind > 5:
+                    break
+                # Otherwise a group begins or ends, whose fields count like those around it.
     return False
 
 
