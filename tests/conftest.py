@@ -39,6 +39,7 @@ from tests.helpers.servers import (
     TRANSPORTS,
     Create,
     clone_template,
+    execute,
     make_settings,
     serving,
     with_database,
@@ -227,9 +228,13 @@ def postgres_url(scratch: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def template_url(postgres_url: str) -> str:
+async def template_url(postgres_url: str) -> str:
     """A migrated database from which fresh ones are cloned: faster than migrating each."""
-    return with_database(postgres_url, TEMPLATE)
+    url = with_database(postgres_url, TEMPLATE)
+    # The first connection to a database writes a cache of its catalog, which the clones then have
+    # too. It takes as long as a connection.
+    await execute(url, "SELECT")
+    return url
 
 
 @pytest.fixture

@@ -29,6 +29,9 @@ __all__ = ["copy_cluster", "keep_cluster"]
 _FOLDER = "MADE_CLUSTER_FOLDER"
 # On a busy machine, on which all workers start.
 _MAKE_SECONDS_MAX = 90.0
+# Postgres reads the headers of all buffers at each checkpoint, and when it drops a database. With
+# the service's 512 MB, creating and dropping a database takes a fifth more processor time.
+_SHARED_BUFFERS = "32MB"
 
 
 def keep_cluster() -> Callable[[], None]:
@@ -74,6 +77,8 @@ def _make(data_dir: Path) -> None:
         asyncio.run(migrate(with_database(url, TEMPLATE), bundled()))
     finally:
         postgres.stop()
+    with (data_dir / "postgres" / "postgresql.conf").open("a") as settings:
+        settings.write(f"shared_buffers = {_SHARED_BUFFERS}\n")
     # Tests look for messages in the log of their own server.
     (data_dir / "postgres.log").unlink()
 

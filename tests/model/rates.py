@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from tests.model.cases import Broken, Kept
-from tests.model.explore import Action, Model, Violation
+from tests.model.explore import Action, Model, Violation, replaced_quickly
 
 __all__ = ["BROKEN", "KEPT"]
 
@@ -40,6 +40,7 @@ UNREAD = -1
 PROMISE = "more verifies answer VALID in some window than b + r * (w + S)"
 
 
+@replaced_quickly
 class Question(NamedTuple):
     """A question for calls under way."""
 
@@ -52,6 +53,7 @@ class Question(NamedTuple):
 NO_QUESTION = Question(age=-1)
 
 
+@replaced_quickly
 class Verifier(NamedTuple):
     """A server, or a client whose questions a server passes on."""
 
@@ -62,6 +64,7 @@ class Verifier(NamedTuple):
     database: int = OLD  # on whose history the lease is
 
 
+@replaced_quickly
 class State(NamedTuple):
     """The complete state at one instant."""
 

@@ -63,7 +63,8 @@ def measure(folder: Path, *options: str, floor: float) -> subprocess.CompletedPr
         (folder / name).write_text(text)
     return subprocess.run(
         [
-            *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *options),
+            *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "xdist", "-q"),
+            *options,
             *("--import-mode=importlib", "--rootdir", ".", "tests"),
         ],
         cwd=folder,
@@ -71,6 +72,8 @@ def measure(folder: Path, *options: str, floor: float) -> subprocess.CompletedPr
             "PATH": "",
             # The suite's own folder is called `tests` too.
             "PYTHONPATH": f"{folder}:{ROOT}",
+            # Hypothesis, selenium and others take longer to import than these tests to run.
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
             "PYTEST_PLUGINS": "tests.helpers.measured",
         },
         capture_output=True,
