@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _numbers = itertools.count(1)
 WORKERS = 3
-LEFT = "the lead of this host is away: this process has a row now"
+LEFT = "the lead of this host cannot be reached: this process has a row now"
 # A restart of a worker on a busy machine, and a dead row.
 BACK_SECONDS = 20.0
 # Verifies that the end of one connection may cost: one in progress, and one that is refused.
