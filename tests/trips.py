@@ -48,8 +48,9 @@ PATHS = {"rpc/verify_calls.py", "rpc/managed_calls.py"}
 REPEATS = 10
 # Far more than a call takes on a busy machine.
 CALL_SECONDS = 20.0
-# The task that measures the event loop continuously. It runs beside each call that takes long.
-SAMPLER = "LoopWatch.run"
+# Tasks that run at least ten times a second, and so beside each call that takes long: one measures
+# the event loop, and one counts connections.
+SAMPLERS = ("LoopWatch.run", "ConnectionGuard.run")
 
 _numbers = itertools.count(1)
 
@@ -85,7 +86,7 @@ def recording() -> Iterator[list[tuple[object, str]]]:
     def profile(frame: FrameType, event: str, _: Any) -> None:
         if event == "call" and (name := name_of(frame.f_code)) is not None:
             task = asyncio.current_task()
-            if task is None or task.get_name() != SAMPLER:
+            if task is None or task.get_name() not in SAMPLERS:
                 seen.setdefault((task, name))
 
     before = sys.getprofile()
