@@ -169,12 +169,19 @@ def pytest_runtest_makereport(
 
 
 @pytest.fixture
-def own_timeouts() -> Iterator[None]:
+def own_lock_timeout() -> Iterator[None]:
+    """The service's own limit of waits for locks, for tests that hold locks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sessions.SETTINGS, "lock_timeout", OWN_LOCK_TIMEOUT)
+        yield
+
+
+@pytest.fixture
+def own_timeouts(own_lock_timeout: None) -> Iterator[None]:
     """The service's own time-outs for its database, for tests of its behaviour at that limit."""
     with pytest.MonkeyPatch.context() as patch:
         for name, seconds in OWN_TIMEOUTS.items():
             patch.setattr(connections, name, seconds)
-        patch.setitem(sessions.SETTINGS, "lock_timeout", OWN_LOCK_TIMEOUT)
         yield
 
 

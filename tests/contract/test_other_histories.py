@@ -125,6 +125,7 @@ async def test_a_rewritten_log_makes_a_server_start_over(
     assert Position(grant.revision, grant.mark) == head
 
 
+@pytest.mark.usefixtures("own_lock_timeout")
 async def test_without_a_lease_nothing_is_denied(
     database_url: str, stub: Any, create: Any, audit: Any
 ) -> None:

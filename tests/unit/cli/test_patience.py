@@ -2,6 +2,7 @@
 
 from collections.abc import Coroutine, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -15,6 +16,9 @@ from latchkey import (
     Unavailable,
 )
 from latchkey_cli import importing
+from latchkey_cli.main import main
+
+from tests.helpers.tool import NOWHERE
 
 
 class Service:
@@ -178,3 +182,15 @@ async def test_import_does_not_repeat_what_waiting_cannot_cure(
     with pytest.raises(type(error)):
         await send(service)
     assert (service.calls, passing.now) == (1, 1_000.0)
+
+
+def test_import_that_no_service_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It fails with the exit code of an unreachable service, and says that it can be repeated."""
+    monkeypatch.setattr(importing, "START_PATIENCE_SECONDS", 0.1)
+    file = tmp_path / "keys.csv"
+    file.write_text(f"hash,account,name,scope\n{'00' * 32},acme,a,read\n")
+    monkeypatch.setattr("sys.argv", ["latchkey", "--target", NOWHERE, "import", str(file)])
+    assert main() == 6
+    assert "it skips what is already imported" in capsys.readouterr().err
