@@ -11,7 +11,6 @@ from urllib.parse import parse_qsl, urlsplit
 import asyncpg
 import pytest
 from latchkey_service.errors import NotReplicated, StoreUnavailable
-from latchkey_service.postgres import sessions
 from latchkey_service.postgres.connections import (
     Connector,
     Pool,
@@ -20,11 +19,8 @@ from latchkey_service.postgres.connections import (
 from latchkey_service.postgres.hosts import Hosts, each_host
 
 from tests.helpers.databases import backends, session
+from tests.helpers.fake_connections import replace_connect
 from tests.helpers.waiting import eventually
-
-
-async def unprepared(*_: object) -> None:
-    """Replaces the set-up of a connection that is a fake."""
 
 
 class Made(str):
@@ -130,8 +126,7 @@ async def test_a_former_primary_does_not_hide_the_others(
             return Made(host)
         raise failure if host == "h1" else asyncpg.CannotConnectNowError("starting")
 
-    monkeypatch.setattr(asyncpg, "connect", connect)
-    monkeypatch.setattr(sessions, "prepare", unprepared)
+    replace_connect(monkeypatch, lambda url: "://h" in url, connect)
     hosts: Any = Hosts("postgresql://h2,h1,h3/db")
     assert await hosts.connect() == "h1"
     primary = "h3"
@@ -156,7 +151,7 @@ async def test_a_mistake_in_the_url_is_reported_at_once(monkeypatch: pytest.Monk
         asked += 1
         raise asyncpg.ClientConfigurationError("no such option")
 
-    monkeypatch.setattr(asyncpg, "connect", connect)
+    replace_connect(monkeypatch, lambda url: "://h" in url, connect)
     with pytest.raises(asyncpg.ClientConfigurationError):
         await Hosts("postgresql://h1,h2/db").connect()
     assert asked == 1
@@ -215,8 +210,7 @@ async def test_a_brief_failure_affects_no_later_caller(database_url: str) -> Non
             return own
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(asyncpg, "connect", attempt)
-            patch.setattr(sessions, "prepare", unprepared)
+            replace_connect(patch, lambda url: url == database_url, attempt)
             hurt = [asyncio.create_task(connector.connect()) for _ in range(3)]
             ends = await asyncio.gather(*hurt, return_exceptions=True)
             assert all(isinstance(end, StoreUnavailable) for end in ends)

@@ -4,8 +4,9 @@ from typing import Any
 
 import asyncpg
 import pytest
-from latchkey_service.postgres import sessions
 from latchkey_service.postgres.hosts import Hosts, each_host
+
+from tests.helpers.fake_connections import replace_connect
 
 URL = "postgresql://role:secret@h1:1,h2:2,h3:3/db?sslmode=disable"
 H1, H2, H3 = "h1:1", "h2:2", "h3:3"
@@ -39,11 +40,14 @@ class Cluster:
             raise asyncpg.TargetServerAttributeNotMatched("the server is a standby")
 
 
+def is_of_cluster(url: str) -> bool:
+    return any(host in url for host in (H1, H2, H3))
+
+
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     cluster = Cluster()
-    monkeypatch.setattr(asyncpg, "connect", cluster.connect)
-    monkeypatch.setattr(sessions, "prepare", cluster.prepare)
+    replace_connect(monkeypatch, is_of_cluster, cluster.connect, cluster.prepare)
     return cluster
 
 
@@ -66,14 +70,13 @@ async def test_the_first_order_is_that_of_the_url(hosts: Any, cluster: Cluster) 
 async def test_a_standby_is_disconnected(hosts: Any, cluster: Cluster) -> None:
     """A connection to a host that turns out to be a standby is closed."""
     made: list[FakeConnection] = []
-    connect = cluster.connect
 
     async def remember(url: str, **options: object) -> FakeConnection:
-        made.append(await connect(url, **options))
+        made.append(await cluster.connect(url, **options))
         return made[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(asyncpg, "connect", remember)
+        replace_connect(patch, is_of_cluster, remember, cluster.prepare)
         cluster.primaries = {H3}
         assert hosts.name_of(await hosts.connect()) == H3
     assert [(c.host, c.terminated) for c in made] == [(H1, True), (H2, True), (H3, False)]
