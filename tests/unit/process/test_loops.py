@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from latchkey_service.access.authenticator import ActivePolicy
 from latchkey_service.access.policy import Policy
+from latchkey_service.postgres.circuit_breaker import jittered
 from latchkey_service.process import periodic, worker_process
 from latchkey_service.process.metrics_server import WorkerReports
 from latchkey_service.transport import connection_guard
@@ -56,7 +57,10 @@ async def test_hourly_work_comes_soon_after_a_start(monkeypatch: pytest.MonkeyPa
     pauses: list[float] = []
     done: list[int] = []
 
-    def pause(seconds: float, _: float) -> float:
+    def pause(seconds: float, randomness: float) -> float:
+        # Servers that tests share have loops of their own here.
+        if asyncio.current_task() is not task:
+            return jittered(seconds, randomness)
         pauses.append(seconds)
         return 0.0
 
