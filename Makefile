@@ -23,14 +23,14 @@ console: $(VENV)/.run  ## Start the service and the console (ARGS=ACCOUNT)
 demo: $(VENV)/.run  ## Delete a token while two services use it, and show when each refuses it
 	@exec $(PY) examples/demo.py
 
-# Six at once, on two cores: some of them usually wait, for example for the end of a lease. With
+# Five at once, on two cores: some of them usually wait, for example for the end of a lease. With
 # more, tests that measure time can miss their bounds. A part of the tests does not reach the floor,
 # so coverage is measured only when all of them run. Three slow ones at once: many measure time.
 # Without the variable, the first process saves what it compiles, and the others need not compile it.
 PYTEST = env -u PYTHONDONTWRITEBYTECODE $(PY) -m pytest --dist loadgroup
 test: $(VENV)/.dev  ## Run the tests but the slow ones, and measure coverage, or run some (ARGS="-k delete")
 	@$(if $(ARGS),,export PYTEST_PLUGINS=tests.helpers.measured)
-	exec $(PYTEST) -n 6 $(or $(ARGS),-m "not slow")
+	exec $(PYTEST) -n 5 $(or $(ARGS),-m "not slow")
 
 test-slow: $(VENV)/.dev  ## Run the slow tests: the browser, failovers, histories, fuzzing, wheels
 	@exec $(PYTEST) -n 3 -m slow $(ARGS)
@@ -94,6 +94,7 @@ $(VENV)/.python:
 # installed without build isolation, because an isolated build would ignore the lock file.
 DISTRIBUTIONS := proto clients/python clients/cli service
 PROJECTS := $(addsuffix /pyproject.toml,$(DISTRIBUTIONS))
+OWN = --no-deps --no-build-isolation $(DISTRIBUTIONS:%=-e ./%)
 
 # Python compiles what it imports. To compile everything would take a quarter of the time.
 PIP_INSTALL = $(PY) -m pip install -q --disable-pip-version-check --no-compile
@@ -101,21 +102,22 @@ PIP_INSTALL = $(PY) -m pip install -q --disable-pip-version-check --no-compile
 $(VENV)/.run: $(VENV)/.python requirements/run.txt pyproject.toml hatch_build.py $(PROJECTS)
 	@echo "Installing Latchkey's dependencies (once)"
 	$(PIP_INSTALL) --require-hashes -r requirements/run.txt
-	$(PIP_INSTALL) --no-deps --no-build-isolation $(DISTRIBUTIONS:%=-e ./%)
+	$(PIP_INSTALL) $(OWN)
 	touch $@
 
 # uv installs the tools, and all of the above, in a tenth of pip's time. It does not read pip's
 # configuration, which may name another index, so pip installs them where uv cannot.
-UV_INSTALL = UV_HTTP_TIMEOUT=10 UV_HTTP_RETRIES=1 $(BIN)/uv pip install -q --python $(PY)
+UV_INSTALL = env UV_HTTP_TIMEOUT=10 UV_HTTP_RETRIES=1 $(BIN)/uv pip install -q --python $(PY)
 
 $(VENV)/.dev: $(VENV)/.python requirements/run.txt requirements/dev.txt pyproject.toml hatch_build.py $(PROJECTS)
 	@echo "Installing Latchkey's dependencies and the development tools (once)"
 	sed -n '/^uv==/,/[^\\]$$/p' requirements/dev.txt > $(VENV)/uv.txt
 	$(PIP_INSTALL) --require-hashes -r $(VENV)/uv.txt
-	$(UV_INSTALL) --require-hashes -r requirements/dev.txt || {
+	for install in "$(UV_INSTALL)" "$(PIP_INSTALL)"; do
+	  if $$install --require-hashes -r requirements/dev.txt && $$install $(OWN); then break; fi
+	  [[ $$install != "$(PIP_INSTALL)" ]] || exit 1
 	  echo "uv could not install them, so pip does"
-	  $(PIP_INSTALL) --require-hashes -r requirements/dev.txt; }
-	$(PIP_INSTALL) --no-deps --no-build-isolation $(DISTRIBUTIONS:%=-e ./%)
+	done
 	touch $(VENV)/.run $@
 
 sbom: $(VENV)/.dev  ## Write a bill of materials in CycloneDX's format to build/latchkey.cdx.json
