@@ -61,7 +61,7 @@ from latchkey_service.rpc.field_count import has_more_fields
 from latchkey_service.rpc.removals import may_narrow
 from latchkey_service.tracing import TRACEPARENT
 
-__all__ = ["ManagedCall", "ManagedCalls", "current_call"]
+__all__ = ["ManagedCall", "ManagedCalls", "current_call", "parsed"]
 
 # By role and process: calls that use the database at once, and calls in total. The total includes
 # queued calls and Deletes that wait for confirmations. Each slot has a connection in the pool.
@@ -251,13 +251,13 @@ class ManagedCalls:
 
         def admit(data: bytes, caller: Caller, now: float) -> tuple[Any, bool]:
             # Only the requests of two methods show what they do. They are small.
-            request = _parsed(rule, parse, data) if two_sided else None
+            request = parsed(rule, parse, data) if two_sided else None
             removal = removes if request is None else may_narrow(path, request)
             if limiter is not None:
                 limiter.check(caller.name, removal=removal)
             if caller.rates is not None and role is not None:
                 caller.rates.spend(role, 1, now, removal=removal)
-            return (_parsed(rule, parse, data) if request is None else request), removal
+            return (parsed(rule, parse, data) if request is None else request), removal
 
         return admit
 
@@ -345,8 +345,11 @@ def _budget_seconds(context: CallContext) -> float:
     return min(CALL_SECONDS_MAX, remaining - min(ANSWER_SECONDS, remaining / 10))
 
 
-def _parsed(rule: Rule, parse: Callable[[bytes], Any], data: bytes) -> Any:
-    """Return the request. Raises RequestTooLarge, TooManyFields and RequestNotParsed."""
+def parsed(rule: Rule, parse: Callable[[bytes], Any], data: bytes) -> Any:
+    """Return a request, or a message of a stream.
+
+    Raises RequestTooLarge, TooManyFields and RequestNotParsed.
+    """
     if len(data) > rule.bytes_max:
         raise RequestTooLarge(rule.bytes_max)
     if rule.fields_max and has_more_fields(data, rule.fields_in, rule.fields_max):
@@ -408,7 +411,7 @@ def _refused_context(
     authorized.
     """
     try:
-        request = _parsed(rule, parse, data)
+        request = parsed(rule, parse, data)
     except (RequestNotParsed, RequestTooLarge, TooManyFields):
         request = None
     return describe(request, name, caller)

@@ -18,10 +18,10 @@ from latchkey_service.access.authenticator import Authenticator, check_account
 from latchkey_service.access.methods import Rule, rule_of
 from latchkey_service.access.origin import source_of
 from latchkey_service.access.policy import ANONYMOUS, Caller
-from latchkey_service.errors import Overloaded, RequestNotParsed, RequestTooLarge, TooManyFields
+from latchkey_service.errors import Overloaded
 from latchkey_service.rpc.call_context import CallContext
 from latchkey_service.rpc.call_report import CallReporter, end_with
-from latchkey_service.rpc.field_count import has_more_fields
+from latchkey_service.rpc.managed_calls import parsed
 
 __all__ = ["Streams", "current_caller"]
 
@@ -80,7 +80,7 @@ class Streams:
                 source = source_of(context.peer(), context.invocation_metadata(), proxied=proxied)
                 with self._counted(source):
                     if isinstance(data, bytes):
-                        request = _parsed(rule, parse, data)
+                        request = parsed(rule, parse, data)
                     else:
                         request = _each_parsed(rule, parse, data)
                     # The stream may last long, and its request may be large.
@@ -256,20 +256,8 @@ class _Stream:
         self.task = task
 
 
-def _parsed(rule: Rule, parse: Parse, data: bytes) -> Any:
-    """Return a stream's message. Raises RequestTooLarge, TooManyFields and RequestNotParsed."""
-    if len(data) > rule.bytes_max:
-        raise RequestTooLarge(rule.bytes_max)
-    if rule.fields_max and has_more_fields(data, rule.fields_in, rule.fields_max):
-        raise TooManyFields(rule.fields_max)
-    try:
-        return parse(data)
-    except Exception:  # noqa: BLE001 - the bytes may raise anything in the parser
-        raise RequestNotParsed from None
-
-
 async def _each_parsed(
     rule: Rule, parse: Parse, messages: AsyncIterator[bytes]
 ) -> AsyncIterator[Any]:
     async for data in messages:
-        yield _parsed(rule, parse, data)
+        yield parsed(rule, parse, data)
