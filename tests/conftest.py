@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import gc
 import itertools
 import os
@@ -12,11 +10,10 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import asyncpg
 import grpc
 import hypothesis
 import pytest
@@ -46,6 +43,7 @@ from tests.helpers.servers import (
 )
 from tests.helpers.shared_compilation import import_in_turn
 from tests.helpers.shared_fork_servers import run_fork_servers, shared_folder
+from tests.helpers.shared_servers import SharedServers, share_servers
 from tests.helpers.stacks import task_stacks
 from tests.helpers.waiting import WAIT_SECONDS
 
@@ -91,16 +89,27 @@ TESTS = Path(__file__).parent
 FAULTS = TESTS / "faults"
 # What starts first: groups, which one worker runs, and folders, those that take longest before the
 # others. A worker must not have a long one left when the others have finished.
-GROUPS_FIRST = ("computing", "faults", "browser", "recovery", "history", "failover", "soak")
-FIRST = (*GROUPS_FIRST, "fuzz", "integration", "contract", "console")
+GROUPS_FIRST = (
+    "computing",
+    "faults",
+    "browser",
+    "recovery",
+    "history",
+    "failover",
+    "soak",
+    "life",
+    "watch",
+)
+FIRST = (*GROUPS_FIRST, "fuzz", "integration")
+# These often wait for a server. Between them come those that only compute, but for the last ones.
+WAITING = {"contract", "console"}
+WAITING_PART = 0.85
 # These only compute. One worker runs them at the beginning, while the tests of the others mostly
 # wait and leave a core idle. At the end, all tests compute.
 COMPUTING = {"model", "simulation"}
 # A browser takes more processor time than all unit tests. What the page sends and answers is tested
 # without one too.
 SLOW = {"one_browser": "drives a browser"}
-# Each server gives its clients a second, and then waits for Postgres.
-CLOSE_SECONDS_MAX = WAIT_SECONDS + 10.0
 # Fixtures that install a program where it is missing.
 INSTALLING = {"axe", "grpcurl", "one_browser", "pgbouncer", "signed"}
 _numbers = itertools.count(1)
@@ -130,10 +139,10 @@ def pytest_collection(session: pytest.Session) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        folder = item.path.relative_to(TESTS).parts[0]
-        if folder in COMPUTING and item.get_closest_marker("slow") is None:
+        if _folder(item) in COMPUTING and item.get_closest_marker("slow") is None:
             item.add_marker(pytest.mark.xdist_group("computing"))
     items.sort(key=_turn)
+    items[:] = _mixed(items)
     for item in items:
         names = item.fixturenames if isinstance(item, pytest.Function) else ()
         if not INSTALLING.isdisjoint(names):
@@ -143,10 +152,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.slow(reason))
 
 
+def _folder(item: pytest.Item) -> str:
+    """Return the folder in `tests` of a test."""
+    return item.nodeid.split("/", 2)[1]
+
+
 def _turn(item: pytest.Item) -> int:
     group = item.get_closest_marker("xdist_group")
-    name = group.args[0] if group else item.path.relative_to(TESTS).parts[0]
+    name = group.args[0] if group else _folder(item)
     return FIRST.index(name) if name in FIRST else len(FIRST)
+
+
+def _mixed(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Spread the modules of the tests in `WAITING` among those that come after all in `FIRST`."""
+    first = [item for item in items if _turn(item) < len(FIRST)]
+    others = items[len(first) :]
+    waiting = [item for item in others if _folder(item) in WAITING]
+    computing = [item for item in others if _folder(item) not in WAITING]
+    placed: list[tuple[float, list[pytest.Item]]] = []
+    for part, length in ((waiting, WAITING_PART), (computing, 1.0)):
+        begun = 0
+        for _, module in itertools.groupby(part, lambda item: item.path):
+            tests = list(module)
+            placed.append((length * begun / len(part), tests))
+            begun += len(tests)
+    placed.sort(key=lambda place: place[0])
+    return first + [item for _, tests in placed for item in tests]
 
 
 @pytest.hookimpl(trylast=True)
@@ -290,41 +321,10 @@ async def own_address(settings: Settings) -> AsyncIterator[str]:
 @pytest.fixture(scope="session")
 async def shared_servers(
     postgres_url: str, template_url: str, pepper_file: Path
-) -> AsyncIterator[Callable[..., Awaitable[tuple[str, asyncpg.Connection[asyncpg.Record]]]]]:
-    """Servers that tests share, one for each transport, lease length and prefixes of imported
-    secrets, each with a connection to its database."""
-    started: dict[
-        tuple[str, float, str | None], tuple[str, asyncpg.Connection[asyncpg.Record]]
-    ] = {}
-    stacks: list[contextlib.AsyncExitStack] = []
-
-    async def shared(
-        transport: str, lease_seconds: float = 3.0, imported_prefixes: str | None = None
-    ) -> tuple[str, asyncpg.Connection[asyncpg.Record]]:
-        key = (transport, lease_seconds, imported_prefixes)
-        if key not in started:
-            name = f"shared_{transport}_{len(started)}"
-            url = await clone_template(postgres_url, name)
-            stacks.append(contextlib.AsyncExitStack())
-            connection = await asyncpg.connect(url)
-            stacks[-1].push_async_callback(connection.close)
-            settings = make_settings(url, pepper_file, transport)
-            settings = settings.model_copy(
-                update={
-                    "lease_seconds": lease_seconds,
-                    "imported_prefixes": imported_prefixes,
-                }
-            )
-            address = await stacks[-1].enter_async_context(serving(settings))
-            started[key] = (address, connection)
-        return started[key]
-
-    yield shared
-    # At once, because each may wait for its clients.
-    ends = asyncio.gather(*(stack.aclose() for stack in stacks))
-    done, _ = await asyncio.wait({ends}, timeout=CLOSE_SECONDS_MAX)
-    assert done, f"the shared servers do not end; all tasks:\n{task_stacks()}"
-    await ends
+) -> AsyncIterator[SharedServers]:
+    """Servers that all tests share."""
+    async with share_servers(postgres_url, pepper_file) as shared:
+        yield shared
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -18,7 +19,11 @@ from tests.contract.life_model import WrongAcceptError
 from tests.contract.life_mutants import MUTANTS, TRACE_MUTANTS
 from tests.contract.life_records import Traces
 from tests.helpers.imported_keys import IMPORTED_PREFIX
+from tests.helpers.shared_servers import SharedServers, share_servers
 from tests.helpers.waiting import WAIT_SECONDS
+
+# One worker starts the servers.
+pytestmark = pytest.mark.xdist_group("life")
 
 # Of 23 planted faults, the explicit examples find 22. Random ones found the other with the third at
 # the latest, with four seeds.
@@ -182,6 +187,15 @@ async def run_examples(life: Example, examples: int = EXAMPLES) -> None:
         done.result(EXAMPLE_SECONDS)
 
     await asyncio.to_thread(run)
+
+
+@pytest.fixture(scope="module")
+async def shared_servers(
+    postgres_url: str, template_url: str, pepper_file: Path
+) -> AsyncIterator[SharedServers]:
+    """Servers that only these tests share, which import secrets."""
+    async with share_servers(postgres_url, pepper_file) as shared:
+        yield shared
 
 
 @contextlib.asynccontextmanager

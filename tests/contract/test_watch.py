@@ -5,6 +5,7 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -19,12 +20,15 @@ from structlog.testing import capture_logs
 
 from tests.helpers.calls import CHANNEL_OPTIONS
 from tests.helpers.servers import serving
+from tests.helpers.shared_servers import SharedServers, share_servers
 from tests.helpers.waiting import WAIT_SECONDS, eventually
 from tests.helpers.watch_client import WatchClient, watching
 
 if TYPE_CHECKING:
     from latchkey_service.settings.settings import Settings
 
+# One worker starts the servers.
+pytestmark = pytest.mark.xdist_group("watch")
 # Longer than any delay on a busy machine: no lease expires in the middle of a test.
 LEASE_SECONDS = 5.0
 # Short enough to wait for.
@@ -53,6 +57,15 @@ def lease_seconds() -> float:
 @pytest.fixture
 def settings(settings: "Settings", lease_seconds: float) -> "Settings":
     return settings.model_copy(update={"lease_seconds": lease_seconds})
+
+
+@pytest.fixture(scope="module")
+async def shared_servers(
+    postgres_url: str, template_url: str, pepper_file: Path
+) -> AsyncIterator[SharedServers]:
+    """Servers that only these tests share, because some renew their leases five times a second."""
+    async with share_servers(postgres_url, pepper_file) as shared:
+        yield shared
 
 
 @pytest.fixture
