@@ -32,8 +32,6 @@ __all__ = [
 # Far above any configuration here: if a change makes the number of states explode, the run fails
 # before it fills the memory.
 STATES_MAX = 1_500_000
-# With more fields than these, `_replace` would compare longer than it takes to fill a list.
-FIELDS_COMPARED_MAX = 12
 # Names that a trace gives to the members of a field with several objects of one kind.
 EACH = {
     "servers": ("server A", "server B"),
@@ -57,25 +55,14 @@ def replaced_quickly(kind: type[Kind]) -> type[Kind]:
     """Give a NamedTuple a `_replace` that takes less than half the time, because that is much of
     the work of a model."""
     fields: tuple[str, ...] = kind._fields  # type: ignore[attr-defined]
-    new = tuple.__new__
-    if len(fields) > FIELDS_COMPARED_MAX:
-        index = {name: number for number, name in enumerate(fields)}
-
-        def replace(self: Kind, /, **changes: Any) -> Kind:
-            values = list(self)
-            for name, value in changes.items():
-                values[index[name]] = value
-            return new(kind, values)
-
-        kind._replace = replace  # type: ignore[attr-defined]
-        return kind
-    # A keyword argument for each field needs no dictionary.
+    # An argument for each field needs no dictionary.
     arguments = ", ".join(f"{name}=KEEP" for name in fields)
-    values = "".join(
-        f"self[{number}] if {name} is KEEP else {name}, " for number, name in enumerate(fields)
-    )
-    names: dict[str, Any] = {"KEEP": object(), "new": new, "kind": kind}
-    source = f"def replace(self, /, *, {arguments}): return new(kind, ({values}))"
+    old = ", ".join(f"old_{name}" for name in fields)
+    values = ", ".join(f"old_{name} if {name} is KEEP else {name}" for name in fields)
+    names: dict[str, Any] = {"KEEP": object(), "new": tuple.__new__, "kind": kind}
+    source = f"""def replace(self, /, {arguments}):
+        {old}, = self
+        return new(kind, ({values},))"""
     exec(source, names)  # noqa: S102 - made of the names of fields
     kind._replace = names["replace"]  # type: ignore[attr-defined]
     return kind
@@ -90,6 +77,8 @@ class Model:
     world: Any
     # How to print a field's special values in a trace: {"delete": {-1: "not begun"}}.
     names: Mapping[str, Mapping[Any, str]]
+    # States after which no promise can be broken. What follows them is not explored.
+    is_over: Callable[[State], bool] | None = None
 
     def without(self, left_out: Collection[str]) -> Model:
         """Return the model in which these actions never happen.
@@ -128,8 +117,10 @@ def explore(model: Model, but: Collection[str] = ()) -> Exploration:
     """
     began = time.process_time()
     parents: dict[State, State | None] = {model.first: None}
-    taken: Counter[str] = Counter()
+    taken = dict.fromkeys((action.__name__ for action in model.actions), 0)
     layer, steps, known = [model.first], 0, 1
+    is_over = model.is_over
+    world = model.world
     named = [(action, action.__name__) for action in model.actions]
     # Trees of tuples have no reference cycles, and the garbage collector would take half of the
     # time.
@@ -139,15 +130,17 @@ def explore(model: Model, but: Collection[str] = ()) -> Exploration:
         while layer:
             steps += 1
             following = []
-            for state in layer:
+            for state in itertools.filterfalse(is_over, layer) if is_over else layer:
                 for action, name in named:
-                    for after in action(state, model.world):
+                    for after in action(state, world):
                         taken[name] += 1
                         if after.__class__ is Violation:
                             if after.promise not in but:
                                 trace = _trace(model, parents, state, action, after)
                                 seconds = time.process_time() - began
-                                return Exploration(parents, taken, steps, seconds, trace, after)
+                                return Exploration(
+                                    parents, +Counter(taken), steps, seconds, trace, after
+                                )
                             continue
                         # Looked up and inserted in one operation, because hashing is much of the
                         # work.
@@ -161,7 +154,7 @@ def explore(model: Model, but: Collection[str] = ()) -> Exploration:
     finally:
         if collecting:
             gc.enable()
-    return Exploration(parents, taken, steps, time.process_time() - began, None)
+    return Exploration(parents, +Counter(taken), steps, time.process_time() - began, None)
 
 
 def always_can(

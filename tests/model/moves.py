@@ -44,10 +44,11 @@ from tests.model.moves_state import (
     State,
     Stream,
     World,
-    ended,
     indebted,
+    is_over,
     lost,
     may_say_valid,
+    put_server,
     settled,
     unasked,
     with_server,
@@ -70,7 +71,7 @@ def model(
     world = World(frozenset(broken), ticks, streams_max, others, slow_answers, bounded, renew, old)
     actions = (*ACTIONS, *(SLOW_ANSWERS if slow_answers else (verifies_at_once,)))
     first = first or State("", BEFORE, (Server(lease=ticks),) * servers, Client())
-    return Model(first, tuple(ended(action) for action in actions), world, NAMES)
+    return Model(first, actions, world, NAMES, is_over)
 
 
 def deletes(s: State, w: World) -> Iterator[State]:
@@ -121,7 +122,7 @@ def registers(s: State, w: World) -> Iterator[State]:
             stream = after.stream
             if stream is not None and "12 clients of a lost history are not reset" in w.broken:
                 after = after._replace(stream=stream._replace(sent=s.log))
-            yield with_server(s, i, **indebted(after, w)._asdict())
+            yield put_server(s, i, indebted(after, w))
 
 
 def renews(s: State, w: World) -> Iterator[State]:
@@ -137,7 +138,7 @@ def renews(s: State, w: World) -> Iterator[State]:
         if "N" in server.applied and number > server.applied.find("N"):
             row = ACKNOWLEDGED
         after = server._replace(applied=s.log, lease=w.ticks, stands=s.log, row=row)
-        yield with_server(s, i, **indebted(after, w)._asdict())
+        yield put_server(s, i, indebted(after, w))
 
 
 def reads_log(s: State, w: World) -> Iterator[State]:
@@ -150,7 +151,7 @@ def reads_log(s: State, w: World) -> Iterator[State]:
                 yield lost(s, i, w)
             elif log != server.applied:
                 after = indebted(server._replace(applied=log), w)
-                yield with_server(s, i, **after._asdict())
+                yield put_server(s, i, after)
 
 
 # ---- The servers and their streams ----
@@ -180,7 +181,7 @@ def hears(s: State, w: World) -> Iterator[State]:
             confirmed = server.applied[:number]
             sent = confirmed if heard.sent is UNHEARD else sent
         after = server._replace(stream=heard._replace(sent=sent), confirmed=confirmed)
-        yield with_server(s, i, **settled(server, after, w)._asdict())
+        yield put_server(s, i, settled(server, after, w))
 
 
 def sends(s: State, w: World) -> Iterator[State]:

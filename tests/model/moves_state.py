@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from tests.model.explore import Action, replaced_quickly
+from tests.model.explore import replaced_quickly
 
 OLD_LOG = "o"
 # A row: missing; has not acknowledged the deletion; has acknowledged it.
@@ -112,8 +111,12 @@ class World:
 def with_server(s: State, i: int, **changes: Any) -> State:
     """Return `s` with server i changed."""
     servers = s.servers
-    changed = servers[i]._replace(**changes)
-    return s._replace(servers=(*servers[:i], changed, *servers[i + 1 :]))
+    return s._replace(servers=(*servers[:i], servers[i]._replace(**changes), *servers[i + 1 :]))
+
+
+def put_server(s: State, i: int, server: Server) -> State:
+    """Return `s` with `server` as server i."""
+    return s._replace(servers=(*s.servers[:i], server, *s.servers[i + 1 :]))
 
 
 def unasked(stream: Stream) -> Stream:
@@ -206,31 +209,20 @@ RETURNING = State(
     servers=(Server("N", 2, "N", ACKNOWLEDGED),),
     client=Client("o", cache=True),
 )
-END = State("", ANSWERED, (), Client())
 
 
-def ended(action: Action) -> Action:
-    """Return `action` without the states that follow Delete's answer once no cache holds VALID.
+def is_over(s: State) -> bool:
+    """Return whether Delete has answered, and no cache holds VALID or can hold it again.
 
     A server whose lease is live has applied the deletion by then (histories.py; answers_valid looks
     for one that has not). So VALID cannot return to the cache.
     """
-
-    @functools.wraps(action)
-    def until_the_end(s: State, w: World) -> Iterator[State]:
-        for after in action(s, w):
-            if (
-                after.__class__ is State
-                and after.delete == ANSWERED
-                and not after.client.cache
-                and after.client.lookup is None
-                and not any(may_say_valid(server) for server in after.servers)
-            ):
-                yield END
-            else:
-                yield after
-
-    return until_the_end
+    return (
+        s.delete == ANSWERED
+        and not s.client.cache
+        and s.client.lookup is None
+        and not any(map(may_say_valid, s.servers))
+    )
 
 
 NAMES: Mapping[str, Mapping[Any, str]] = {

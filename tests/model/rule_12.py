@@ -88,7 +88,7 @@ KEPT = (
     Kept(
         "moves, one server",
         moves.model(servers=1),
-        75_000,
+        85_000,
         {
             "the client holds VALID of a history that its server has lost": (
                 lambda s: (
@@ -113,7 +113,7 @@ KEPT = (
     Kept(
         "moves, apart",
         moves.model(**APART),
-        34_000,
+        57_000,
         {
             "the client has moved to the other history, and holds VALID under its lease": (
                 lambda s: s.client.applied == "o" and s.client.cache and s.client.lease
@@ -127,14 +127,14 @@ KEPT = (
     Kept(
         "moves, returning",
         moves.model(**RETURNING),
-        16_000,
+        29_000,
         # VALID cannot return once the client follows the other history.
         untaken=frozenset({"answers_from_memory", "deletes", "verifies_at_once"}),
     ),
     Kept(
         "moves, debts",
         moves.model(servers=1, bounded=True, old=(), ticks=2),
-        48_000,
+        57_000,
         untaken=frozenset({"changes_another"}),
     ),
 )
@@ -151,19 +151,19 @@ LONG = (
     Kept(
         "moves, overtaken",
         moves.model(**OVERTAKEN),
-        55_000,
+        96_000,
         untaken=frozenset({"changes_another", "deletes", "reads_log"}),
     ),
     Kept(
         "moves, one left behind",
         moves.model(renew=(0,), old=(1,)),
-        75_000,
+        95_000,
         untaken=frozenset({"changes_another"}),
     ),
     Kept(
         "moves, debts, two histories",
         moves.model(servers=1, bounded=True),
-        100_000,
+        137_000,
         untaken=frozenset({"changes_another"}),
     ),
     Kept("moves, two changes", moves.model(servers=1, others="n"), 300_000),

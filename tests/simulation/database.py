@@ -103,6 +103,8 @@ class Database:
         return self.commit(change)
 
     def read_log(self, applied: Position) -> Log:
+        if applied == self.head:
+            return Log(True, self.server, self.head, ())
         known = self.knows(applied)
         changes = tuple(
             Change(position, (token,))
@@ -118,8 +120,8 @@ class Database:
             row = self.rows.get(name)
             renewed = row is not None and row.incarnation == incarnation and self.knows(applied)
             if renewed and row is not None:
-                self.rows[name] = row._replace(
-                    renewal=row.renewal + 1, acknowledged_revision=acknowledged
+                self.rows[name] = VerifierRow(
+                    name, incarnation, row.renewal + 1, acknowledged, LEASE_SECONDS
                 )
             return renewed, self.read_log(applied)
 

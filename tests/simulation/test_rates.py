@@ -111,6 +111,9 @@ MUTANTS: dict[str, list[tuple[Any, str, Any]]] = {
     "a draw of any history counts": [(ServerRates, "_accepts", accept_under_a_lease)],
 }
 
+# A seed that exceeded the bound when this was written, tried first to save time.
+HINTS = dict(zip(MUTANTS, (40, 46, 40, 41, 40, 40), strict=True))
+
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_each_part_of_the_rule_is_needed(name: str) -> None:
@@ -118,4 +121,4 @@ def test_each_part_of_the_rule_is_needed(name: str) -> None:
     with contextlib.ExitStack() as broken:
         for where, attribute, instead in MUTANTS[name]:
             broken.enter_context(mock.patch.object(where, attribute, instead))
-        assert any(run(seed).excess for seed in SEEDS_FOR_A_MUTANT), name
+        assert any(run(seed).excess for seed in (HINTS[name], *SEEDS_FOR_A_MUTANT)), name

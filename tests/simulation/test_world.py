@@ -164,6 +164,9 @@ MUTANTS: dict[str, list[tuple[Any, str, Any]]] = {
     "12: look-ups are accepted by revision": [(ReadBegan, "standing", believe_recent_revisions)],
 }
 
+# A seed that gave a stale answer when this was written, tried first to save time.
+HINTS = dict(zip(MUTANTS, (11, 17, 1, 67, 3, 1, 5, 3, 4, 22, 67, 142, 28), strict=True))
+
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_each_rule_is_needed(name: str) -> None:
@@ -171,4 +174,4 @@ def test_each_rule_is_needed(name: str) -> None:
     with contextlib.ExitStack() as broken:
         for where, attribute, instead in MUTANTS[name]:
             broken.enter_context(mock.patch.object(where, attribute, instead, create=True))
-        assert any(run(seed).stale for seed in range(SEEDS_FOR_A_MUTANT)), name
+        assert any(run(seed).stale for seed in (HINTS[name], *range(SEEDS_FOR_A_MUTANT))), name

@@ -59,6 +59,7 @@ class World(LimitedSteps):
         """The kinds of steps that occur in this world."""
         if limited:
             self.kinds += LIMITED_KINDS
+        self.has_stragglers = "a_straggler_arrives" in self.kinds
         self.now = 0.0
         self.steps = 0
         self.stale: list[str] = []
@@ -123,7 +124,7 @@ class World(LimitedSteps):
 
     def send(self, message: Callable[[], None]) -> None:
         """Send a message, sometimes with a long delay."""
-        straggles = "a_straggler_arrives" in self.kinds and self.random.random() < 0.15
+        straggles = self.has_stragglers and self.random.random() < 0.15
         (self.stragglers if straggles else self.under_way).append(message)
 
     def maybe_wait(self) -> None:

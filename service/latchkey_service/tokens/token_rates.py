@@ -7,7 +7,6 @@ Owns the shares of this process, and hands calls on to its Watch clients. It doe
 buckets (`rate_table.py`) or the draws (`rate_draws.py`).
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -49,12 +48,12 @@ class TokenRates:
         """
         now = self._clock()
         results: list[float | None] = []
-        needed: Counter[Share] = Counter()
+        needed: dict[Share, int] = {}
         for share in shares:
             result = self.admit_now(share, now)
             results.append(result)
             if result is None:
-                needed[share] += 1
+                needed[share] = needed.get(share, 0) + 1
         if not needed:
             return [result or 0.0 for result in results]
         wants = [Want(share.token_id, count, share.ask(now)) for share, count in needed.items()]

@@ -1,6 +1,8 @@
 """The log that the lead of a host keeps for its siblings."""
 
-from latchkey_coherence.verdict_cache import HISTORY_MAX, NOWHERE, Position
+import pytest
+from latchkey_coherence.verdict_cache import NOWHERE, Position
+from latchkey_service.coherence import recent_log
 from latchkey_service.coherence.log import EVERY_TOKEN, Change
 from latchkey_service.coherence.recent_log import RecentLog
 
@@ -30,17 +32,20 @@ def test_other_positions_are_not_known() -> None:
     assert recent.after(NOWHERE) is None
 
 
-def test_the_oldest_changes_are_forgotten_with_their_positions() -> None:
+def test_the_oldest_changes_are_forgotten_with_their_positions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The log is bounded, and never returns an incomplete list of changes."""
+    monkeypatch.setattr(recent_log, "HISTORY_MAX", size_max := 100)
     recent = RecentLog(at(0))
-    for n in range(1, HISTORY_MAX):
+    for n in range(1, size_max):
         recent.append(Change(at(n), (f"t{n}",)))
-    known = [n for n in range(HISTORY_MAX) if recent.after(at(n)) is not None]
-    assert 0 < known[0] == HISTORY_MAX - len(known)
-    for n in (known[0], HISTORY_MAX - 3):
+    known = [n for n in range(size_max) if recent.after(at(n)) is not None]
+    assert 0 < known[0] == size_max - len(known)
+    for n in known:
         changes = recent.after(at(n))
         assert changes is not None
-        assert [c.position.revision for c in changes] == list(range(n + 1, HISTORY_MAX))
+        assert [c.position.revision for c in changes] == list(range(n + 1, size_max))
 
 
 def test_a_change_of_every_token_keeps_earlier_positions() -> None:
