@@ -2,7 +2,7 @@
 
 Supervisor and worker each need almost half a second of processor time to import what they use, and
 tests start a service hundreds of times. Tests of the start itself, of what Python does before the
-service's own code runs, and of memory start Python instead.
+service's own code runs and when it ends, and of memory start Python instead.
 """
 
 import contextlib
@@ -146,10 +146,12 @@ def forks_services(folder: Path) -> Iterator[None]:
 def fork_service(
     environment: Mapping[str, str], folder: Path, out: BinaryIO, err: BinaryIO
 ) -> ForkedProcess | None:
-    """Run `python -m latchkey_service` in a forked process, or return None if it needs a Python
-    that was started for it."""
-    # A test changes what Python does at startup.
-    if not _servers or sys.platform != "linux" or "PYTHONPATH" in environment:
+    """Run `python -m latchkey_service` in a forked process, or return None where that is
+    impossible.
+
+    If a folder of PYTHONPATH has a `sitecustomize.py`, the workers run it first.
+    """
+    if not _servers or sys.platform != "linux":
         return None
     return _servers[-1].service.fork("latchkey_service", (), environment, folder, out, err)
 

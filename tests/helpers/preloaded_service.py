@@ -9,16 +9,19 @@ import os
 import runpy
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 # As in latchkey_service/__main__.py, which comes too late for what is imported here.
 sys.modules.setdefault("rich", None)  # type: ignore[arg-type]  # blocks the import
 
 import asyncpg.protocol  # noqa: F401, E402
+import cryptography.x509  # noqa: F401, E402
 import grpc.aio  # noqa: F401, E402
 import uvloop  # noqa: F401, E402
 from latchkey_service.process import (  # noqa: E402
@@ -28,11 +31,14 @@ from latchkey_service.process import (  # noqa: E402
 from latchkey_service.rpc import call_report, managed_calls, verify_calls  # noqa: E402
 from latchkey_service.settings import logs  # noqa: E402
 from latchkey_service.settings.stream_writer import StreamWriter  # noqa: E402
+from latchkey_service.transport import native  # noqa: F401, E402
 
 __all__: list[str] = []
 
 MODULE: Final = "latchkey_service"
 WORKER: Final = (sys.executable, "-P", "-m", MODULE, "worker")
+# Python runs this file before any other. With it, a test changes what workers do.
+SITE: Final = "sitecustomize.py"
 _create = asyncio.create_subprocess_exec
 
 
@@ -50,6 +56,10 @@ def _run_worker(environment: Mapping[str, str], kept: Sequence[int]) -> None:
     try:
         _forget_supervisor(environment, kept)
         sys.argv = [MODULE, "worker"]
+        sys.orig_argv = list(WORKER)
+        for folder in environment.get("PYTHONPATH", "").split(os.pathsep):
+            if (path := Path(folder, SITE)).exists():
+                runpy.run_path(str(path))
         runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
     except SystemExit as end:
         code = end.code or 0
@@ -77,6 +87,8 @@ def _forget_supervisor(environment: Mapping[str, str], kept: Sequence[int]) -> N
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.environ.clear()
     os.environ.update(environment)
+    # Each worker has its own folder.
+    tempfile.tempdir = None
     time.tzset()
     # -P
     sys.path.pop(0)

@@ -8,8 +8,6 @@ then, because TLS checks neither open connections nor resumed sessions again. Pu
 
 from typing import NamedTuple
 
-from cryptography import x509
-
 __all__ = ["Certificate", "CertificateError", "read_certificate"]
 
 
@@ -29,6 +27,9 @@ class Certificate(NamedTuple):
 
 def read_certificate(pem: str) -> Certificate:
     """Parse a PEM certificate. Raises CertificateError."""
+    # As in `tls.py`, which has imported it when the listener started.
+    from cryptography import x509  # noqa: PLC0415
+
     try:
         certificate = x509.load_pem_x509_certificate(pem.encode("ascii"))
         ends_at = certificate.not_valid_after_utc.timestamp()

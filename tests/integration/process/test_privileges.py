@@ -20,6 +20,7 @@ from latchkey_service.postgres.embedded_host import OsAccount, choose_account, w
 from tests.helpers.callers import ca_pem, write_server_files
 from tests.helpers.calls import CHANNEL_OPTIONS, is_serving
 from tests.helpers.free_ports import free_port
+from tests.helpers.made_cluster import copy_cluster
 from tests.helpers.service_process import PYTHON, Service
 from tests.helpers.waiting import eventually
 from tests.helpers.watch_client import WatchClient
@@ -137,7 +138,9 @@ async def test_workers_give_up_root(
     """
     files = write_server_files(folder)
     del files["tls_client_ca"]
-    if not embedded:
+    if embedded:
+        copy_cluster(folder / "data")
+    else:
         files["database_url"] = database_url  # type: ignore[assignment]  # not a file
     Reached.prefix = in_reach()
     port = free_port()

@@ -15,7 +15,7 @@ from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from tests.helpers import raw_http2 as http2
 from tests.helpers.callers import ca_pem, credential
 from tests.helpers.calls import CHANNEL_OPTIONS, is_serving
-from tests.helpers.service_process import Service
+from tests.helpers.service_process import PYTHON, Service
 from tests.helpers.waiting import eventually
 from tests.integration.rpc.tls_service import tls_service
 
@@ -34,7 +34,7 @@ async def test_anonymous_calls_end_their_connections_and_not_the_worker(
     """When anonymous calls use much of a worker's memory, their connections end. The worker
     survives, and a caller with a credential keeps its connection and is answered on it."""
     limited: dict[str, object] = {"memory_mib": MEMORY_MIB, "grace_seconds": 0.5}
-    with tls_service(folder, database_url, **limited) as (running, target):
+    with tls_service(folder, database_url, *PYTHON, **limited) as (running, target):
         await running.welcome()
         workers = running.worker_pids
         credentials = grpc.ssl_channel_credentials(ca_pem())

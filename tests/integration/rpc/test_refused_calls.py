@@ -29,6 +29,7 @@ from tests.helpers.flood import Peer
 from tests.helpers.free_ports import free_port
 from tests.helpers.rich_status import refusal
 from tests.helpers.servers import serving_as
+from tests.helpers.service_process import PYTHON
 from tests.helpers.waiting import eventually
 from tests.integration.rpc.tls_service import tls_service
 
@@ -44,7 +45,7 @@ GROWTH_BYTES_MAX = 40 * MIB
 async def test_refused_calls_leave_no_memory_behind(folder: Path, database_url: str) -> None:
     """Fifty anonymous calls of 4 MiB on one TLS connection are refused, and the worker keeps
     nothing of them."""
-    with tls_service(folder, database_url) as (running, target):
+    with tls_service(folder, database_url, *PYTHON) as (running, target):
         await running.welcome()
         credentials = grpc.ssl_channel_credentials(ca_pem())
         async with grpc.aio.secure_channel(target, credentials, options=CHANNEL_OPTIONS) as channel:

@@ -6,16 +6,17 @@ from pathlib import Path
 
 from tests.helpers.callers import policy_text, write_server_files
 from tests.helpers.free_ports import free_port
-from tests.helpers.service_process import PYTHON, Service, service
+from tests.helpers.service_process import Service, service
 
 __all__ = ["tls_service"]
 
 
 @contextlib.contextmanager
 def tls_service(
-    folder: Path, database_url: str, **settings: object
+    folder: Path, database_url: str, *python: str, **settings: object
 ) -> Iterator[tuple[Service, str]]:
-    """Start it as users start it. Yields the service, and the address of its TLS listener."""
+    """Start it, with PYTHON where its memory matters. Yields the service, and the address of its
+    TLS listener."""
     policy = folder / "policy.toml"
     policy.write_text(policy_text())
     files = write_server_files(folder)
@@ -24,7 +25,7 @@ def tls_service(
     target = f"localhost:{free_port()}"
     with service(
         folder / "service",
-        PYTHON,
+        python or None,
         listen="127.0.0.1:0",
         database_url=database_url,
         data_dir=folder / "data",
