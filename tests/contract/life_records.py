@@ -17,6 +17,8 @@ from tests.helpers.waiting import WAIT_SECONDS, eventually
 
 __all__ = ["Traces", "code_of", "reason_of"]
 
+# The service writes them every few seconds, and a comparison of an account takes several calls.
+_PAUSE_SECONDS = 0.2
 _METHOD = "/latchkey.v1.TokenService/"
 # The methods whose calls the model makes. Those that only read are sampled.
 _CHANGES = frozenset(
@@ -72,7 +74,7 @@ class Traces:
                 assert not found - expected - self._others[account]
                 return True
 
-            await eventually(same, "the audit entries", self._within)
+            await eventually(same, "the audit entries", self._within, _PAUSE_SECONDS)
 
     async def _compare_uses(self, stub: Any, account: str, token: Model) -> None:
         async def same() -> bool:
@@ -83,7 +85,7 @@ class Traces:
             assert counts.get("", 0) <= token.uses, (counts, token.uses)
             return counts == ({"": token.uses} if token.uses else {})
 
-        await eventually(same, f"{token.uses} uses", self._within)
+        await eventually(same, f"{token.uses} uses", self._within, _PAUSE_SECONDS)
         shown = (await stub.Get(pb.GetRequest(account_id=account, id=token.id), timeout=9)).token
         assert shown.HasField("last_used_time") == (token.uses > 0)
         used = {hint_of(secret) for secret in token.used_secrets}

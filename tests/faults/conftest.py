@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import structlog
 
 from tests.helpers.breakable_postgres import BreakablePostgres
 from tests.helpers.made_cluster import copy_cluster
@@ -40,17 +39,3 @@ async def pair_template(scratch: Path) -> Template:
 def address(own_address: str) -> str:
     """Address of a dedicated server, because tests count and cut its connections."""
     return own_address
-
-
-@pytest.fixture(autouse=True)
-def plain_log() -> Iterator[None]:
-    """Log as in production: the pretty format is slow enough to miss deadlines."""
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(),
-        ]
-    )
-    yield
-    structlog.reset_defaults()

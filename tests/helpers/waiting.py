@@ -18,8 +18,13 @@ POLL_SECONDS = 0.02
 RESUME_SECONDS = 2.0 + 0.7
 
 
-async def eventually(check: Callable[[], Any], what: str, within: float = WAIT_SECONDS) -> Any:
-    """Call `check` until it returns a true value, and return that.
+async def eventually(
+    check: Callable[[], Any],
+    what: str,
+    within: float = WAIT_SECONDS,
+    pause: float = POLL_SECONDS,
+) -> Any:
+    """Call `check` until it returns a true value, and return that. Wait `pause` between calls.
 
     A failed assertion and a failed call in it count as "not yet".
     """
@@ -35,4 +40,4 @@ async def eventually(check: Callable[[], Any], what: str, within: float = WAIT_S
         except (AssertionError, grpc.aio.AioRpcError) as error:
             last = error
         assert time.monotonic() < give_up, f"not within {within} s: {what}; at last: {last!r}"
-        await asyncio.sleep(POLL_SECONDS)
+        await asyncio.sleep(pause)

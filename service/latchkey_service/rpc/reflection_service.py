@@ -5,6 +5,7 @@ grpcio-reflection (1.75). That one does not find names with a leading dot or nam
 tools ask for (`grpcurl describe SERVICE.METHOD`), serves v1alpha alone, and has no comments.
 """
 
+import functools
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
 from importlib import resources
 from typing import Any, Final
@@ -31,13 +32,8 @@ class Reflection:
     def __init__(self, services: Iterable[str]) -> None:
         self._services = sorted(services)
         self._files = _described_files()
-        self._file_of = {symbol: f.name for f in self._files.values() for symbol in _symbols(f)}
-        self._messages = {
-            name
-            for file in self._files.values()
-            for message in file.message_type
-            for name, _ in _walk(file.package, message)
-        }
+        self._file_of = _files_by_symbol()
+        self._messages = _messages()
 
     async def ServerReflectionInfo(
         self, requests: AsyncIterable[_Request], _context: Any
@@ -101,6 +97,7 @@ def _fail(response: _Response, code: grpc.StatusCode, message: str) -> None:
     response.error_response.error_message = message
 
 
+@functools.cache
 def _described_files() -> Mapping[str, _File]:
     """Return all files by name: the contract, error details, health and reflection."""
     shipped = resources.files("latchkey_proto").joinpath("latchkey.binpb").read_bytes()
@@ -111,6 +108,22 @@ def _described_files() -> Mapping[str, _File]:
     v1 = _File()
     text_format.Parse(str(alpha).replace("v1alpha", "v1"), v1)
     return {file.name: file for file in [*found, health, alpha, v1]}
+
+
+@functools.cache
+def _files_by_symbol() -> Mapping[str, str]:
+    """Return the name of the file that defines each symbol."""
+    return {symbol: f.name for f in _described_files().values() for symbol in _symbols(f)}
+
+
+@functools.cache
+def _messages() -> frozenset[str]:
+    return frozenset(
+        name
+        for file in _described_files().values()
+        for message in file.message_type
+        for name, _ in _walk(file.package, message)
+    )
 
 
 def _symbols(file: _File) -> Iterable[str]:

@@ -334,7 +334,7 @@ async def test_no_window(serve: Serve, name: str) -> None:
 async def test_age(serve: Serve, name: str) -> None:
     """A client under load moves from connection to connection and loses no call."""
     async with (
-        serve(name, connection_age=0.3, age_grace=WAIT_SECONDS) as listener,
+        serve(name, connection_age=0.1, age_grace=WAIT_SECONDS) as listener,
         listener.channel() as channel,
     ):
 
