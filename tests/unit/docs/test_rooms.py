@@ -140,7 +140,9 @@ def contracts() -> dict[str, str]:
 def broken(report: str) -> dict[str, str]:
     """Return what import-linter reports for each broken contract, in one line, by its name."""
     found = re.split(r"^(\S.*)\n-{5,}\n", report, flags=re.MULTILINE)[1:]
-    return {name: " ".join(text.split()) for name, text in zip(found[::2], found[1::2], strict=True)}
+    return {
+        name: " ".join(text.split()) for name, text in zip(found[::2], found[1::2], strict=True)
+    }
 
 
 def sql_in(path: Path) -> Iterator[str]:
