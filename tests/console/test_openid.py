@@ -18,6 +18,7 @@ from tests.console.browsing import Browser
 from tests.console.conftest import World
 from tests.console.processes import Console, console
 from tests.helpers.free_ports import free_port
+from tests.helpers.plain_http import NO_AUTHORITIES
 from tests.helpers.waiting import WAIT_SECONDS
 
 pytestmark = pytest.mark.xdist_group("browser")
@@ -187,7 +188,7 @@ def begin(client: httpx.Client, url: str) -> dict[str, str]:
 def test_request_to_the_provider(signed: tuple[Console, str, str]) -> None:
     """Each sign-in has a new state, nonce and PKCE challenge."""
     _, url, _ = signed
-    with httpx.Client() as client:
+    with httpx.Client(verify=NO_AUTHORITIES) as client:
         first, second = begin(client, url), begin(client, url)
     for asked in (first, second):
         assert asked["response_type"] == "code"
@@ -216,7 +217,7 @@ def test_request_to_the_provider(signed: tuple[Console, str, str]) -> None:
 def test_invalid_answers_sign_nobody_in(signed: tuple[Console, str, str], query: str) -> None:
     """A missing or foreign state, a forged code, another issuer or a refusal signs nobody in."""
     process, url, _ = signed
-    with httpx.Client() as client:
+    with httpx.Client(verify=NO_AUTHORITIES) as client:
         asked = begin(client, url)
         answer = client.get(f"{url}/signed-in{query.format(**asked)}")
         assert answer.status_code == 400
@@ -224,7 +225,7 @@ def test_invalid_answers_sign_nobody_in(signed: tuple[Console, str, str], query:
         assert "guessed" not in answer.text
         assert client.get(f"{url}/").headers["location"] == "/sign-in"
     # Another browser's state is rejected, so nobody can be signed in as someone else.
-    with httpx.Client() as victim:
+    with httpx.Client(verify=NO_AUTHORITIES) as victim:
         victim.get(f"{url}/")
         answer = victim.get(f"{url}/signed-in?code=x&state={asked['state']}")
         assert answer.status_code == 400

@@ -19,6 +19,7 @@ from tests.console.processes import Console, run
 from tests.console.test_create import SECRET, everything_kept, shown_secret
 from tests.console.test_openid import provider, sign_in
 from tests.helpers.free_ports import free_port
+from tests.helpers.plain_http import NO_AUTHORITIES
 from tests.helpers.waiting import eventually
 
 pytestmark = pytest.mark.xdist_group("browser")
@@ -61,7 +62,9 @@ class Pair:
 
 def healthy(port: int) -> bool:
     try:
-        return httpx.get(f"http://127.0.0.1:{port}/healthz").status_code == 200
+        return (
+            httpx.get(f"http://127.0.0.1:{port}/healthz", verify=NO_AUTHORITIES).status_code == 200
+        )
     except httpx.HTTPError:
         return False
 

@@ -9,6 +9,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
+from tests.helpers.plain_http import NO_AUTHORITIES
 from tests.helpers.waiting import WAIT_SECONDS
 
 __all__ = ["OPENMETRICS", "Reading", "read", "scrape"]
@@ -40,7 +41,9 @@ def read(server: Server) -> Reading:
 
 async def scrape(address: str, accept: str = "text/plain") -> Reading:
     """Return what a service serves for Prometheus."""
-    async with httpx.AsyncClient(timeout=WAIT_SECONDS, trust_env=False) as client:
+    async with httpx.AsyncClient(
+        timeout=WAIT_SECONDS, trust_env=False, verify=NO_AUTHORITIES
+    ) as client:
         answer = await client.get(f"http://{address}/metrics", headers={"Accept": accept})
     assert answer.headers["content-type"].startswith(accept.partition(";")[0])
     parse = parse_openmetrics if accept == OPENMETRICS else parse_text

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 
 from tests.helpers.free_ports import free_port
+from tests.helpers.plain_http import NO_AUTHORITIES
 from tests.helpers.programs import installed_by_apt, run
 from tests.helpers.waiting import WAIT_SECONDS, eventually
 
@@ -101,7 +102,9 @@ class Prometheus:
             self._process.wait(END_SECONDS_MAX)
 
     async def _get(self, path: str, **parameters: str) -> httpx.Response:
-        async with httpx.AsyncClient(timeout=WAIT_SECONDS, trust_env=False) as client:
+        async with httpx.AsyncClient(
+            timeout=WAIT_SECONDS, trust_env=False, verify=NO_AUTHORITIES
+        ) as client:
             response = await client.get(f"http://{self._address}{path}", params=parameters)
         assert response.status_code in {200, 400, 422}, response.text
         return response

@@ -6,6 +6,7 @@ This module owns escaping (always on), the format of times and names, and the UR
 import hashlib
 import secrets
 from collections.abc import Mapping
+from functools import cache
 from importlib import resources
 from typing import Any, Final
 
@@ -63,35 +64,14 @@ class Renderer:
         # Part of the URL, so that browsers cache a file forever and still fetch a new version.
         self._version = digest.hexdigest()[:12]
         static = f"{self._base}/static/{self._version}"
-        self._templates = Environment(
-            loader=PackageLoader("latchkey_console"),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            auto_reload=False,
-        )
-        self._templates.filters |= {
-            "ago": times.ago,
-            "exact": times.exact,
-            "iso": times.iso,
-            "minute": times.minute,
-            "sort_words": SORTS.__getitem__,
-            "span": times.span,
-            "visible": visible,
-            "visible_lines": visible_lines,
-        }
-        self._templates.globals |= {
+        # What all templates use. Environments are shared, so this belongs to the context.
+        self._common: Final[Mapping[str, Any]] = {
             "base": self._base,
             "brand": brand,
             "has_header": embedding.header,
             "logo": f"{static}/{brand.logo.name if brand.logo else 'icon.svg'}",
             "static": static,
             "theme": None if brand.theme is None else f"{static}/{_THEME}",
-            "Kind": Kind,
-            "Order": TokenOrder,
-            "reviewed_days": REVIEWED_DAYS,
-            "sorts": SORTS.items(),
         }
 
     def address(self, path: str) -> str:
@@ -168,7 +148,38 @@ class Renderer:
         return response
 
     def _html(self, name: str, context: Mapping[str, Any], status: int) -> Response:
-        return HTMLResponse(self._templates.get_template(name).render(context), status)
+        template = _environment().get_template(name)
+        return HTMLResponse(template.render({**self._common, **context}), status)
+
+
+@cache
+def _environment() -> Environment:
+    """Return the environment of all pages in this process, which compiles each template once."""
+    environment = Environment(
+        loader=PackageLoader("latchkey_console"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        auto_reload=False,
+    )
+    environment.filters |= {
+        "ago": times.ago,
+        "exact": times.exact,
+        "iso": times.iso,
+        "minute": times.minute,
+        "sort_words": SORTS.__getitem__,
+        "span": times.span,
+        "visible": visible,
+        "visible_lines": visible_lines,
+    }
+    environment.globals |= {
+        "Kind": Kind,
+        "Order": TokenOrder,
+        "reviewed_days": REVIEWED_DAYS,
+        "sorts": SORTS.items(),
+    }
+    return environment
 
 
 def is_part(request: Request) -> bool:

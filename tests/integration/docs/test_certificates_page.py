@@ -6,7 +6,6 @@ import asyncio
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
 from latchkey_service.settings.settings import Settings
@@ -32,11 +31,11 @@ def keys_in(folder: Path) -> list[Path]:
     return list(folder.glob("*.key"))
 
 
-async def bash(script: str, folder: Path) -> str:
+async def bash(script: str, folder: Path, latchkey: Path) -> str:
     """Run commands; each must succeed. Return what they print."""
     process = await asyncio.create_subprocess_exec(
         *("bash", "-euo", "pipefail", "-c"),
-        script.replace(".venv/bin/", f"{Path(sys.executable).parent}/"),
+        script.replace(".venv/bin/latchkey", str(latchkey)),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
@@ -55,13 +54,13 @@ async def bash(script: str, folder: Path) -> str:
 
 
 async def test_the_commands_work_as_printed(
-    tmp_path: Path, postgres_url: str, template_url: str, pepper_file: Path
+    tmp_path: Path, postgres_url: str, template_url: str, pepper_file: Path, latchkey: Path
 ) -> None:
     """OpenSSL finds the certificates good for their purposes. A service that uses them as the page
     says lets the caller in, and refuses it without its certificate."""
     if shutil.which("openssl") is None:
         missing("not installed here: openssl")
-    said = await bash(commands("certificates"), tmp_path)
+    said = await bash(commands("certificates"), tmp_path, latchkey)
     assert "server.pem: OK\n" in said
     assert "shop.pem: OK\n" in said
     modes = {path.name: path.stat().st_mode & 0o777 for path in keys_in(tmp_path)}
@@ -82,10 +81,10 @@ async def test_the_commands_work_as_printed(
     async with serving_as(settings) as server:
         assert server.tls_address is not None
         use = use.replace(":50052", f":{server.tls_address.rpartition(':')[2]}")
-        assert "exit code 5" in await bash(use, tmp_path)
+        assert "exit code 5" in await bash(use, tmp_path, latchkey)
         without = use.replace("--tls-certificate shop.pem --tls-key shop.key", "")
         assert without != use
-        assert "exit code 5" not in await bash(without, tmp_path)
+        assert "exit code 5" not in await bash(without, tmp_path, latchkey)
 
 
 def test_every_command_is_run() -> None:

@@ -97,9 +97,11 @@ async def exported(database_url: str, table: str, rows: list[tuple[Any, ...]], q
         await connection.close()
 
 
-async def test_the_commands_work_as_printed(accepting: str, tmp_path: Path) -> None:
+async def test_the_commands_work_as_printed(accepting: str, tmp_path: Path, latchkey: Path) -> None:
     """A reader who pastes the commands imports a key, which is then valid."""
-    output = await paste("\n".join(COMMANDS), tmp_path, LATCHKEY_TARGET=accepting)
+    script = "\n".join(COMMANDS).replace(".venv/bin/latchkey", str(latchkey))
+    assert ".venv" not in script
+    output = await paste(script, tmp_path, LATCHKEY_TARGET=accepting)
     assert "would be imported: 1\n" in output
     assert "\nimported: 1\n" in output
     assert "\nVALID:" in output

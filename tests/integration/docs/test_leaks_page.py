@@ -30,12 +30,15 @@ def transport() -> str:
     return "native"
 
 
-async def test_the_commands_work_as_printed(address: str, tmp_path: Path) -> None:
+async def test_the_commands_work_as_printed(address: str, tmp_path: Path, latchkey: Path) -> None:
     """A reader who pastes all commands sees both labels and a dead secret, which no log contains.
     OpenSSL signs the report, so the format of signatures is not only ours."""
     if absent := [name for name in ("curl", "jq", "openssl") if shutil.which(name) is None]:
         missing(f"not installed here: {', '.join(absent)}")
-    script = "\n".join(BLOCK.findall(PAGE)).replace(".venv/bin/", f"{Path(sys.executable).parent}/")
+    # The receiver is the installed one, because a signal ends it.
+    script = "\n".join(BLOCK.findall(PAGE))
+    script = re.sub(r"\.venv/bin/latchkey(?! receiver)", str(latchkey), script)
+    script = script.replace(".venv/bin/", f"{sys.prefix}/bin/")
     script = script.replace("127.0.0.1:50090", f"127.0.0.1:{free_port()}")
     process = await asyncio.create_subprocess_exec(
         *("bash", "-euo", "pipefail", "-c", "trap 'kill %1; wait %1' EXIT\n" + script),
@@ -75,7 +78,7 @@ def test_every_command_is_run() -> None:
     assert PAGE.count("```bash\n") == len(BLOCK.findall(PAGE)) + 1 == 4
 
 
-async def test_the_receiver_starts_as_printed(tmp_path: Path) -> None:
+async def test_the_receiver_starts_as_printed(tmp_path: Path, latchkey: Path) -> None:
     """The command of the instructions fetches the scanner's keys, and is then ready for reports."""
     if absent := [name for name in ("curl", "jq", "openssl") if shutil.which(name) is None]:
         missing(f"not installed here: {', '.join(absent)}")
@@ -91,7 +94,7 @@ async def test_the_receiver_starts_as_printed(tmp_path: Path) -> None:
         command = command.replace(printed, ours)
     script = [
         "trap 'kill $(jobs -p); wait' EXIT",
-        "(umask 077; latchkey policy new-caller receiver --role revoker >receiver.credential)",
+        f"(umask 077; {latchkey} policy new-caller receiver --role revoker >receiver.credential)",
         marked("docs/leaks.md", "leaks")[0],
         f"python -m http.server {keys} --bind 127.0.0.1 >served 2>&1 &",
         f"until curl --silent --output /dev/null http://127.0.0.1:{keys}/; do sleep 0.1; done",

@@ -100,14 +100,15 @@ async def served(command: str, address: str) -> AsyncIterator[str]:
 
 
 @pytest.mark.parametrize("name", ["asgi", "fastapi", "flask", "django"])
-async def test_http_services(name: str, address: str, tmp_path: Path) -> None:
+async def test_http_services(name: str, address: str, tmp_path: Path, latchkey: Path) -> None:
     """Each printed server answers the printed call, made with a token from the printed command."""
     if shutil.which("curl") is None:
         missing("not installed here: curl")
     (create,) = marked("examples/README.md", "example token")
     servers, (call,) = documented(f"{name}_service.py")
     assert len(servers) == (2 if name in {"flask", "django"} else 1)
-    create += 'echo "$SECRET"'
+    create = create.replace(".venv/bin/latchkey", str(latchkey)) + 'echo "$SECRET"'
+    assert ".venv" not in create
     secret = (await paste(create, tmp_path, LATCHKEY_TARGET=address)).strip()
     for server in servers:
         async with served(server, address) as port:

@@ -16,6 +16,7 @@ import pytest
 from latchkey_proto.v1 import token_service_pb2 as pb
 
 from tests.helpers.free_ports import free_port
+from tests.helpers.plain_http import NO_AUTHORITIES
 from tests.helpers.repository import ROOT
 from tests.helpers.waiting import WAIT_SECONDS, eventually
 
@@ -59,7 +60,9 @@ async def test_under_gunicorn(name: str, address: str, create: Create, stub: Any
 
     async def status(headers: dict[str, str] | None = None) -> int:
         # A connection for each request, so that all workers get some.
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        async with httpx.AsyncClient(
+            base_url=f"http://127.0.0.1:{port}", verify=NO_AUTHORITIES
+        ) as client:
             answer = await client.get("/orders", headers=headers, timeout=WAIT_SECONDS)
             return answer.status_code
 

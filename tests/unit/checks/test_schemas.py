@@ -1,6 +1,7 @@
 """What the check of GitHub's and Docker's files accepts and rejects."""
 
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,17 @@ def test_missing_file_is_rejected(root: Path, monkeypatch: pytest.MonkeyPatch) -
         State.FAILED,
         "no file matches .github/workflows/*.yml",
     )
+
+
+def test_schemas_need_no_iris() -> None:
+    """No schema has the format `iri` or `iri-reference`, which the check ignores."""
+    # Does not import the package, which takes long.
+    spec = find_spec("check_jsonschema")
+    assert spec is not None
+    assert spec.origin is not None
+    folder = Path(spec.origin).parent / "builtin_schemas"
+    for schema in schemas.SCHEMAS.values():
+        kind, _, name = schema.partition(".")
+        text = (folder / kind / f"{name}.json").read_text("utf-8")
+        assert '"properties"' in text
+        assert '"iri' not in text

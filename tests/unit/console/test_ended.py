@@ -17,6 +17,7 @@ from latchkey_console.state import StateKeys
 from starlette.applications import Starlette
 from starlette.routing import Route
 
+from tests.helpers.plain_http import NO_AUTHORITIES
 from tests.helpers.waiting import eventually
 from tests.unit.console.scripted import NOW
 
@@ -142,7 +143,7 @@ async def test_only_processes_with_the_key_are_heard(message: str) -> None:
         message = StateKeys([b"x" * 32]).box("ended sessions", now).seal({"ended": {"a": UNTIL}})
     elif message == "answer":
         message = KEYS.box("answer: ended sessions", now).seal({"ended": {"a": UNTIL}})
-    async with serving(peers_of(there)) as peer, httpx.AsyncClient() as client:
+    async with serving(peers_of(there)) as peer, httpx.AsyncClient(verify=NO_AUTHORITIES) as client:
         url = f"http://127.0.0.1:{peer.port}/base{PEERS_PATH}"
         answer = await client.post(url, content=message.encode())
     assert answer.status_code in (403, 413)

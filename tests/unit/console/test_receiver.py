@@ -113,7 +113,9 @@ async def scanner(
 ) -> AsyncIterator[httpx.AsyncClient]:
     """Run the receiver in this process, without its lifespan."""
     if keys is None:
-        keys = PublicKeys(parse(document(test=KEY)), None, lambda: 0.0)
+        # Without a client, each test would load all certification authorities.
+        client = httpx2.AsyncClient(transport=httpx2.MockTransport(lambda _: httpx2.Response(404)))
+        keys = PublicKeys(parse(document(test=KEY)), None, lambda: 0.0, client)
     settings = make(
         listen="127.0.0.1:0", target="127.0.0.1:1", action=action, keys_url=URL, keys_file=None
     )
