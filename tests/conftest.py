@@ -60,10 +60,6 @@ for name in [name for name in os.environ if name.startswith("LATCHKEY_")]:
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
-# jsonschema checks the format of IRIs if it finds this library, which then spends a second on its
-# grammar. The manifests for Kubernetes and the bill of materials contain no IRIs.
-sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
-
 # A shell that starts the tests in the background makes them ignore SIGINT, and every program that a
 # test starts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
