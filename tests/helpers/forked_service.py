@@ -149,7 +149,7 @@ def fork_service(
     """Run `python -m latchkey_service` in a forked process, or return None where that is
     impossible.
 
-    If a folder of PYTHONPATH has a `sitecustomize.py`, the workers run it first.
+    If a folder of PYTHONPATH has a sitecustomize module, the workers run it first.
     """
     if not _servers or sys.platform != "linux":
         return None

@@ -29,13 +29,14 @@ from latchkey_service.errors import (
 from latchkey_service.loop_delay import reason_for
 from latchkey_service.postgres.circuit_breaker import Attempt, CircuitBreaker
 from latchkey_service.postgres.hosts import CONNECT_ERRORS, Hosts
-from latchkey_service.postgres.plain_connection import PlainConnection
+from latchkey_service.postgres.known_types import KnownTypesConnection
 from latchkey_service.postgres.sessions import GENERIC_PLAN, SETTINGS, Pooler, driver_options
 
 __all__ = [
     "DURABLE",
     "Connector",
     "DedicatedConnection",
+    "PlainConnection",
     "Pool",
     "require_durable_commit",
     "retry_on_conflict",
@@ -87,6 +88,24 @@ _BROKEN = (
 # row's condition.
 DURABLE = """CASE WHEN current_setting('synchronous_commit') IN ('on', 'remote_apply') THEN true
      ELSE set_config('synchronous_commit', 'on', true) IS NOT NULL END"""
+
+
+class PlainConnection(KnownTypesConnection):
+    """A connection that returns to the pool without a round trip: our statements leave no state."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Time of its last use, on a clock that also runs while the machine is suspended.
+        self.used_at = boottime()
+        self.generation = 0  # of the pool, when the attempt to connect began
+
+    def get_reset_query(self) -> str:
+        """Return no statement."""
+        return ""
+
+    def touch(self) -> None:
+        """Record that the connection was just used."""
+        self.used_at = boottime()
 
 
 if TYPE_CHECKING:

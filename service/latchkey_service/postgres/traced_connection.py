@@ -6,7 +6,7 @@ import re
 from typing import Any, Final, NamedTuple
 
 from latchkey_service import tracing
-from latchkey_service.postgres.plain_connection import PlainConnection
+from latchkey_service.postgres.connections import PlainConnection
 
 __all__ = ["TracedConnection", "summary_of"]
 

@@ -7,7 +7,7 @@ Without traces, a worker records nothing and does not load the libraries.
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from latchkey_service.postgres.plain_connection import PlainConnection
+from latchkey_service.postgres.connections import PlainConnection
 from latchkey_service.postgres.traced_connection import TracedConnection
 from latchkey_service.process.metric_families import Families
 from latchkey_service.rpc.traced_calls import CallTracing

@@ -1,0 +1,40 @@
+"""A connection that does not ask about Postgres' built-in types if another one has."""
+
+from collections.abc import Iterable
+from typing import Any, Final, NamedTuple
+
+import asyncpg
+
+__all__ = ["KnownTypesConnection"]
+
+# Postgres assigns lower OIDs by hand, in its sources, and never changes them (`transam.h`).
+_ASSIGNED_BY_HAND: Final = range(1, 10_000)
+
+
+class _Known(NamedTuple):
+    """Stands for the query about types that was not sent."""
+
+    # asyncpg prepares a statement again if the query about types was unnamed.
+    name: str = "known"
+
+
+_types: Final[dict[frozenset[int], Any]] = {}
+
+
+class KnownTypesConnection(asyncpg.Connection):
+    """Asks about built-in types once per process.
+
+    They are the same in every database. The query takes 8 ms of Postgres' processor time; asyncpg
+    would repeat it on each connection that sends a `bigint[]`, for example.
+    """
+
+    # asyncpg has no public way to describe types. If it renames this method, every connection asks.
+    async def _introspect_types(self, typeoids: Iterable[int], *more: Any) -> Any:
+        """Return the descriptions of types, and the statement that asked for them."""
+        wanted = frozenset(typeoids)
+        if wanted in _types:
+            return _types[wanted], _Known()
+        found = await super()._introspect_types(wanted, *more)  # type: ignore[misc]  # private
+        if all(oid in _ASSIGNED_BY_HAND for oid in wanted):
+            _types[wanted] = found[0]
+        return found
