@@ -102,7 +102,8 @@ GROUPS_FIRST = (
     "watch",
 )
 FIRST = (*GROUPS_FIRST, "fuzz", "integration")
-# These often wait for a server. Between them come those that only compute, but for the last ones.
+# These often wait for a server, so modules that only compute come between theirs. The last ones
+# only compute, because a long one must not be left at the end.
 WAITING = {"contract", "console"}
 WAITING_PART = 0.85
 # These only compute. One worker runs them at the beginning, while the tests of the others mostly
@@ -173,7 +174,7 @@ def _turn(item: pytest.Item) -> int:
 
 
 def _mixed(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Spread the modules of the tests in `WAITING` among those that come after all in `FIRST`."""
+    """Interleave the modules in `WAITING` with the other modules that are not in `FIRST`."""
     first = [item for item in items if _turn(item) < len(FIRST)]
     others = items[len(first) :]
     waiting = [item for item in others if _folder(item) in WAITING]

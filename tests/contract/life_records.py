@@ -17,7 +17,8 @@ from tests.helpers.waiting import WAIT_SECONDS, eventually
 
 __all__ = ["Traces", "code_of", "reason_of"]
 
-# The service writes them every few seconds, and a comparison of an account takes several calls.
+# The service writes uses and audit entries every few seconds, and a comparison of an account takes
+# several calls.
 _PAUSE_SECONDS = 0.2
 _METHOD = "/latchkey.v1.TokenService/"
 # The methods whose calls the model makes. Those that only read are sampled.

@@ -221,7 +221,8 @@ async def test_the_life_of_tokens(shared_servers: Any, transport: str, factor: i
             await live(stub, traces, chosen, WAIT_SECONDS)
 
         for chosen in EXPLICIT:
-            await life(chosen)
+            async with asyncio.timeout(EXAMPLE_SECONDS):
+                await life(chosen)
         await run_random(life, EXAMPLES_OF[transport] * factor)
         # Once, because they take a few seconds to be written.
         await traces.compare(stub, audit)
@@ -247,7 +248,8 @@ async def test_faults_are_found(
 
         mutant(monkeypatch)
         for chosen in EXPLICIT:
-            await until_found(chosen)
+            async with asyncio.timeout(EXAMPLE_SECONDS):
+                await until_found(chosen)
         # Drawing examples takes time too.
         if not found:
             await run_random(until_found)

@@ -1,8 +1,9 @@
 """Starts the service and the console in processes that are forked from one that has imported them.
 
 Supervisor and worker each need almost half a second of processor time to import what they use, and
-tests start a service hundreds of times. Tests of the start itself, of what Python does before the
-service's own code runs and when it ends, and of memory start Python instead.
+tests start a service hundreds of times. Some tests start Python instead: those of the start itself,
+of what Python does before the service's own code runs and when it ends, and of how much memory a
+service needs.
 """
 
 import contextlib

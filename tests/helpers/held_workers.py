@@ -11,7 +11,7 @@ from tests.helpers.waiting import eventually
 
 __all__ = ["Hold"]
 
-# Python runs this file before any other.
+# A worker runs this before the service's own code.
 SITE = """
 import os, pathlib, signal, sys
 if sys.orig_argv[-1] == "worker" and pathlib.Path({!r}).exists():
@@ -22,8 +22,8 @@ if sys.orig_argv[-1] == "worker" and pathlib.Path({!r}).exists():
 class Hold:
     """Stops the workers of services that are started after it was created, as long as it is `on`.
 
-    The workers stop themselves at their very beginning, because a process that watched for them
-    might be late.
+    The workers stop themselves before the service's own code runs, because a process that watched
+    for them might be late.
     """
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ __all__: list[str] = []
 
 MODULE: Final = "latchkey_service"
 WORKER: Final = (sys.executable, "-P", "-m", MODULE, "worker")
-# Python runs this file before any other. With it, a test changes what workers do.
+# A worker runs this before the service's own code. With it, a test changes what workers do.
 SITE: Final = "sitecustomize.py"
 _create = asyncio.create_subprocess_exec
 
@@ -87,7 +87,7 @@ def _forget_supervisor(environment: Mapping[str, str], kept: Sequence[int]) -> N
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.environ.clear()
     os.environ.update(environment)
-    # Each worker has its own folder.
+    # Each worker has its own folder for temporary files.
     tempfile.tempdir = None
     time.tzset()
     # -P

@@ -60,7 +60,7 @@ def received(buffer: bytes) -> tuple[list[Frame], bytes]:
     return frames, buffer
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def headers(
     path: str, *more: tuple[str, str], authority: str = "localhost", huffman: bool = False
 ) -> bytes:

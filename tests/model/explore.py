@@ -56,13 +56,13 @@ def replaced_quickly(kind: type[Kind]) -> type[Kind]:
     the work of a model."""
     fields: tuple[str, ...] = kind._fields  # type: ignore[attr-defined]
     # An argument for each field needs no dictionary.
-    arguments = ", ".join(f"{name}=KEEP" for name in fields)
+    arguments = ", ".join(f"{name}=_KEEP" for name in fields)
     old = ", ".join(f"old_{name}" for name in fields)
-    values = ", ".join(f"old_{name} if {name} is KEEP else {name}" for name in fields)
-    names: dict[str, Any] = {"KEEP": object(), "new": tuple.__new__, "kind": kind}
-    source = f"""def replace(self, /, {arguments}):
+    values = ", ".join(f"old_{name} if {name} is _KEEP else {name}" for name in fields)
+    names: dict[str, Any] = {"_KEEP": object(), "_new": tuple.__new__, "_kind": kind}
+    source = f"""def replace(self, /, *, {arguments}):
         {old}, = self
-        return new(kind, ({values},))"""
+        return _new(_kind, ({values},))"""
     exec(source, names)  # noqa: S102 - made of the names of fields
     kind._replace = names["replace"]  # type: ignore[attr-defined]
     return kind

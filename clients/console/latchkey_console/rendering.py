@@ -64,7 +64,7 @@ class Renderer:
         # Part of the URL, so that browsers cache a file forever and still fetch a new version.
         self._version = digest.hexdigest()[:12]
         static = f"{self._base}/static/{self._version}"
-        # What all templates use. Environments are shared, so this belongs to the context.
+        # Every template uses these. All apps share the environment, so the context carries them.
         self._common: Final[Mapping[str, Any]] = {
             "base": self._base,
             "brand": brand,

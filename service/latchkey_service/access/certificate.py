@@ -27,7 +27,7 @@ class Certificate(NamedTuple):
 
 def read_certificate(pem: str) -> Certificate:
     """Parse a PEM certificate. Raises CertificateError."""
-    # As in `tls.py`, which has imported it when the listener started.
+    # Imported here for the same reason as in `tls.py`, which imported it when the listener started.
     from cryptography import x509  # noqa: PLC0415
 
     try:

@@ -1,4 +1,7 @@
-"""A connection that does not ask about Postgres' built-in types if another one has."""
+"""A connection that knows the built-in types that Postgres has described to another one.
+
+Does not own what else differs from asyncpg's connection (`connections.py`).
+"""
 
 from collections.abc import Iterable
 from typing import Any, Final, NamedTuple
@@ -7,7 +10,8 @@ import asyncpg
 
 __all__ = ["KnownTypesConnection"]
 
-# Postgres assigns lower OIDs by hand, in its sources, and never changes them (`transam.h`).
+# Postgres assigns these OIDs by hand, in its sources (`transam.h`). The scalar and array types
+# among them are the same in each release.
 _ASSIGNED_BY_HAND: Final = range(1, 10_000)
 
 
@@ -22,13 +26,14 @@ _types: Final[dict[frozenset[int], Any]] = {}
 
 
 class KnownTypesConnection(asyncpg.Connection):
-    """Asks about built-in types once per process.
+    """Keeps, for the process, what Postgres says about each set of built-in types.
 
-    They are the same in every database. The query takes 8 ms of Postgres' processor time; asyncpg
-    would repeat it on each connection that sends a `bigint[]`, for example.
+    The query takes 8 ms of Postgres' processor time; asyncpg would repeat it on each connection
+    that sends a `bigint[]`, for example.
     """
 
-    # asyncpg has no public way to describe types. If it renames this method, every connection asks.
+    # asyncpg has no public way to describe types. If a release renames this method, every
+    # connection asks. If one changes what it returns, statements fail, and the tests of this class.
     async def _introspect_types(self, typeoids: Iterable[int], *more: Any) -> Any:
         """Return the descriptions of types, and the statement that asked for them."""
         wanted = frozenset(typeoids)

@@ -1,4 +1,4 @@
-"""Workers that hang or grow, in a service started as users start it, are replaced."""
+"""Workers that hang or grow are replaced by their supervisor."""
 
 import os
 import signal
@@ -21,8 +21,8 @@ from tests.helpers.waiting import WAIT_SECONDS, eventually
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is checked only on Linux")
 
-# Python runs this file before any other. The signal blocks the event loop of a worker, which then
-# fills its memory.
+# A worker runs this before the service's own code. The signal blocks the event loop of a worker,
+# which then fills its memory.
 SITE = f"""
 import signal, sys, time
 def hang(*_):

@@ -7,7 +7,7 @@ import pytest
 import typer
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="package")
 def one_parser() -> Iterator[None]:
     """Make the parser of all commands once, not for each command that a test runs."""
     with pytest.MonkeyPatch.context() as patch:

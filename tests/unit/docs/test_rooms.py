@@ -109,7 +109,7 @@ SQL_ELSEWHERE = {
     "postgres/sessions.py": "session settings, and the statement that finds the primary",
     "postgres/traced_connection.py": "the names of operations, for the spans of statements",
 }
-# Modules without these words, most of them, are not parsed.
+# Most modules contain none of these words and are not parsed.
 SQL_WORDS = re.compile(r"SELECT|INSERT|UPDATE|DELETE|TRUNCATE|CONFLICT|CREATE|ALTER|DROP")
 SQL = re.compile(
     r"\b(SELECT|INSERT INTO|UPDATE \w+\s+SET|DELETE FROM|TRUNCATE|ON CONFLICT"

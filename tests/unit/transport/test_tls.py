@@ -3,6 +3,8 @@
 import codecs
 import errno
 import ssl
+import subprocess
+import sys
 from pathlib import Path
 
 import grpc
@@ -146,3 +148,12 @@ def test_a_worker_that_would_accept_tls_1_2_does_not_start(monkeypatch):
             tls.check_only_tls_1_3()
     monkeypatch.setenv(name, tls.ENVIRONMENT[name])
     tls.check_only_tls_1_3()
+
+
+def test_a_start_without_tls_loads_no_x509() -> None:
+    """The supervisor and the workers import the X.509 library only for a TLS listener."""
+    code = (
+        "import sys, latchkey_service.process.supervisor, latchkey_service.process.worker\n"
+        "assert 'cryptography.x509' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
