@@ -23,14 +23,14 @@ console: $(VENV)/.run  ## Start the service and the console (ARGS=ACCOUNT)
 demo: $(VENV)/.run  ## Delete a token while two services use it, and show when each refuses it
 	@exec $(PY) examples/demo.py
 
-# Five at once, on two cores: some of them usually wait, for example for the end of a lease. With
+# Six at once, on two cores: some of them usually wait, for example for the end of a lease. With
 # more, tests that measure time can miss their bounds. A part of the tests does not reach the floor,
 # so coverage is measured only when all of them run. Three slow ones at once: many measure time.
 # Without the variable, the first process saves what it compiles, and the others need not compile it.
 PYTEST = env -u PYTHONDONTWRITEBYTECODE $(PY) -m pytest --dist loadgroup
 test: $(VENV)/.dev  ## Run the tests but the slow ones, and measure coverage, or run some (ARGS="-k delete")
 	@$(if $(ARGS),,export PYTEST_PLUGINS=tests.helpers.measured)
-	exec $(PYTEST) -n 5 $(or $(ARGS),-m "not slow")
+	exec $(PYTEST) -n 6 $(or $(ARGS),-m "not slow")
 
 test-slow: $(VENV)/.dev  ## Run the slow tests: the browser, failovers, histories, fuzzing, wheels
 	@exec $(PYTEST) -n 3 -m slow $(ARGS)
