@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -19,7 +18,6 @@ from tests.contract.life_model import WrongAcceptError
 from tests.contract.life_mutants import MUTANTS, TRACE_MUTANTS
 from tests.contract.life_records import Traces
 from tests.helpers.imported_keys import IMPORTED_PREFIX
-from tests.helpers.shared_servers import SharedServers, share_servers
 from tests.helpers.waiting import WAIT_SECONDS
 
 # One worker starts the servers.
@@ -188,19 +186,10 @@ async def run_random(life: Example, examples: int = EXAMPLES) -> None:
     await asyncio.to_thread(run)
 
 
-@pytest.fixture(scope="module")
-async def shared_servers(
-    postgres_url: str, template_url: str, pepper_file: Path
-) -> AsyncIterator[SharedServers]:
-    """Servers that only these tests share, which import secrets."""
-    async with share_servers(postgres_url, pepper_file) as shared:
-        yield shared
-
-
 @contextlib.asynccontextmanager
-async def tokens_of(shared_servers: Any, transport: str) -> AsyncIterator[tuple[Any, Any]]:
+async def tokens_of(module_servers: Any, transport: str) -> AsyncIterator[tuple[Any, Any]]:
     """Stubs of the tokens and of the audit log of a server that imports secrets."""
-    address, _ = await shared_servers(transport, imported_prefixes=IMPORTED_PREFIX)
+    address, _ = await module_servers(transport, imported_prefixes=IMPORTED_PREFIX)
     async with grpc.aio.insecure_channel(address) as channel:
         yield pb_grpc.TokenServiceStub(channel), audit_pb_grpc.AuditServiceStub(channel)
 
@@ -211,11 +200,11 @@ async def tokens_of(shared_servers: Any, transport: str) -> AsyncIterator[tuple[
     "factor",
     [1, pytest.param(EXAMPLES_LONG // EXAMPLES, marks=pytest.mark.slow("lives many lives"))],
 )
-async def test_the_life_of_tokens(shared_servers: Any, transport: str, factor: int) -> None:
+async def test_the_life_of_tokens(module_servers: Any, transport: str, factor: int) -> None:
     """Whatever happens to created and imported tokens, in any order and with lost answers, verdicts
     and listings are those of the model after each step, and uses and audit entries at the end."""
     traces = Traces()
-    async with tokens_of(shared_servers, transport) as (stub, audit):
+    async with tokens_of(module_servers, transport) as (stub, audit):
 
         async def life(chosen: list[tuple[Any, ...]]) -> None:
             await live(stub, traces, chosen, WAIT_SECONDS)
@@ -231,12 +220,12 @@ async def test_the_life_of_tokens(shared_servers: Any, transport: str, factor: i
 @pytest.mark.parametrize("mutant", MUTANTS)
 @pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisDeprecationWarning")
 async def test_faults_are_found(
-    shared_servers: Any, monkeypatch: pytest.MonkeyPatch, mutant: Any
+    module_servers: Any, monkeypatch: pytest.MonkeyPatch, mutant: Any
 ) -> None:
     """The examples find each planted fault that answers show."""
     found: list[Exception] = []
     traces = Traces()
-    async with tokens_of(shared_servers, "native") as (stub, _):
+    async with tokens_of(module_servers, "native") as (stub, _):
 
         async def until_found(chosen: list[tuple[Any, ...]]) -> None:
             # hypothesis would repeat an example that fails, to no use here.
@@ -258,11 +247,11 @@ async def test_faults_are_found(
 
 @pytest.mark.parametrize("mutant", TRACE_MUTANTS)
 async def test_faults_in_traces_are_found(
-    shared_servers: Any, monkeypatch: pytest.MonkeyPatch, mutant: Any
+    module_servers: Any, monkeypatch: pytest.MonkeyPatch, mutant: Any
 ) -> None:
     """The explicit examples alone find each planted fault that only uses or audit entries show."""
     traces = Traces(TRACES_SECONDS)
-    async with tokens_of(shared_servers, "native") as (stub, audit):
+    async with tokens_of(module_servers, "native") as (stub, audit):
         mutant(monkeypatch)
         for chosen in EXPLICIT:
             await live(stub, traces, chosen, WAIT_SECONDS)

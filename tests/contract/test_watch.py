@@ -5,7 +5,6 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -20,7 +19,6 @@ from structlog.testing import capture_logs
 
 from tests.helpers.calls import CHANNEL_OPTIONS
 from tests.helpers.servers import serving
-from tests.helpers.shared_servers import SharedServers, share_servers
 from tests.helpers.waiting import WAIT_SECONDS, eventually
 from tests.helpers.watch_client import WatchClient, watching
 
@@ -59,19 +57,10 @@ def settings(settings: "Settings", lease_seconds: float) -> "Settings":
     return settings.model_copy(update={"lease_seconds": lease_seconds})
 
 
-@pytest.fixture(scope="module")
-async def shared_servers(
-    postgres_url: str, template_url: str, pepper_file: Path
-) -> AsyncIterator[SharedServers]:
-    """Servers that only these tests share, because some renew their leases five times a second."""
-    async with share_servers(postgres_url, pepper_file) as shared:
-        yield shared
-
-
 @pytest.fixture
-async def address(shared_servers: Any, transport: str, lease_seconds: float) -> str:
+async def address(module_servers: Any, transport: str, lease_seconds: float) -> str:
     """The address of a server that these tests share, one after another."""
-    address, _ = await shared_servers(transport, lease_seconds)
+    address, _ = await module_servers(transport, lease_seconds)
     return str(address)
 
 

@@ -22,6 +22,7 @@ class _Known(NamedTuple):
     name: str = "known"
 
 
+# One entry for each set of types that a statement of the service needs.
 _types: Final[dict[frozenset[int], Any]] = {}
 
 
