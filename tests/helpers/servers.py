@@ -47,7 +47,7 @@ def make_settings(database_url: str, pepper_file: Path, transport: str) -> Setti
 
 @functools.cache
 def _settings(pepper_file: Path, transport: str) -> Settings:
-    """Settings without a database, read once, because that takes 2 ms. No variable is set then."""
+    """Settings without a database. They are read once, because that takes 2 ms."""
     return Settings(
         pepper_file=pepper_file,
         data_dir=pepper_file.parent / "unused",
